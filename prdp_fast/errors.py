@@ -1,0 +1,17 @@
+"""Errors that a user can mend."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A mistake in what the user asked for or supplied, as one line: what, got, expected, next move.
+
+    The entry points print it without a traceback and exit with status 2.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(line.strip() for line in message.splitlines()))
+
+
+class RewardError(UserError):
+    """A reward got what it cannot score, or gave back what is no score."""

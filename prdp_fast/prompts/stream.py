@@ -1,0 +1,273 @@
+"""Read prompt sets: one shard at a time, in an order that any epoch, rank and world size can compute for itself.
+
+The global sequence of prompts is a function of the seed alone. Pass p over the set takes the shards in the order of a
+permutation keyed by (seed, p) and the prompts of a shard in the order of one keyed by (seed, p, shard). Epoch e is the slice
+[e n, (e + 1) n) of that sequence, and each rank takes its contiguous part of it. So a resumed run needs no state but its
+epoch number, seeking skips whole shards by the counts in the index, and memory does not grow with the set.
+
+Shards are read with WebDataset's tar iterators on files opened here: no URL, no shell, nothing decoded but JSON.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import itertools
+import json
+import re
+import tarfile
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+import numpy as np
+from webdataset import tariterators
+
+from prdp_fast.errors import UserError
+from prdp_fast.prompts.build import INDEX, SetEntry, ShardEntry, ensure_scene_shards, ensure_text_shards, read_index
+from prdp_fast.records import Prompt
+
+EMBEDDED = "scenes"  # the source name of the drawn world
+CHECKED_AT_OPEN = 64_000_000  # bytes: smaller sets have their digests checked before any work starts
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # pipe:, https:, s3:, file:
+_UNREADABLE = (OSError, EOFError, tarfile.TarError, zlib.error, ValueError, KeyError, AssertionError)
+
+
+def _decode_shard(path: Path) -> list[Prompt]:
+    """Raises: one of `_UNREADABLE`."""
+    data = path.read_bytes()
+    if data[:2] == b"\x1f\x8b":
+        data = gzip.decompress(data)  # as a whole, so that the checksum at the end is checked
+    files = tariterators.tar_file_expander(
+        [{"url": path.name, "stream": io.BytesIO(data)}], select_files=lambda name: name.endswith(".json")
+    )
+    prompts = []
+    for sample in tariterators.group_by_keys(files):
+        record = json.loads(sample["json"])
+        text, index = (record.pop(field, None) if isinstance(record, dict) else None for field in ("text", "index"))
+        if not isinstance(text, str) or not text.strip() or type(index) is not int or index < 0:
+            raise ValueError(f'member {sample["__key__"]}.json: expected a non-empty "text" and an "index" from 0')
+        prompts.append(Prompt(index, text, record))
+    return prompts
+
+
+def _permutation(n: int, seed: int, *key: int) -> np.ndarray:
+    """A permutation of n, keyed by (seed, *key). Sorted raw bits, because only the bit stream of a numpy generator is promised
+    to stay the same from version to version, not what `Generator.permutation` makes of it."""
+    bits = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=key)).random_raw(n)
+    return np.argsort(bits, kind="stable")
+
+
+class PromptSet:
+    """A prompt set on disk. `len()` is its number of prompts, iteration yields them in stored order."""
+
+    def __init__(
+        self, directory: Path, name: str, entry: SetEntry, *, limit: int | None = None, advice: str = "build it again"
+    ) -> None:
+        """Use `open`. `limit` keeps the first prompts only; `advice` is the next move when a shard turns out damaged."""
+        self.directory = directory
+        self.name = name
+        self._advice = advice
+        self._shards: list[ShardEntry] = []
+        self.counts: list[int] = []  # prompts used of each shard
+        left = entry.total if limit is None else min(limit, entry.total)
+        for shard in entry.shards:
+            if left > 0:
+                self._shards.append(shard)
+                self.counts.append(min(left, shard.count))
+                left -= shard.count
+        self._cache: OrderedDict[int, list[Prompt]] = OrderedDict()
+
+    @classmethod
+    def open(cls, source: str | Path, name: str, limit: int | None = None) -> PromptSet:
+        """Open a prompt set and check that its files are there and, below 64 MB, that they are undamaged.
+
+        Args:
+            source: "scenes" (the embedded world), a directory that holds index.json, or a .txt file of one prompt a line.
+                "scenes" and text files are built into the cache on first use.
+            name: of the set, e.g. "train"; a text file has "train" only.
+            limit: keep this many prompts at most, always the same ones.
+        Raises: UserError in one line naming the file at fault and the next move.
+        """
+        source = str(source)
+        path = Path(source).expanduser()
+        cached = True
+        if source == EMBEDDED:
+            index_path = ensure_scene_shards()
+        elif _SCHEME.match(source):
+            raise UserError(
+                f'prompt source {source!r} is a URL; expected "scenes", a directory or a .txt file on this machine; '
+                "download it first"
+            )
+        elif path.suffix == ".txt":
+            index_path = ensure_text_shards(path)
+        elif path.is_dir():
+            index_path, cached = path / INDEX, False
+        else:
+            problem = "is neither a directory nor a .txt file" if path.exists() else "does not exist"
+            raise UserError(
+                f'prompt source {source!r} {problem}; expected "scenes", a directory that holds {INDEX}, or a .txt file'
+            )
+        directory = index_path.parent
+        sets = read_index(index_path).sets
+        if name not in sets:
+            near = get_close_matches(name, sets, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"prompt set {name!r} is not in {source!r}; it has {', '.join(map(repr, sets)) or 'no sets'}{hint}")
+        if limit is not None and limit < 1:
+            raise UserError(f"prompt limit is {limit}; expected at least 1, or no limit")
+        if sets[name].total == 0:
+            raise UserError(f"prompt set {name!r} in {index_path} is empty; build it from at least one prompt")
+        advice = f"delete {directory} and run again" if cached else "rebuild the directory with 'prdp shards build'"
+        prompt_set = cls(directory, name, sets[name], limit=limit, advice=advice)
+        prompt_set._check_files()
+        return prompt_set
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+    def __iter__(self) -> Iterator[Prompt]:
+        for number in range(len(self._shards)):
+            yield from self.shard(number)
+
+    def _path(self, number: int) -> Path:
+        return self.directory / self._shards[number].file
+
+    def _check_files(self) -> None:
+        for number in range(len(self._shards)):
+            path = self._path(number)
+            try:
+                size = path.stat().st_size
+            except OSError as error:
+                raise UserError(f"prompt shard {path} is missing ({error.strerror}); {self._advice}") from error
+            if size == 0:
+                raise UserError(f"prompt shard {path} is empty; {self._advice}")
+        if sum(shard.bytes for shard in self._shards) < CHECKED_AT_OPEN:
+            self._check_digests()
+
+    def _check_digests(self) -> None:
+        for number, shard in enumerate(self._shards):
+            if hashlib.sha256(self._path(number).read_bytes()).hexdigest() != shard.sha256:
+                raise UserError(
+                    f"prompt shard {self._path(number)} is damaged or not the one in {INDEX} (SHA-256 differs); {self._advice}"
+                )
+
+    def verify(self) -> None:
+        """Read everything: digests, archives, JSON, counts. Raises: UserError naming the first damaged shard."""
+        self._check_digests()
+        for number in range(len(self._shards)):
+            self._read(number)
+
+    def _read(self, number: int) -> list[Prompt]:
+        path, expected = self._path(number), self._shards[number].count
+        try:
+            prompts = _decode_shard(path)
+        except _UNREADABLE as error:
+            raise UserError(f"prompt shard {path} cannot be read ({type(error).__name__}: {error}); {self._advice}") from error
+        if len(prompts) != expected:
+            raise UserError(f"prompt shard {path} holds {len(prompts)} prompts, {INDEX} says {expected}; {self._advice}")
+        return prompts[: self.counts[number]]
+
+    def shard(self, number: int) -> list[Prompt]:
+        """The prompts of one shard in stored order. The last two shards stay decoded: an epoch may straddle two."""
+        if number in self._cache:
+            self._cache.move_to_end(number)
+        else:
+            self._cache[number] = self._read(number)
+            if len(self._cache) > 2:
+                self._cache.popitem(last=False)
+        return self._cache[number]
+
+    def draw(self, n: int, seed: int) -> list[Prompt]:
+        """n different prompts, a function of (n, seed) alone; for a larger n with the same seed, the same ones first.
+
+        Raises: UserError if the set holds fewer.
+        """
+        if not 1 <= n <= len(self):
+            raise UserError(f"{n} prompts are to be drawn from set {self.name!r}; expected 1 to {len(self)}, all it has")
+        chosen = _permutation(len(self), seed)[:n]
+        starts = np.cumsum([0, *self.counts])
+        numbers = np.searchsorted(starts, chosen, side="right") - 1
+        drawn: dict[int, Prompt] = {}
+        for number in np.unique(numbers):  # shard by shard, each read once
+            prompts = self.shard(int(number))
+            drawn.update((int(position), prompts[position - starts[number]]) for position in chosen[numbers == number])
+        return [drawn[int(position)] for position in chosen]
+
+
+class PromptStream:
+    """The shuffled sequence of a prompt set, cut into epochs. It keeps no position: `epoch(e)` may be asked in any order."""
+
+    def __init__(
+        self,
+        prompt_set: PromptSet,
+        *,
+        seed: int,
+        prompts_per_epoch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        shuffle: bool = True,
+    ) -> None:
+        """
+        Args:
+            prompt_set: what to go through, over and over.
+            seed: from 0; the global sequence depends on nothing else.
+            prompts_per_epoch: over all ranks; a multiple of `world_size`, at most `len(prompt_set)`.
+            rank, world_size: which part of every epoch is this process's.
+            shuffle: False goes through the set in stored order.
+        Raises: UserError if the numbers do not fit together.
+        """
+        if prompts_per_epoch < 1 or prompts_per_epoch % world_size:
+            raise UserError(
+                f"prompts per epoch is {prompts_per_epoch}; expected a positive multiple of the {world_size} ranks, "
+                f"e.g. {max(1, round(prompts_per_epoch / world_size)) * world_size}"
+            )
+        if prompts_per_epoch > len(prompt_set):
+            raise UserError(
+                f"prompts per epoch is {prompts_per_epoch}, but set {prompt_set.name!r} in {prompt_set.directory} "
+                f"has {len(prompt_set)}; take fewer, or a larger set"
+            )
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is outside 0..{world_size - 1}")
+        if seed < 0:
+            raise UserError(f"prompt seed is {seed}; expected an integer from 0")
+        self.prompt_set = prompt_set
+        self.seed = seed
+        self.prompts_per_epoch = prompts_per_epoch
+        self.rank = rank
+        self.world_size = world_size
+        self.shuffle = shuffle
+
+    def epoch(self, e: int) -> list[Prompt]:
+        """This rank's prompts_per_epoch / world_size prompts of epoch e, from 0.
+
+        An epoch that straddles two passes over the set can hold a prompt twice; any other holds different prompts.
+        """
+        if e < 0:
+            raise ValueError(f"epoch {e} is negative")
+        count = self.prompts_per_epoch // self.world_size
+        start = e * self.prompts_per_epoch + self.rank * count
+        return list(itertools.islice(self._from(start), count))
+
+    def _from(self, position: int) -> Iterator[Prompt]:
+        """The global sequence from `position` on, without end."""
+        counts = self.prompt_set.counts
+        first_pass, skip = divmod(position, len(self.prompt_set))
+        for number_of_pass in itertools.count(first_pass):
+            shard_order: Sequence[int] = range(len(counts))
+            if self.shuffle:
+                shard_order = _permutation(len(counts), self.seed, number_of_pass).tolist()
+            for number in shard_order:
+                if skip >= counts[number]:
+                    skip -= counts[number]
+                    continue
+                prompts = self.prompt_set.shard(number)
+                if self.shuffle:
+                    for inside in _permutation(len(prompts), self.seed, number_of_pass, number)[skip:]:
+                        yield prompts[inside]
+                else:
+                    yield from prompts[skip:]
+                skip = 0

@@ -1,0 +1,34 @@
+"""What a reward is: a black box from images and prompts to one number an image."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+
+
+class RewardOutput(NamedTuple):
+    """Scores of N images."""
+
+    scores: torch.Tensor  # (N,) float32, higher is better; non-finite marks an image that could not be scored
+    details: Mapping[str, torch.Tensor] = {}  # further figures for reports, each (N,) float32
+
+
+class Reward(ABC):
+    """One reward. Its options are the keyword arguments of `__init__`, which checks them and loads nothing: a model is loaded
+    by the first `score`, on the device of the images, so that a job's settings can be checked without it."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def score(self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> RewardOutput:
+        """Score images, each against its own prompt.
+
+        Args:
+            images: (N, 3, H, W) uint8, sRGB.
+            prompts: N texts.
+            metadata: N dicts, what the prompt set says of each prompt beyond its text.
+        Raises: RewardError if it cannot score such images or prompts at all.
+        """

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from prdp_fast import scenes
+from prdp_fast.errors import UserError
+from prdp_fast.rewards import REWARDS, Reward, RewardError, RewardOutput, WeightedRewards, build_rewards
+
+N = 3
+IMAGES = torch.zeros(N, 3, 32, 32, dtype=torch.uint8)
+
+
+@dataclass(frozen=True)
+class Spec:
+    name: str
+    weight: float = 1.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _fixed(reward_name: str, scores: Any, **details: Any) -> Reward:
+    class Fixed(Reward):
+        name = reward_name
+
+        def score(self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> RewardOutput:
+            return RewardOutput(scores, details)
+
+    return Fixed()
+
+
+def _score(*rewards: Reward, weights: Sequence[float] | None = None):  # type: ignore[no-untyped-def]
+    return WeightedRewards(rewards, weights or [1.0] * len(rewards)).score(IMAGES, ["a"] * N, [{}] * N)
+
+
+def test_weighted_sum() -> None:
+    a, b = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.2, -0.4, 0.6], dtype=torch.float64)
+    scores = _score(_fixed("a", a, strict=torch.tensor([True, False, True])), _fixed("b", b), weights=[10, -0.05])
+    assert scores.total.dtype == torch.float32
+    assert scores.total.tolist() == pytest.approx([9.99, 20.02, 29.97], rel=1e-7)
+    assert list(scores.parts) == ["a", "b"] and scores.parts["b"].dtype == torch.float32
+    assert torch.equal(scores.parts["a"], a) and torch.equal(scores.parts["b"], b.float())
+    assert {name: values.tolist() for name, values in scores.details.items()} == {"a/strict": [1.0, 0.0, 1.0]}
+
+
+def test_built_from_specs() -> None:
+    chosen = [scenes.scene_at(number) for number in (5, 70_000, 150_000)]
+    prompts = [scene.prompt() for scene in chosen]
+    specs = [Spec("shapes_alignment", 2.0), Spec("jpeg_size", 0.5, {"quality": 80, "direction": "incompress"})]
+    rewards = build_rewards(specs)
+    scores = rewards.score(scenes.render(chosen), prompts, [{}] * N)
+    torch.testing.assert_close(scores.total, 2 * scores.parts["shapes_alignment"] + 0.5 * scores.parts["jpeg_size"])
+    assert "shapes_alignment/strict" in scores.details
+    assert rewards.score(IMAGES[:0], [], []).total.shape == (0,)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_one_unscored_image_stays_alone(bad: float) -> None:
+    scores = _score(_fixed("a", torch.tensor([1.0, bad, 3.0])), _fixed("b", torch.ones(N)), weights=[1, 2])
+    assert scores.total[[0, 2]].tolist() == [3.0, 5.0] and scores.total[1].isnan()
+    assert scores.parts["b"].tolist() == [1.0] * N
+
+
+def test_opposite_infinities_do_not_cancel() -> None:
+    scores = _score(_fixed("a", torch.tensor([1.0, math.inf, 1.0])), _fixed("b", torch.tensor([1.0, -math.inf, 1.0])))
+    assert scores.total.isnan().tolist() == [False, True, False]
+
+
+def test_a_reward_of_weight_zero_is_only_reported() -> None:
+    scores = _score(_fixed("a", torch.ones(N)), _fixed("b", torch.tensor([1.0, math.nan, 1.0])), weights=[1, 0])
+    assert scores.total.tolist() == [1.0] * N and scores.parts["b"][1].isnan()
+
+
+@pytest.mark.parametrize(
+    ("scores", "details", "message"),
+    [
+        (torch.full((N,), math.nan), {}, "reward 'odd' returned NaN or infinity for all 3 images"),
+        (torch.tensor([math.nan, math.inf, math.nan]), {}, "for all 3 images"),
+        (torch.ones(N + 1), {}, r"reward 'odd' returned scores of shape \(4,\); expected \(3,\)"),
+        (torch.ones(N, 1), {}, r"shape \(3, 1\); expected \(3,\)"),
+        (1.0, {}, r"shape \(\); expected \(3,\)"),
+        (["a", "b", "c"], {}, "returned list as scores; expected 3 numbers"),
+        (None, {}, "returned NoneType as scores"),
+        (torch.ones(N), {"x": torch.ones(2)}, r"returned detail 'x' of shape \(2,\)"),
+    ],
+)
+def test_what_is_no_score_is_refused(scores: Any, details: dict[str, Any], message: str) -> None:
+    with pytest.raises(RewardError, match=message) as caught:
+        _score(_fixed("odd", scores, **details))
+    assert isinstance(caught.value, UserError) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("specs", "message"),
+    [
+        ([Spec("shape_alignment")], "unknown reward 'shape_alignment'; known rewards: .*did you mean 'shapes_alignment'"),
+        ([Spec("beauty")], "unknown reward 'beauty'; known rewards: jpeg_size, .*shapes_alignment"),
+        ([Spec("jpeg_size", options={"qualty": 90})], "'jpeg_size' has no option 'qualty'; .*did you mean 'quality'"),
+        ([Spec("jpeg_size", options={"quality": 0})], "'jpeg_size': quality is 0; expected an integer from 1 to 100"),
+        ([Spec("jpeg_size", options={"quality": "high"})], "quality is 'high'"),
+        ([Spec("jpeg_size", options={"direction": "up"})], "expected 'compress' or 'incompress'"),
+        ([Spec("shapes_alignment", options={"sigma": 1})], "'shapes_alignment' has no option 'sigma'; it has no options"),
+        ([Spec("jpeg_size"), Spec("jpeg_size", options={"quality": 50})], "'jpeg_size' is listed 2 times"),
+        ([Spec("jpeg_size", weight=math.nan)], "weight nan; expected a finite number"),
+        ([], "no reward is given"),
+    ],
+)
+def test_recipes_that_cannot_be_built(specs: list[Spec], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_rewards(specs)
+
+
+def test_arguments_that_disagree() -> None:
+    rewards = WeightedRewards([_fixed("a", torch.ones(N))], [1.0])
+    with pytest.raises(ValueError, match="3 images, 2 prompts and 3 metadata"):
+        rewards.score(IMAGES, ["a"] * 2, [{}] * N)
+    with pytest.raises(ValueError, match=r"torch.float32"):
+        rewards.score(IMAGES.float(), ["a"] * N, [{}] * N)
+
+
+def test_every_registered_reward_carries_its_name() -> None:
+    for name in REWARDS:
+        assert build_rewards([Spec(name)]).rewards[0].name == name
+
+
+def test_a_reward_is_imported_only_when_named() -> None:
+    code = "import sys, prdp_fast.rewards; assert not any(name.split('.')[0] in ('PIL', 'transformers') for name in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
