@@ -1,0 +1,12 @@
+"""Operators of PRDP finetuning: noise, one denoising step, its log-prob, and the loss. Needs torch; Triton is optional.
+
+One folder per operator: `op.py` validates and dispatches, `reference.py` is plain torch. Three functions share their folder's
+name, so reach a module with `from prdp_kernels.prdp_loss import reference`, not `import prdp_kernels.prdp_loss.reference as ...`.
+"""
+
+from prdp_kernels.denoise_step.op import denoise_step
+from prdp_kernels.gaussian_log_prob.op import gaussian_log_prob
+from prdp_kernels.philox.op import derive_seeds, philox_normal
+from prdp_kernels.prdp_loss.op import prdp_loss, prdp_loss_and_grad
+
+__all__ = ["denoise_step", "derive_seeds", "gaussian_log_prob", "philox_normal", "prdp_loss", "prdp_loss_and_grad"]

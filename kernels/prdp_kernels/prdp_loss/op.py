@@ -1,0 +1,92 @@
+"""The loss of a batch of prompt groups, and its gradient in closed form."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from prdp_kernels import checks, dispatch
+from prdp_kernels.prdp_loss import reference
+
+
+def prdp_loss(
+    log_probs: torch.Tensor,
+    old_log_probs: torch.Tensor,
+    ref_log_probs: torch.Tensor,
+    rewards: torch.Tensor,
+    *,
+    clip_range: float,
+    kl_weight: float,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Proximal reward difference prediction loss of G prompt groups of B images and T steps; a float32 scalar (float64 if any
+    argument is), differentiable in `log_probs` alone (arXiv 2402.08714, Appendix G):
+
+        lr = log_probs - ref,  old = old_log_probs - ref,  c = clip(lr, old - clip_range, old + clip_range)
+        d, dc = pairwise differences of mean_t(lr), mean_t(c);  dr = pairwise differences of the rewards
+        loss = mean over groups of  mean over pairs with dr > 0 of  max((d - dr / kl_weight)^2, (dc - dr / kl_weight)^2)
+
+    log_probs, old_log_probs, ref_log_probs: (G, B, T) floating, nats, of the policy, of the snapshot it is held close to, and of
+        the reference model.
+    rewards: (G, B) floating. A non-finite one removes its image, log-probs and all.
+    clip_range: epsilon >= 0 on the log-ratio of a step; math.inf for no clipping. kl_weight: beta > 0.
+
+    A group without a pair contributes 0 to loss and gradient and still counts in the mean. A step exactly on a clip edge passes
+    its gradient, and where both branches are equal the unclipped one is taken.
+    Raises: TypeError, ValueError for arguments of the wrong type, shape, device or range.
+    """
+    args = (log_probs, old_log_probs, ref_log_probs, rewards)
+    _check("prdp_loss", *args, clip_range, kl_weight)
+    return dispatch.choose("prdp_loss", backend, *args, reference=reference.prdp_loss)(*args, clip_range, kl_weight)
+
+
+@torch.no_grad()
+def prdp_loss_and_grad(
+    log_probs: torch.Tensor,
+    old_log_probs: torch.Tensor,
+    ref_log_probs: torch.Tensor,
+    rewards: torch.Tensor,
+    *,
+    clip_range: float,
+    kl_weight: float,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """(loss, dloss/dlog_probs (G, B, T), stats) of `prdp_loss`, all detached. Backpropagating sum(grad * log_prob) over any
+    micro-batches of (image, step) gives the exact gradient of the loss.
+
+    stats, 0-dim tensors in the dtype of the loss, means over no element being 0:
+        pairs, groups_without_pair, dropped_images   counts
+        clip_fraction     share of the kept images' steps that are clipped
+        clipped_pairs     share of the pairs that take the clipped branch
+        mean_log_ratio    mean of lr over kept images and steps, nats
+        pair_accuracy     share of the pairs where d has the sign of dr; d = 0, as before the first update, counts half
+        mean_abs_target   mean of |dr / kl_weight| over the pairs, nats
+    """
+    args = (log_probs, old_log_probs, ref_log_probs, rewards)
+    _check("prdp_loss_and_grad", *args, clip_range, kl_weight)
+    run = dispatch.choose("prdp_loss_and_grad", backend, *args, reference=reference.prdp_loss_and_grad)
+    return run(*args, clip_range, kl_weight)
+
+
+def _check(
+    op: str,
+    log_probs: torch.Tensor,
+    old_log_probs: torch.Tensor,
+    ref_log_probs: torch.Tensor,
+    rewards: torch.Tensor,
+    clip_range: float,
+    kl_weight: float,
+) -> None:
+    named = {"log_probs": log_probs, "old_log_probs": old_log_probs, "ref_log_probs": ref_log_probs, "rewards": rewards}
+    checks.tensors(op, **named)
+    checks.floating(op, **named)
+    if log_probs.dim() != 3 or log_probs.numel() == 0:
+        raise ValueError(f"{op}: log_probs has shape {tuple(log_probs.shape)}, expected (G, B, T), none of them 0")
+    checks.shape(op, log_probs.shape, old_log_probs=old_log_probs, ref_log_probs=ref_log_probs)
+    checks.shape(op, log_probs.shape[:2], rewards=rewards)
+    checks.same_device(op, **named)
+    if not clip_range >= 0:
+        raise ValueError(f"{op}: clip_range is {clip_range}, expected a number >= 0 (math.inf for no clipping)")
+    if not 0 < kl_weight < math.inf:
+        raise ValueError(f"{op}: kl_weight is {kl_weight}, expected a finite number > 0")
