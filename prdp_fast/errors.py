@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """A mistake in what the user asked for or supplied, as one line: what, got, expected, next move.
 
     The entry points print it without a traceback and exit with status 2.

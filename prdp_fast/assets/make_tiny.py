@@ -253,7 +253,8 @@ def train_unet(
     work: Path, tokenizer: CLIPTokenizer, vae: AutoencoderKL, prompts: list[str], latents: torch.Tensor, args: argparse.Namespace
 ) -> nn.ModuleDict:
     torch.manual_seed(args.seed + 1)
-    modules = nn.ModuleDict({"text_encoder": build_text_encoder(tokenizer), "unet": build_unet()}).to(args.device)
+    modules = nn.ModuleDict({"text_encoder": build_text_encoder(tokenizer), "unet": build_unet()})
+    modules.to(args.device, memory_format=torch.channels_last)
     trainer = Trainer(modules, work / "unet.pt", steps=args.unet_steps, lr=1.2e-3, ema=0.997)
     scheduler = build_scheduler()
     tokens = tokenizer(prompts, padding="max_length", return_tensors="pt")["input_ids"]
@@ -317,7 +318,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, default=49_152, help="training scenes drawn")
     parser.add_argument("--vae-steps", type=int, default=7_000)
-    parser.add_argument("--unet-steps", type=int, default=5_000)
+    parser.add_argument("--unet-steps", type=int, default=3_000)
     args = parser.parse_args()
 
     args.work.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,45 @@
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.stamp
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help venv train test lint bench clean
+
+help:
+	@echo "make venv    the virtual environment in $(VENV), pinned by constraints.txt (PYTHON=$(PYTHON))"
+	@echo "make train   finetune the embedded model on this machine; ARGS='--seed 1 ...' is passed on"
+	@echo "make test    the test suite, on a CPU; ARGS='-k name' is passed on"
+	@echo "make lint    ruff and mypy"
+	@echo "make bench   the benchmarks"
+	@echo "make clean   remove caches and build products, keep $(VENV) and runs"
+
+venv: $(STAMP)
+
+$(STAMP): setup.py constraints.txt
+	@echo "setting up $(VENV) (a few minutes the first time)" >&2
+	@$(VENV)/bin/python -c "" 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
+	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# The launcher's own log would come after the run directory's path, which is the last line.
+train: $(STAMP)
+	@. $(VENV)/bin/activate && deepspeed --log_level warning prdp_fast/train.py --config zero2.json --recipe tiny $(ARGS)
+
+# One thread a process, so that numbers do not depend on the machine and two ranks do not fight over two cores. Never the network.
+test: $(STAMP)
+	@. $(VENV)/bin/activate && OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 python -m pytest -q $(ARGS)
+
+lint: $(STAMP)
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
+
+bench: $(STAMP)
+	@files=$$(ls benchmarks/bench_*.py benchmarks/test_*.py 2>/dev/null); \
+	if [ -z "$$files" ]; then echo "NOTHING MEASURED: benchmarks/ holds no benchmark" >&2; exit 1; fi; \
+	. $(VENV)/bin/activate && python -m pytest benchmarks --benchmark-only $(ARGS)
+
+clean:
+	@rm -rf build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	@find prdp_fast kernels tests benchmarks -type d -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

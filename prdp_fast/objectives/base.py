@@ -1,0 +1,43 @@
+"""The one interface every objective goes through.
+
+The loss of a group is not separable over its steps, but once dL/dlog_prob is known it is a constant: the update backpropagates
+sum(weights * log_prob) in micro-batches of any size, which is exactly the gradient of the whole loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True)
+class ObjectiveInput:
+    """G prompts of this rank, B trajectories each, S stochastic steps."""
+
+    log_probs: torch.Tensor  # (G, B, S) float32, of the policy as it is now
+    old_log_probs: torch.Tensor  # (G, B, S) float32, of the policy at the start of the epoch
+    ref_log_probs: torch.Tensor | None  # (G, B, S) float32, of the frozen reference; None if `needs_reference` is False
+    rewards: torch.Tensor  # (G, B) float32; NaN removes an image
+    reward_mean: float  # over the finite rewards of all ranks
+    reward_std: float  # likewise, population
+
+
+@dataclass(frozen=True)
+class ObjectiveOutput:
+    loss: torch.Tensor  # scalar, mean over this rank's prompts
+    weights: torch.Tensor  # (G, B, S), dloss/dlog_probs
+    metrics: dict[str, float]
+
+
+class Objective(Protocol):
+    name: str
+    needs_reference: bool
+
+    def __call__(self, batch: ObjectiveInput) -> ObjectiveOutput: ...
+
+    def weight_error(self, batch: ObjectiveInput, drift: float) -> float:
+        """Relative error of the weights if every log-prob were wrong by `drift` nats; decides whether the rollout's own
+        log-probs are good enough for the free first pass."""
+        ...

@@ -1,0 +1,50 @@
+"""What flows along the straight line, from prompts to weights. Plain containers: no behaviour beyond slicing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt of a prompt set. `index` is its number in the whole set: it keys the noise, whichever rank draws it."""
+
+    index: int
+    text: str
+    metadata: dict[str, Any]
+
+
+class TextEmbeddings(NamedTuple):
+    """Text conditioning of N rows, ready for the U-Net."""
+
+    prompt_embeds: torch.Tensor  # (N, L, D) model dtype
+    negative_prompt_embeds: torch.Tensor  # (1, L, D): the empty prompt, broadcast to every row
+
+    def rows(self, index: torch.Tensor) -> TextEmbeddings:
+        return TextEmbeddings(self.prompt_embeds[index], self.negative_prompt_embeds)
+
+
+@dataclass
+class Trajectories:
+    """N sampled trajectories of T steps, grouped by prompt: row r belongs to prompt r // images_per_prompt."""
+
+    prompts: list[Prompt]  # G prompts
+    images_per_prompt: int  # B; N = G * B
+    embeddings: TextEmbeddings  # G rows, one per prompt
+    latents: torch.Tensor  # (N, T+1, C, H, W) float32, x_T first
+    log_probs: torch.Tensor  # (N, S) float32, nats: the sampler's own log-probs of the S stochastic steps
+
+    def embedding_rows(self, rows: torch.Tensor) -> TextEmbeddings:
+        return self.embeddings.rows(torch.div(rows, self.images_per_prompt, rounding_mode="floor"))
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Rewards of N images."""
+
+    total: torch.Tensor  # (N,) float32; NaN marks an image that could not be scored
+    parts: dict[str, torch.Tensor]  # raw score of each reward, (N,) float32, before weighting
+    details: dict[str, torch.Tensor]  # further per-image figures for reports, (N,) float32, e.g. "shapes_alignment/strict"

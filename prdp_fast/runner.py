@@ -1,0 +1,293 @@
+"""One job, top to bottom.
+
+    prompts -> embeddings -> rollout -> rewards -> reference log-probs -> weights -> gradient pass -> optimizer step
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prdp_fast import checkpoint as checkpoints
+from prdp_fast import reporting, zero
+from prdp_fast.errors import RewardError, UserError
+from prdp_fast.evaluation import STRICT, Evaluation, compare, evaluate
+from prdp_fast.models.pipeline import Pipeline, load_scheduler
+from prdp_fast.models.text import TextEncoder
+from prdp_fast.objectives import build_objective
+from prdp_fast.prompts.stream import PromptSet, PromptStream
+from prdp_fast.records import Prompt, Scores
+from prdp_fast.rewards import WeightedRewards, build_rewards
+from prdp_fast.sampling.policy import Policy
+from prdp_fast.sampling.rollout import rollout
+from prdp_fast.sampling.transitions import Transitions
+from prdp_fast.settings import Settings
+from prdp_fast.telemetry import Telemetry
+from prdp_fast.update import run_updates
+
+GRID_PROMPTS = 24  # pictures of a sample grid
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that can be checked without a weight in memory."""
+
+    settings: Settings
+    config: zero.ZeroConfig
+    world_size: int
+    transitions: Transitions
+    train_prompts: PromptSet
+    evaluation_prompts: dict[str, list[Prompt]]  # "seen", "unseen"
+    rewards: WeightedRewards
+
+    @classmethod
+    def prepare(cls, settings: Settings, config_name: str, *, world_size: int, cuda: bool) -> Job:
+        """Resolve and check the whole job. Raises: UserError, before anything is loaded."""
+        settings.check_ranks(world_size)
+        evaluation, prompts = settings.evaluation, settings.prompts
+        if 0 < evaluation.prompts < world_size:
+            raise UserError(f"evaluation.prompts is {evaluation.prompts}, fewer than the {world_size} ranks; raise it or set 0")
+        rewards = build_rewards(settings.rewards)
+        scheduler = load_scheduler(settings.model.pretrained)
+        transitions = Transitions.from_scheduler(scheduler, settings.sampler.num_inference_steps, settings.sampler.eta)
+        config = zero.resolve_config(
+            config_name, settings, world_size=world_size, stochastic_steps=len(transitions.stochastic), cuda=cuda
+        )
+        train = PromptSet.open(prompts.source, prompts.train, limit=prompts.limit)
+        PromptStream(train, seed=settings.seed, prompts_per_epoch=settings.schedule.prompts_per_epoch, world_size=world_size)
+        held = {}
+        if evaluation.prompts:
+            # With a limited training set, "seen" means the prompts that are trained on.
+            seen = train if prompts.limit else PromptSet.open(prompts.source, prompts.seen)
+            unseen = PromptSet.open(prompts.source, prompts.unseen)
+            for name, prompt_set in (("seen", seen), ("unseen", unseen)):
+                held[name] = prompt_set.draw(min(evaluation.prompts, len(prompt_set)), seed=evaluation.seed)
+        return cls(settings, config, world_size, transitions, train, held, rewards)
+
+    def record(self) -> dict[str, Any]:
+        """What identifies the job in its run directory."""
+        return {
+            "recipe": self.settings.model_dump(mode="json"),
+            "deepspeed": self.config.values,
+            "world_size": self.world_size,
+        }
+
+    def forwards_per_epoch(self) -> dict[str, int]:
+        """U-Net rows of one epoch over all ranks, on the fast path (DESIGN: rollout 2T, reference 2T, update K 2T)."""
+        schedule = self.settings.schedule
+        images = schedule.prompts_per_epoch * schedule.images_per_prompt
+        evaluations = 1 if self.settings.sampler.guidance_scale is None else 2
+        stochastic, updates = len(self.transitions.stochastic), schedule.updates_per_epoch
+        needs_reference = build_objective(self.settings.objective).needs_reference
+        return {
+            "rollout": images * len(self.transitions) * evaluations,
+            "reference": images * stochastic * evaluations * needs_reference,
+            "update": images * stochastic * evaluations * (2 * updates - 1),
+        }
+
+
+@dataclass
+class Progress:
+    """What a resumed run needs beside weights and optimizer; everything else follows from the epoch number."""
+
+    epoch: int = 0  # epochs finished, and so the position in the prompt stream
+    images: int = 0
+    wall_s: float = 0.0
+    last_drift: float | None = None
+    unet_forwards: dict[str, int] = field(default_factory=lambda: {"rollout": 0, "reference": 0, "update": 0})
+
+
+def train(job: Job, output: Path, device: torch.device) -> dict[str, Any]:
+    """Run or continue the job in `output`, which is claimed already. Returns: the summary, also written to summary.json."""
+    settings, schedule = job.settings, job.settings.schedule
+    rank, world_size = zero.launched_rank(), job.world_size
+    is_main = rank == 0
+
+    # Build.
+    pipeline = Pipeline.load(settings.model.pretrained, device, frozen_dtype=job.config.dtype)
+    text = TextEncoder(pipeline, job.config.dtype)
+    policy = Policy(job.transitions, settings.sampler.guidance_scale, settings.kernels)
+    objective = build_objective(settings.objective, settings.kernels)
+    reference = pipeline.reference_unet(job.config.dtype) if objective.needs_reference else None
+    engine = zero.ZeroEngine(pipeline.unet, settings.optimizer, job.config, device)
+    stream = PromptStream(
+        job.train_prompts, seed=settings.seed, prompts_per_epoch=schedule.prompts_per_epoch, rank=rank, world_size=world_size
+    )
+    store = checkpoints.Checkpoints(output, keep=settings.checkpoint.keep, is_main=is_main, barrier=zero.barrier)
+    progress = Progress()
+    latest = store.latest()
+    if latest:
+        engine.load(latest)
+        progress = Progress(**checkpoints.read_state(latest))
+    started = time.monotonic() - progress.wall_s
+
+    def save() -> None:
+        progress.wall_s = time.monotonic() - started
+        store.save(progress.epoch, engine.save, progress.__dict__)
+
+    def evaluate_sets(names: list[str]) -> dict[str, Evaluation]:
+        results = {}
+        with engine.sampling_unet() as unet:
+            for name in names:
+                prompts = job.evaluation_prompts[name]
+                with agree_on_rewards():
+                    part = evaluate(
+                        policy, unet, pipeline, text, job.rewards, prompts[rank::world_size],
+                        images_per_prompt=settings.evaluation.images_per_prompt, batch=settings.sampler.rollout_batch,
+                        seed=settings.evaluation.seed,
+                    )  # fmt: skip
+                results[name] = Evaluation.merge(zero.gather_objects(part), len(prompts))
+        return results
+
+    with Telemetry(output if is_main else None, total_epochs=schedule.epochs, first_epoch=progress.epoch) as telemetry:
+        if latest:
+            telemetry.message(f"continuing after epoch {progress.epoch} from {latest.name}")
+        before = load_or_run(output / "evaluation_before.pt", lambda: evaluate_sets(list(job.evaluation_prompts)), is_main)
+        if is_main and before and progress.epoch == 0:
+            write_grid(before["unseen"], output / "samples" / "before.png", telemetry, 0)
+
+        # Train.
+        for epoch in range(progress.epoch, schedule.epochs):
+            if schedule.time_limit_minutes is not None:
+                # The slowest clock decides for all ranks.
+                elapsed = zero.all_reduce([time.monotonic() - started], "max")[0] / 60
+                if elapsed > schedule.time_limit_minutes:
+                    telemetry.message(f"schedule.time_limit_minutes: stopping after {epoch} of {schedule.epochs} epochs")
+                    break
+
+            with telemetry.phase("prompts"):
+                prompts = stream.epoch(epoch)
+                embeddings = text.encode(prompts)
+            with telemetry.phase("rollout"), engine.sampling_unet() as unet:
+                trajectories = rollout(
+                    policy, unet, prompts, embeddings, images_per_prompt=schedule.images_per_prompt,
+                    latent_shape=pipeline.latent_shape, batch=settings.sampler.rollout_batch, seed=settings.seed, epoch=epoch,
+                )  # fmt: skip
+            with telemetry.phase("decode"):
+                images = pipeline.decode(trajectories.latents[:, -1])
+            try:
+                with telemetry.phase("reward"), agree_on_rewards():
+                    rows = [prompt for prompt in prompts for _ in range(schedule.images_per_prompt)]
+                    scores = job.rewards.score(images, [row.text for row in rows], [row.metadata for row in rows])
+            except RewardError:
+                save()  # the weights are those after the last finished epoch: nothing computed is lost
+                raise
+            report = run_updates(
+                policy, engine, objective, trajectories, scores.total, reference=reference,
+                updates=schedule.updates_per_epoch, micro_batch=schedule.micro_batch, last_drift=progress.last_drift,
+                reduce=zero.all_reduce, phase=telemetry.phase,
+            )  # fmt: skip
+
+            count = len(images) * world_size
+            progress.epoch, progress.images = epoch + 1, progress.images + count
+            progress.last_drift = zero.all_reduce([report.drift], "max")[0]
+            evaluations = policy.evaluations_per_step * world_size
+            progress.unet_forwards["rollout"] += len(images) * len(job.transitions) * evaluations
+            progress.unet_forwards["reference"] += report.reference_rows * evaluations
+            progress.unet_forwards["update"] += report.update_rows * evaluations
+            metrics = reduce_metrics(scores, report.metrics)
+            metrics["free_first_pass"] = float(report.free_first_pass)
+            if report.drift_by_step is not None:
+                metrics |= {f"drift/step_{step:03d}": float(value) for step, value in enumerate(report.drift_by_step)}
+            telemetry.log_epoch(epoch, metrics, count)
+            if report.skipped_updates:
+                telemetry.message(f"epoch {epoch}: {report.skipped_updates} update(s) had a non-finite gradient and were skipped")
+
+            if progress.epoch % settings.checkpoint.every == 0:
+                with telemetry.phase("checkpoint"):
+                    save()
+            if settings.evaluation.every and progress.epoch % settings.evaluation.every == 0 and before:
+                with telemetry.phase("evaluate"):
+                    during = evaluate_sets(["seen"])["seen"]
+                telemetry.log_scalars(epoch, {"evaluation/seen": during.summary()["mean"]})
+                if is_main:
+                    write_grid(during, output / "samples" / f"epoch-{progress.epoch:06d}.png", telemetry, epoch)
+
+        # Finish.
+        save()
+        summary: dict[str, Any] = {"evaluation": {}}
+        if before:
+            after = evaluate_sets(list(before))
+            summary["evaluation"] = {name: compare(before[name], after[name]) for name in before}
+            if is_main:
+                torch.save({name: vars(evaluation) for name, evaluation in after.items()}, output / "evaluation_after.pt")
+                write_grid(after["unseen"], output / "samples" / "after.png", telemetry, progress.epoch)
+                reporting.comparison_grid(
+                    before["unseen"].images[: GRID_PROMPTS // 2], after["unseen"].images[: GRID_PROMPTS // 2],
+                    before["unseen"].prompts[: GRID_PROMPTS // 2], output / "samples" / "before_after.png",
+                    before["unseen"].rewards[: GRID_PROMPTS // 2].tolist(), after["unseen"].rewards[: GRID_PROMPTS // 2].tolist(),
+                )  # fmt: skip
+        state = engine.full_state_dict()
+        if is_main:
+            pipeline.export(output / "model", state)
+            summary |= {
+                "epochs": progress.epoch,
+                "images": progress.images,
+                "wall_s": round(time.monotonic() - started, 3),
+                "unet_forwards": progress.unet_forwards,
+                "phase_s": {name: round(seconds, 3) for name, seconds in telemetry.phase_seconds.items()},
+            }
+            checkpoints.write_json(output / checkpoints.SUMMARY, summary)
+        zero.barrier()
+    return summary
+
+
+class agree_on_rewards:  # noqa: N801 - reads as a verb where it is used
+    """A reward that fails on one rank stops every rank, with the same line, instead of leaving them in a collective."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> bool:
+        if error is not None and not isinstance(error, RewardError):
+            return False
+        messages = [message for message in zero.gather_objects(None if error is None else str(error)) if message]
+        if messages and error is None:
+            raise RewardError(messages[0])
+        return False
+
+
+def load_or_run(path: Path, run: Any, is_main: bool) -> dict[str, Evaluation]:
+    """The evaluation before training, from the run directory if an earlier start left it there."""
+    if path.exists():
+        return {name: Evaluation(**fields) for name, fields in torch.load(path, weights_only=True).items()}
+    results: dict[str, Evaluation] = run()
+    if is_main:
+        partial = path.with_suffix(".partial")
+        torch.save({name: vars(evaluation) for name, evaluation in results.items()}, partial)
+        partial.replace(path)
+    zero.barrier()
+    return results
+
+
+def reduce_metrics(scores: Scores, own: dict[str, float]) -> dict[str, float]:
+    """Means over the ranks: rewards over images with a score, everything else over ranks."""
+    local = {"reward": scores.total} | {f"reward/{name}": part for name, part in (scores.parts | scores.details).items()}
+    sums = []
+    for values in local.values():
+        finite = values[values.isfinite()].double()
+        sums += [float(finite.sum()), float(finite.square().sum()), float(len(finite))]
+    reduced = zero.all_reduce(sums + [*own.values(), 1.0], "sum")
+    metrics = {}
+    for number, name in enumerate(local):
+        total, squares, count = reduced[3 * number : 3 * number + 3]
+        metrics[name] = total / max(count, 1.0)
+        if name == "reward":
+            metrics["reward_std"] = max(squares / max(count, 1.0) - metrics[name] ** 2, 0.0) ** 0.5
+    ranks = reduced[-1]
+    return metrics | {name: value / ranks for name, value in zip(own, reduced[3 * len(local) : -1], strict=True)}
+
+
+def write_grid(evaluation: Evaluation, path: Path, telemetry: Telemetry, step: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images_per_prompt = len(evaluation.images) // len(evaluation.prompts)
+    captions = [prompt for prompt in evaluation.prompts for _ in range(images_per_prompt)]
+    reporting.image_grid(evaluation.images[:GRID_PROMPTS], path, columns=6, captions=captions[:GRID_PROMPTS])
+    telemetry.log_image(f"samples/{path.stem}", path, step)
+
+
+__all__ = ["STRICT", "Job", "Progress", "train"]

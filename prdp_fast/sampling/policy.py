@@ -1,0 +1,99 @@
+"""The policy: U-Net, guidance and one Gaussian step.
+
+Rollout, reference pass and update all call it, so that they cannot drift apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from prdp_kernels import denoise_step, gaussian_log_prob
+from torch import nn
+
+from prdp_fast.records import TextEmbeddings
+from prdp_fast.sampling.transitions import Transitions
+
+Backend = Literal["auto", "triton", "torch"]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """p(x_{t-1} | x_t, prompt) under classifier-free guidance (PRDP, arXiv:2402.08714, eq. 4).
+
+    The U-Net is an argument of every call: the trained, the frozen and the gathered copy share one policy.
+    """
+
+    transitions: Transitions
+    guidance_scale: float | None
+    backend: Backend = "auto"
+
+    @property
+    def evaluations_per_step(self) -> int:
+        """U-Net rows one latent costs: two with guidance."""
+        return 1 if self.guidance_scale is None else 2
+
+    def coefficients(self, steps: torch.Tensor, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """(timesteps, sample_coef, output_coef, std) of each row, from step numbers (N,)."""
+        table = self.transitions
+        steps = steps.cpu()
+        return (
+            table.timesteps[steps].to(device),
+            table.sample_coef[steps].to(device, dtype),
+            table.output_coef[steps].to(device, dtype),
+            table.std[steps].to(device, dtype),
+        )
+
+    def model_output(
+        self, unet: nn.Module, latents: torch.Tensor, timesteps: torch.Tensor, embeddings: TextEmbeddings
+    ) -> torch.Tensor:
+        """The U-Net's raw output.
+
+        Args:
+            latents: (N, C, H, W) float32; cast to the U-Net's dtype at its door.
+            timesteps: (N,) int64, the scheduler's timesteps.
+            embeddings: N rows.
+        Returns: (2N, C, H, W) unconditional half first, or (N, C, H, W) without guidance; the U-Net's dtype.
+        """
+        prompt_embeds = embeddings.prompt_embeds
+        model_input = latents.to(prompt_embeds.dtype)
+        if self.guidance_scale is not None:
+            negative = embeddings.negative_prompt_embeds.expand_as(prompt_embeds)
+            prompt_embeds = torch.cat([negative, prompt_embeds])
+            model_input = torch.cat([model_input, model_input])
+            timesteps = torch.cat([timesteps, timesteps])
+        return unet(model_input, timesteps, encoder_hidden_states=prompt_embeds, return_dict=False)[0]
+
+    def sample_step(
+        self, unet: nn.Module, latents: torch.Tensor, step: int, embeddings: TextEmbeddings, seeds: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take step number `step` with Philox noise keyed by (seeds, step + 1); step 0 of the key is x_T itself.
+
+        Returns: x_{t-1} (N, C, H, W) float32 and its log-prob (N,) float32 nats, 0 for a deterministic step.
+        """
+        steps = torch.full((len(latents),), step)
+        timesteps, sample_coef, output_coef, std = self.coefficients(steps, latents.device, latents.dtype)
+        output = self.model_output(unet, latents, timesteps, embeddings)
+        return denoise_step(
+            output, latents, sample_coef, output_coef, std,
+            seeds=seeds, step=step + 1, guidance_scale=self.guidance_scale, backend=self.backend,
+        )  # fmt: skip
+
+    def log_prob(
+        self, unet: nn.Module, latents: torch.Tensor, prev_latents: torch.Tensor, steps: torch.Tensor, embeddings: TextEmbeddings
+    ) -> torch.Tensor:
+        """Log-prob of stored steps, differentiable in the U-Net's weights.
+
+        Args:
+            latents, prev_latents: (N, C, H, W) float32, x_t and x_{t-1} exactly as stored.
+            steps: (N,) int64 numbers of stochastic steps, any mix.
+            embeddings: N rows.
+        Returns: (N,) float32, nats, mean over C, H, W.
+        """
+        timesteps, sample_coef, output_coef, std = self.coefficients(steps, latents.device, latents.dtype)
+        output = self.model_output(unet, latents, timesteps, embeddings)
+        return gaussian_log_prob(
+            output, latents, prev_latents, sample_coef, output_coef, std,
+            guidance_scale=self.guidance_scale, backend=self.backend,
+        )  # fmt: skip

@@ -1,0 +1,61 @@
+"""Trajectories from the current policy.
+
+The noise of a trajectory is Philox keyed by (seed, epoch, prompt, image, step): the same trajectory comes out whatever the
+batch size, the number of ranks and the device, and resuming needs no generator state.
+"""
+
+from __future__ import annotations
+
+import torch
+from prdp_kernels import derive_seeds, philox_normal
+from torch import nn
+
+from prdp_fast.records import Prompt, TextEmbeddings, Trajectories
+from prdp_fast.sampling.policy import Policy
+
+
+def noise_seeds(prompts: list[Prompt], images_per_prompt: int, *, seed: int, epoch: int) -> torch.Tensor:
+    """(N,) int64 Philox keys of the trajectories of `prompts`, prompt-major."""
+    prompt = torch.tensor([p.index for p in prompts], dtype=torch.int64).repeat_interleave(images_per_prompt)
+    image = torch.arange(images_per_prompt, dtype=torch.int64).repeat(len(prompts))
+    return derive_seeds(seed, epoch, prompt, image)
+
+
+@torch.no_grad()
+def rollout(
+    policy: Policy,
+    unet: nn.Module,
+    prompts: list[Prompt],
+    embeddings: TextEmbeddings,
+    *,
+    images_per_prompt: int,
+    latent_shape: tuple[int, int, int],
+    batch: int,
+    seed: int,
+    epoch: int,
+) -> Trajectories:
+    """Sample B trajectories of each prompt.
+
+    Args:
+        embeddings: one row per prompt.
+        latent_shape: (C, H, W).
+        batch: trajectories per U-Net call; changes speed only.
+    Returns: G * B trajectories of T steps on the embeddings' device.
+    """
+    device = embeddings.prompt_embeds.device
+    steps = len(policy.transitions)
+    seeds = noise_seeds(prompts, images_per_prompt, seed=seed, epoch=epoch).to(device)
+    rows = len(seeds)
+    group = torch.arange(rows, device=device) // images_per_prompt
+    latents = torch.empty(rows, steps + 1, *latent_shape, dtype=torch.float32, device=device)
+    log_probs = torch.empty(rows, steps, dtype=torch.float32, device=device)
+    for start in range(0, rows, batch):
+        part = slice(start, min(start + batch, rows))
+        x = philox_normal(seeds[part], latent_shape, step=0) * policy.transitions.init_noise_sigma
+        latents[part, 0] = x
+        embedding_rows = embeddings.rows(group[part])
+        for step in range(steps):
+            x, log_probs[part, step] = policy.sample_step(unet, x, step, embedding_rows, seeds[part])
+            latents[part, step + 1] = x
+    stochastic = policy.transitions.stochastic.to(device)
+    return Trajectories(prompts, images_per_prompt, embeddings, latents, log_probs[:, stochastic])

@@ -1,0 +1,132 @@
+"""One table for every scheduler: each step of DDPM and DDIM is linear in the latent and the model output.
+
+    x_{t-1} = sample_coef[t] * x_t + output_coef[t] * m + std[t] * noise
+
+The table is computed once, in float64, from the scheduler's own `alphas_cumprod`, `timesteps`, prediction type and final
+alpha, and steps exactly as diffusers does (DDIM counts back by num_train_timesteps // T, DDPM goes to the next timestep).
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, SchedulerMixin
+
+from prdp_fast.errors import UserError
+
+# DDPM clamps its last variance to 1e-20 "because we always take the log"; such a step adds no noise and has no density.
+NO_NOISE = 1e-9
+
+
+@dataclass(frozen=True)
+class Transitions:
+    """The T steps of one sampling schedule, first step first."""
+
+    timesteps: torch.Tensor  # (T,) int64, what the U-Net is told
+    sample_coef: torch.Tensor  # (T,) float64
+    output_coef: torch.Tensor  # (T,) float64
+    std: torch.Tensor  # (T,) float64; exactly 0 for a deterministic step
+    init_noise_sigma: float  # standard deviation of x_T
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    @property
+    def stochastic(self) -> torch.Tensor:
+        """(S,) int64: the steps that have a density. The others are taken, and are no part of any log-prob."""
+        return torch.nonzero(self.std > 0).flatten()
+
+    @classmethod
+    def from_scheduler(cls, scheduler: SchedulerMixin, num_inference_steps: int, eta: float = 1.0) -> Transitions:
+        """Build the table.
+
+        Args:
+            scheduler: DDPMScheduler (variance fixed_small, fixed_small_log or fixed_large) or DDIMScheduler; epsilon-,
+                v- or sample-prediction; leading, trailing or linspace spacing. It is not changed.
+            num_inference_steps: T, at most the scheduler's training timesteps.
+            eta: DDIM's share of noise, 0 < eta <= 1. DDPM has none; 1 is its only value.
+        Raises: UserError naming the setting to change, if a step is not such a linear Gaussian.
+        Source: DDPM (arXiv:2006.11239) eqs. 6, 7; DDIM (arXiv:2010.02502) eqs. 12, 16.
+        """
+        name = type(scheduler).__name__
+        if not isinstance(scheduler, (DDPMScheduler, DDIMScheduler)):
+            raise UserError(
+                f"scheduler {name} has no Gaussian step that PRDP can train; "
+                "use DDPMScheduler or DDIMScheduler (both load from the same configuration)"
+            )
+        config = scheduler.config
+        for setting in ("clip_sample", "thresholding"):
+            if getattr(config, setting, False):
+                raise UserError(
+                    f"{name}: {setting}=True makes the step's mean non-linear in the model output; set {setting}=False "
+                    "in scheduler_config.json"
+                )
+        trained = config.num_train_timesteps
+        if not 1 <= num_inference_steps <= trained:
+            raise UserError(
+                f"sampler.num_inference_steps is {num_inference_steps}; expected 1 to {trained}, "
+                "the model's training timesteps"
+            )
+        if not 0 < eta <= 1:
+            raise UserError(
+                f"sampler.eta is {eta}; expected 0 < eta <= 1: without noise a step has no density and nothing can be trained"
+            )
+
+        scheduler = copy.deepcopy(scheduler)  # set_timesteps changes a scheduler; leave the caller's alone
+        scheduler.set_timesteps(num_inference_steps)
+        timesteps = scheduler.timesteps.to("cpu", torch.int64)
+        alphas = scheduler.alphas_cumprod.to("cpu", torch.float64)
+        alpha = alphas[timesteps]
+        beta = 1 - alpha
+
+        # x0 and epsilon as combinations (of x_t, of the model output).
+        root_alpha, root_beta = alpha.sqrt(), beta.sqrt()
+        zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
+        match config.prediction_type:
+            case "epsilon":
+                x0, epsilon = (1 / root_alpha, -root_beta / root_alpha), (zero, one)
+            case "v_prediction":
+                x0, epsilon = (root_alpha, -root_beta), (root_beta, root_alpha)
+            case "sample":
+                x0, epsilon = (zero, one), (1 / root_beta, -root_alpha / root_beta)
+            case other:
+                raise UserError(f"{name}: prediction_type is {other!r}; expected epsilon, v_prediction or sample")
+
+        if isinstance(scheduler, DDPMScheduler):
+            if eta != 1:
+                raise UserError(f"sampler.eta is {eta}, but DDPMScheduler has no eta; leave it at 1 or use DDIMScheduler")
+            previous = torch.cat([timesteps[1:], torch.tensor([-1])])
+            alpha_prev = torch.where(previous >= 0, alphas[previous.clamp(min=0)], one)
+            step_alpha = alpha / alpha_prev
+            x0_coef = alpha_prev.sqrt() * (1 - step_alpha) / beta
+            sample_coef = step_alpha.sqrt() * (1 - alpha_prev) / beta + x0_coef * x0[0]
+            output_coef = x0_coef * x0[1]
+            match config.variance_type:
+                case "fixed_small" | "fixed_small_log":
+                    variance = (1 - alpha_prev) / beta * (1 - step_alpha)
+                case "fixed_large":
+                    variance = 1 - step_alpha
+                case other:
+                    raise UserError(
+                        f"DDPMScheduler: variance_type is {other!r}; expected fixed_small, fixed_small_log or fixed_large"
+                    )
+            std = variance.clamp(min=0).sqrt()
+            std[timesteps == 0] = 0  # diffusers adds no noise at t = 0
+        else:
+            previous = timesteps - trained // num_inference_steps
+            final = scheduler.final_alpha_cumprod.to("cpu", torch.float64)
+            alpha_prev = torch.where(previous >= 0, alphas[previous.clamp(min=0)], final)
+            variance = (1 - alpha_prev) / beta * (1 - alpha / alpha_prev)
+            std = eta * variance.clamp(min=0).sqrt()
+            direction = (1 - alpha_prev - std.square()).clamp(min=0).sqrt()
+            sample_coef = alpha_prev.sqrt() * x0[0] + direction * epsilon[0]
+            output_coef = alpha_prev.sqrt() * x0[1] + direction * epsilon[1]
+
+        std = torch.where(std > NO_NOISE, std, zero)
+        if not bool((std > 0).any()):
+            raise UserError(
+                f"{name} with {num_inference_steps} steps adds no noise at any step; raise sampler.num_inference_steps to 2 or more"
+            )
+        return cls(timesteps, sample_coef, output_coef, std, float(scheduler.init_noise_sigma))

@@ -1,0 +1,254 @@
+"""The recipe: what a job is. YAML validated by pydantic, where an unknown key fails and names the nearest known one.
+
+How the job is spread over devices is DeepSpeed's own JSON and none of this file's business (`zero.py`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from prdp_fast.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+RECIPES = REPOSITORY / "configs" / "recipes"
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelSettings(Section):
+    pretrained: str = Field("tiny", description="'tiny' (embedded), a diffusers directory, or a hub id")
+
+
+class SamplerSettings(Section):
+    num_inference_steps: int = Field(50, ge=1, description="T")
+    guidance_scale: float | None = Field(5.0, description="s of classifier-free guidance; null samples without it")
+    eta: float = Field(1.0, description="DDIM's share of noise, 0 < eta <= 1; DDPM has only 1")
+    rollout_batch: int = Field(64, ge=1, description="trajectories per U-Net call (guidance doubles the rows); changes speed only")
+
+    @model_validator(mode="after")
+    def _check(self) -> SamplerSettings:
+        if self.guidance_scale is not None and self.guidance_scale <= 1:
+            raise ValueError(
+                f"guidance_scale {self.guidance_scale} with classifier-free guidance; expected more than 1, "
+                "or null to sample without guidance at half the cost"
+            )
+        if not 0 < self.eta <= 1:
+            raise ValueError(f"eta {self.eta}; expected 0 < eta <= 1: without noise a step has no density to train")
+        return self
+
+
+class PromptSettings(Section):
+    source: str = Field("scenes", description="'scenes' (embedded world), a shard directory, or a .txt file")
+    train: str = Field("train", description="name of the set that is trained on")
+    seen: str = Field("seen_eval", description="evaluation set of prompts that training may draw")
+    unseen: str = Field("unseen_eval", description="evaluation set of prompts that training never draws")
+    limit: int | None = Field(None, ge=1, description="train on this many prompts of the set, chosen once by a fixed seed")
+
+
+class RewardSettings(Section):
+    name: str
+    weight: float = 1.0
+    options: dict[str, Any] = {}
+
+
+class PrdpSettings(Section):
+    name: Literal["prdp"] = "prdp"
+    kl_weight: float = Field(3e-5, gt=0, description="beta")
+    clip_range: float = Field(1e-4, gt=0, description="epsilon, on the log-ratio of one step")
+
+
+class DdpoSettings(Section):
+    name: Literal["ddpo"]
+    clip_range: float = Field(1e-4, gt=0, description="PPO clip of one step's importance ratio")
+    normalization: Literal["per_prompt", "global"] = Field("per_prompt", description="over what rewards become advantages")
+    advantage_clip: float = Field(5.0, gt=0)
+
+
+class OptimizerSettings(Section):
+    learning_rate: float = Field(1e-5, gt=0)
+    warmup_updates: int = Field(0, ge=0, description="linear; Adam's first steps are as long as its learning rate")
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(1e-4, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0, description="global gradient norm above which the gradient is scaled down")
+
+
+class ScheduleSettings(Section):
+    epochs: int = Field(1000, ge=1, description="E")
+    updates_per_epoch: int = Field(1, ge=1, description="K")
+    prompts_per_epoch: int = Field(64, ge=1, description="N, over all ranks")
+    images_per_prompt: int = Field(8, ge=2, description="B; pairs need two")
+    micro_batch: int = Field(16, ge=1, description="(trajectory, timestep) rows of one backward; changes memory and speed only")
+    time_limit_minutes: float | None = Field(None, gt=0, description="stop after the epoch that passes this, then evaluate")
+
+
+class EvaluationSettings(Section):
+    prompts: int = Field(96, ge=0, description="prompts of each evaluation set; 0 evaluates nothing")
+    images_per_prompt: int = Field(1, ge=1)
+    every: int = Field(0, ge=0, description="epochs between evaluations of the seen set and sample grids; 0: ends only")
+    seed: int = Field(0, ge=0, description="draws the evaluation prompts and their noise, the same before and after")
+
+
+class CheckpointSettings(Section):
+    every: int = Field(50, ge=1, description="epochs")
+    keep: int = Field(2, ge=1, description="the newest this many stay")
+
+
+class Settings(Section):
+    """One job."""
+
+    seed: int = Field(0, ge=0)
+    kernels: Literal["auto", "triton", "torch"] = "auto"
+    model: ModelSettings = ModelSettings()
+    sampler: SamplerSettings = SamplerSettings()
+    prompts: PromptSettings = PromptSettings()
+    rewards: list[RewardSettings] = Field(min_length=1)
+    objective: Annotated[PrdpSettings | DdpoSettings, Field(discriminator="name")] = PrdpSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+
+    def check_ranks(self, world_size: int) -> None:
+        """Refuse a rank count that would split a prompt's group, before anything is loaded."""
+        if self.schedule.prompts_per_epoch % world_size:
+            raise UserError(
+                f"schedule.prompts_per_epoch is {self.schedule.prompts_per_epoch}, not divisible by {world_size} ranks; "
+                f"use a multiple of {world_size}, or another --num_gpus"
+            )
+
+
+def find_recipe(name: str) -> Path:
+    """A path as given, or the name of a recipe in configs/recipes."""
+    for candidate in (Path(name), RECIPES / name, RECIPES / f"{name}.yaml"):
+        if candidate.is_file():
+            return candidate
+    known = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    raise UserError(f"recipe {name!r} is neither a file nor one of the shipped recipes{_nearest(name, known)}")
+
+
+def load_recipe(name: str, overrides: list[str] | None = None, *, seed: int | None = None) -> Settings:
+    """Read, override and validate a recipe.
+
+    Args:
+        name: path or shipped name.
+        overrides: "section.key=value" strings; the value is YAML. List items are addressed by number: rewards.0.weight=2.
+        seed: replaces the recipe's own.
+    Raises: UserError, one line, naming file, key and the nearest known key.
+    """
+    path = find_recipe(name)
+    try:
+        raw = yaml.load(path.read_text(), Loader=_RecipeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path.name}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"recipe {path.name}: expected a mapping of sections at the top level, got {type(raw).__name__}")
+    for override in overrides or []:
+        _apply_override(raw, override)
+    if seed is not None:
+        raw["seed"] = seed
+    if isinstance(raw.get("objective"), dict):
+        raw["objective"].setdefault("name", "prdp")
+    try:
+        return Settings.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"recipe {path.name}: {_explain(error)}") from None
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-4 as a string for want of a dot, and takes the last of two equal keys in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _construct_number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
+    return float(loader.construct_scalar(node))
+
+
+_RecipeLoader.add_constructor("tag:prdp,scientific", _construct_number)
+_RecipeLoader.add_implicit_resolver(
+    "tag:prdp,scientific", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    path, separator, text = override.partition("=")
+    keys = path.split(".")
+    if not separator or not all(keys):
+        raise UserError(f"--set {override!r}: expected section.key=value, e.g. --set schedule.epochs=10")
+    try:
+        value = yaml.load(text, Loader=_RecipeLoader)
+    except yaml.YAMLError:
+        raise UserError(f"--set {override!r}: the value {text!r} is not valid YAML") from None
+    place: Any = raw
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        if isinstance(place, list):
+            if not key.isdigit() or int(key) >= len(place):
+                raise UserError(f"--set {override!r}: {'.'.join(keys[:depth])} is a list of {len(place)}; {key!r} is not in it")
+            if last:
+                place[int(key)] = value
+            else:
+                place = place[int(key)]
+        elif isinstance(place, dict):
+            if last:
+                place[key] = value
+            else:
+                if place.get(key) is None:
+                    place[key] = {}
+                place = place[key]
+        else:
+            raise UserError(f"--set {override!r}: {'.'.join(keys[:depth])} is {place!r}, not a section")
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem as one line, in the recipe's own words."""
+    problem = error.errors()[0]
+    # The discriminated objective adds its tag ("prdp") to the location; the user never wrote it.
+    location = [part for i, part in enumerate(problem["loc"]) if not (i == 1 and problem["loc"][0] == "objective")]
+    where = ".".join(str(part) for part in location)
+    if problem["type"] == "extra_forbidden":
+        section, key = location[:-1], str(location[-1])
+        fields = _fields_at(problem["loc"][:-1])
+        place = f" under {'.'.join(map(str, section))!r}" if section else ""
+        return f"unknown key {key!r}{place}{_nearest(key, fields)}"
+    if problem["type"] == "missing":
+        return f"{where} is missing; it has no default"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{where}: {message}" if where else message
+    return f"{where} is {problem['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _fields_at(location: tuple[int | str, ...]) -> list[str]:
+    sections: dict[str, type[Section]] = {"rewards": RewardSettings, "prdp": PrdpSettings, "ddpo": DdpoSettings}
+    section: type[Section] = Settings
+    for part in location:
+        if part in sections:
+            section = sections[str(part)]
+        elif part in section.model_fields:
+            annotation = section.model_fields[str(part)].annotation
+            section = annotation if isinstance(annotation, type) else section
+    return list(section.model_fields)
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    """'; did you mean ...?', or the list when nothing is near. klweight -> kl_weight."""
+    flat = {name.replace("_", "").lower(): name for name in known}
+    near = difflib.get_close_matches(word.replace("_", "").lower(), flat, n=1, cutoff=0.6)
+    return f"; did you mean {flat[near[0]]!r}?" if near else f"; known: {', '.join(known)}"

@@ -1,0 +1,50 @@
+"""Packaging: two import roots from one repository. `prdp_kernels` is usable without `prdp_fast`.
+
+Install in place (`pip install -c constraints.txt -e .`): `configs/` is looked up at the top of the repository.
+"""
+
+from setuptools import find_packages, setup
+
+# Ranges stay open here; constraints.txt pins the whole set that the tests run with.
+CORE = [
+    "torch>=2.10",
+    "triton>=3.6; platform_system == 'Linux'",
+    # diffusers left Python 3.10 behind with 0.42.
+    "diffusers>=0.42; python_version >= '3.11'",
+    "diffusers>=0.41; python_version < '3.11'",
+    "transformers>=5",
+    "accelerate>=1.0",
+    "deepspeed>=0.19.8",  # earlier releases lose gradients when many backwards precede one step
+    "ninja",  # deepspeed compiles its CPU communication op on first use
+    "safetensors",
+    "huggingface_hub>=1",
+    "webdataset>=1.0",
+    "pydantic>=2",
+    "PyYAML>=6",
+    "numpy>=1.26",
+    "pillow>=10.1",
+    "tensorboard>=2.16",
+    "matplotlib>=3.8",
+    "rich>=13",
+]
+GPU = ["xformers>=0.0.35"]
+REWARDS: list[str] = []  # the packages of individual rewards, imported on first use
+LORA = ["peft>=0.18"]
+DEV = ["hypothesis", "mypy", "pytest>=8.1", "pytest-benchmark", "ruff", "scipy", "types-PyYAML"]
+
+setup(
+    name="prdp-fast",
+    version="0.1.0",
+    description="High-throughput finetuning of text-to-image diffusion models on black-box rewards with PRDP",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    # `kernels/` is a folder, not a package: that import name belongs to Hugging Face's kernel client.
+    packages=[
+        *find_packages(".", include=["prdp_fast", "prdp_fast.*"]),
+        *find_packages("kernels", include=["prdp_kernels", "prdp_kernels.*"]),
+    ],
+    package_dir={"prdp_kernels": "kernels/prdp_kernels"},
+    package_data={"prdp_fast.assets": ["**/*.safetensors", "**/*.json", "**/*.txt"]},
+    install_requires=CORE,
+    extras_require={"gpu": GPU, "rewards": REWARDS, "lora": LORA, "dev": [*DEV, *LORA]},
+)

@@ -1,0 +1,42 @@
+"""Run the same three-epoch job under several DeepSpeed configurations in one process per rank; launched by test_stages.py.
+
+    deepspeed --num_gpus 2 tests/drive_stages.py OUTPUT zero0.json zero2.json ...
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+OVERRIDES = [
+    "sampler.num_inference_steps=3", "schedule.epochs=3", "schedule.updates_per_epoch=2", "schedule.prompts_per_epoch=2",
+    "schedule.images_per_prompt=3", "schedule.micro_batch=4", "evaluation.prompts=0", "optimizer.learning_rate=1e-5",
+    "optimizer.eps=1e-4", "objective.kl_weight=1e-2", "sampler.rollout_batch=3",
+]  # fmt: skip
+
+
+def main() -> None:
+    import torch
+
+    from prdp_fast import checkpoint, runner, zero
+    from prdp_fast.settings import load_recipe
+
+    torch.set_num_threads(1)
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
+    output, configs = Path(arguments[0]), arguments[1:]
+    device = zero.init_distributed()
+    for config in configs:
+        job = runner.Job.prepare(load_recipe("smoke", OVERRIDES), config, world_size=zero.launched_world_size(), cuda=False)
+        directory = output / Path(config).stem
+        if zero.launched_rank() == 0:
+            checkpoint.claim_run_directory(directory, job.record(), "never")
+        zero.barrier()
+        runner.train(job, directory, device)
+    zero.shutdown_distributed()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""The micro-batched gradient pass is the gradient of the whole loss."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from conftest import SHAPE, WIDTH, small_policy, small_trajectories, small_unet
+from prdp_kernels import prdp_loss
+
+from prdp_fast.objectives import DdpoObjective, ObjectiveInput, PrdpObjective
+from prdp_fast.records import Trajectories
+from prdp_fast.update import gradient_pass, log_prob_pass, micro_batches, run_updates
+
+CLIP, BETA = 2e-4, 0.5
+REWARDS = torch.tensor([0.3, 0.9, 0.1, 0.2, 0.2, 0.8], dtype=torch.float64)
+
+
+@dataclass
+class PlainEngine:
+    """The engine without DeepSpeed: a plain optimizer on plain gradients."""
+
+    unet: torch.nn.Module
+    learning_rate: float = 1e-3
+    scale: float = 1.0
+    gradients: list[list[torch.Tensor]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.unet.requires_grad_(True)
+        self.optimizer = torch.optim.SGD(self.unet.parameters(), lr=self.learning_rate)
+
+    def set_scale(self, max_weight: float) -> None:
+        pass
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        loss.backward()
+
+    def step(self):
+        from prdp_fast.zero import StepResult
+
+        self.gradients.append([p.grad.clone() for p in self.unet.parameters()])
+        norm = torch.nn.utils.get_total_norm(self.gradients[-1])
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return StepResult(float(norm), applied=True)
+
+
+def whole_log_probs(policy, unet, trajectories: Trajectories) -> torch.Tensor:
+    """All N * S log-probs in one graph, written out from the definition: no policy, no micro-batches, no kernels."""
+    columns = []
+    table = policy.transitions
+    embeds = trajectories.embeddings.prompt_embeds.repeat_interleave(trajectories.images_per_prompt, 0)
+    empty = trajectories.embeddings.negative_prompt_embeds.expand_as(embeds)
+    for step in table.stochastic.tolist():
+        x, previous = trajectories.latents[:, step], trajectories.latents[:, step + 1]
+        t = table.timesteps[step]
+        uncond = unet(x, t, encoder_hidden_states=empty).sample
+        cond = unet(x, t, encoder_hidden_states=embeds).sample
+        output = uncond + policy.guidance_scale * (cond - uncond)
+        mean = table.sample_coef[step] * x + table.output_coef[step] * output
+        columns.append(torch.distributions.Normal(mean, table.std[step]).log_prob(previous).mean((1, 2, 3)))
+    return torch.stack(columns, 1)
+
+
+def whole_loss_gradients(policy, unet, reference, trajectories, updates: int, learning_rate: float) -> list[list[torch.Tensor]]:
+    """K updates of plain SGD by autograd through the whole loss over all steps."""
+    shape = (len(trajectories.prompts), trajectories.images_per_prompt, -1)
+    unet.requires_grad_(True)
+    with torch.no_grad():
+        ref = whole_log_probs(policy, reference, trajectories).view(shape)
+        old = whole_log_probs(policy, unet, trajectories).view(shape)
+    gradients = []
+    for _ in range(updates):
+        log_probs = whole_log_probs(policy, unet, trajectories).view(shape)
+        loss = prdp_loss(log_probs, old, ref, REWARDS.view(shape[:2]), clip_range=CLIP, kl_weight=BETA, backend="torch")
+        gradients.append(list(torch.autograd.grad(loss, list(unet.parameters()))))
+        with torch.no_grad():
+            for parameter, gradient in zip(unet.parameters(), gradients[-1], strict=True):
+                parameter -= learning_rate * gradient
+    return gradients
+
+
+def no_reduce(values: list[float], op: str) -> list[float]:
+    return values
+
+
+def run(policy, engine, reference, trajectories, updates: int, micro_batch: int, objective=None, rewards=REWARDS, last_drift=None):
+    return run_updates(
+        policy, engine, objective or PrdpObjective(BETA, CLIP, "torch"), trajectories, rewards, reference=reference,
+        updates=updates, micro_batch=micro_batch, last_drift=last_drift, reduce=no_reduce,
+        phase=lambda name: contextlib.nullcontext(),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("micro_batch", [1, 5, 7, 24, 1000])
+@pytest.mark.parametrize("updates", [1, 3])
+def test_two_pass_gradient_is_autograd_through_the_whole_loss(updates: int, micro_batch: int) -> None:
+    policy, dtype, learning_rate = small_policy(), torch.float64, 2e-3
+    trajectories = small_trajectories(policy, small_unet(0), dtype=dtype)
+    reference = small_unet(1, dtype).requires_grad_(False)  # not the policy: log-ratios far from 0
+    expected = whole_loss_gradients(policy, small_unet(0, dtype), reference, trajectories, updates, learning_rate)
+
+    engine = PlainEngine(small_unet(0, dtype), learning_rate)
+    report = run(policy, engine, reference, trajectories, updates, micro_batch)
+    assert len(engine.gradients) == updates
+    for update, (got, want) in enumerate(zip(engine.gradients, expected, strict=True)):
+        scale = max(float(w.abs().max()) for w in want)
+        for (name, _), g, w in zip(engine.unet.named_parameters(), got, want, strict=True):
+            error = float((g - w).abs().max()) / scale
+            assert error < 1e-9, f"update {update}, {name}: relative error {error:.1e} at {int((g - w).abs().argmax())}"
+    if updates > 1:
+        assert report.metrics["clip_fraction"] > 0, "the later updates never reached the clip: this test would not see it broken"
+
+
+def test_all_clipped_pairs_stop_the_gradient() -> None:
+    """Far outside the clip range, on the wrong side, nothing may flow: dropping the clip would be seen here."""
+    objective = PrdpObjective(1.0, 1e-4, "torch")
+    old = torch.zeros(1, 2, 3)
+    log_probs = torch.tensor([[[0.5] * 3, [-0.5] * 3]])
+    inputs = ObjectiveInput(log_probs, old, old.clone(), torch.tensor([[1.0, 0.9]]), 0.0, 0.0)
+    # d = 1 overshoots dr = 0.1, so the unclipped branch wins and pushes back
+    assert objective(inputs).weights.abs().max() > 0
+    # d = 1 stays below dr = 2: the clipped branch is worse, wins, and is flat
+    inputs = ObjectiveInput(log_probs, old, old.clone(), torch.tensor([[2.0, 0.0]]), 0.0, 0.0)
+    assert objective(inputs).weights.abs().max() == 0
+
+
+def test_equal_rewards_contribute_exactly_nothing() -> None:
+    policy = small_policy()
+    trajectories = small_trajectories(policy, small_unet(0))
+    engine = PlainEngine(small_unet(0))
+    run(policy, engine, small_unet(1), trajectories, 1, 8, rewards=torch.full((6,), 0.25))
+    assert all(float(gradient.abs().max()) == 0 for gradient in engine.gradients[0])
+
+
+def test_higher_reward_is_made_more_likely() -> None:
+    policy = small_policy()
+    unet = small_unet(0)
+    trajectories = small_trajectories(policy, unet, groups=1, images=2)
+    before = log_prob_pass(policy, unet, trajectories, 8).mean(1)
+    run(policy, PlainEngine(unet, 1e-2), small_unet(0), trajectories, 1, 8, rewards=torch.tensor([1.0, 0.0]))
+    after = log_prob_pass(policy, unet, trajectories, 8).mean(1)
+    assert (after - before)[0] > (after - before)[1]
+    assert after[0] > before[0]
+
+
+def test_first_update_starts_at_ratio_zero_and_old_comes_from_the_training_path() -> None:
+    """With a learning rate of 0 the second update's log-probs must equal `old` to the last bit."""
+    policy = small_policy()
+    trajectories = small_trajectories(policy, small_unet(0))
+    seen: list[ObjectiveInput] = []
+
+    class Spy(PrdpObjective):
+        def __call__(self, batch: ObjectiveInput):
+            seen.append(batch)
+            return super().__call__(batch)
+
+    run(policy, PlainEngine(small_unet(0), 0.0), small_unet(0), trajectories, 3, 8, Spy(BETA, CLIP, "torch"), REWARDS.float())
+    assert len(seen) == 3
+    for batch in seen:
+        assert torch.equal(batch.log_probs, batch.old_log_probs)
+        assert torch.equal(batch.old_log_probs, batch.ref_log_probs)
+
+
+def test_fast_path_is_free_and_pass_one_runs_when_drift_would_show() -> None:
+    policy = small_policy()
+    trajectories = small_trajectories(policy, small_unet(0))
+    rows = trajectories.log_probs.numel()
+    tight, loose = PrdpObjective(1e-5, CLIP, "torch"), PrdpObjective(1e3, CLIP, "torch")
+    reports = [
+        run(policy, PlainEngine(small_unet(0), 0.0), small_unet(0), trajectories, 1, 8, objective, REWARDS.float(), drift)
+        for objective, drift in [(tight, 1e-6), (loose, 1e-3), (tight, None)]
+    ]
+    assert [report.free_first_pass for report in reports] == [True, False, False]
+    assert [report.update_rows for report in reports] == [rows, 2 * rows, 2 * rows]
+
+
+def test_no_graph_is_longer_than_a_micro_batch() -> None:
+    policy = small_policy()
+    unet = small_unet(0).requires_grad_(True)
+    trajectories = small_trajectories(policy, unet, groups=2, images=3)
+    widths: list[int] = []
+    unet.register_forward_pre_hook(lambda module, args: widths.append(len(args[0])))
+    gradient_pass(
+        policy, unet, trajectories, torch.ones_like(trajectories.log_probs), 5, lambda loss, last: loss.backward()
+    )
+    assert max(widths) == 10  # 5 rows, doubled by guidance
+    assert sum(widths) == 2 * trajectories.log_probs.numel()
+
+
+def test_micro_batches_cover_every_row_once() -> None:
+    policy = small_policy()
+    trajectories = small_trajectories(policy, small_unet(0), groups=3, images=2)
+    seen = []
+    for _, (latents, previous, steps, embeddings) in micro_batches(policy, trajectories, 7):
+        assert len(latents) == len(previous) == len(steps) == len(embeddings.prompt_embeds)
+        for x, step, embeds in zip(latents, steps, embeddings.prompt_embeds, strict=True):
+            row = int((trajectories.latents[:, step] == x).flatten(1).all(1).nonzero())
+            assert torch.equal(embeds, trajectories.embeddings.prompt_embeds[row // 2])
+            seen.append((row, int(step)))
+    assert sorted(seen) == [(row, step) for row in range(6) for step in range(len(policy.transitions.stochastic))]
+
+
+@pytest.mark.parametrize("normalization", ["per_prompt", "global"])
+def test_ddpo_weights_are_the_gradient_of_its_loss(normalization: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    old = torch.randn(3, 4, 5, generator=generator, dtype=torch.float64)
+    log_probs = (old + 0.02 * torch.randn(3, 4, 5, generator=generator, dtype=torch.float64)).requires_grad_(True)
+    rewards = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+    mean, std = float(rewards.mean()), float(rewards.std(correction=0))
+    objective = DdpoObjective(0.01, normalization, 5.0)  # type: ignore[arg-type]
+    output = objective(ObjectiveInput(log_probs, old, None, rewards, mean, std))
+
+    if normalization == "global":
+        advantages = (rewards - mean) / std
+    else:
+        advantages = (rewards - rewards.mean(1, keepdim=True)) / rewards.std(1, correction=0, keepdim=True)
+    ratio = torch.exp(log_probs - old)
+    loss = torch.maximum(-advantages[..., None] * ratio, -advantages[..., None] * ratio.clamp(0.99, 1.01)).mean()
+    (gradient,) = torch.autograd.grad(loss, log_probs)
+    torch.testing.assert_close(output.loss, loss, rtol=1e-7, atol=1e-12)
+    torch.testing.assert_close(output.weights.detach(), gradient, rtol=1e-7, atol=1e-12)
+    assert 0 < output.metrics["clip_fraction"] < 1
+
+
+def test_ddpo_drops_unscored_images_and_equal_groups() -> None:
+    objective = DdpoObjective(0.1, "per_prompt", 5.0)
+    zeros = torch.zeros(2, 3, 4)
+    rewards = torch.tensor([[1.0, float("nan"), 0.0], [0.5, 0.5, 0.5]])
+    weights = objective(ObjectiveInput(zeros, zeros, None, rewards, 0.5, 0.4)).weights
+    assert weights.isfinite().all()
+    assert (weights[0, 1] == 0).all() and (weights[1] == 0).all()
+    assert (weights[0, 0] < 0).all() and (weights[0, 2] > 0).all()
+
+
+@pytest.mark.parametrize("batch", [1, 3, 16])
+def test_trajectories_do_not_depend_on_the_rollout_batch(batch: int) -> None:
+    policy, unet = small_policy(), small_unet(0)
+    whole = small_trajectories(policy, unet, groups=4, images=4, batch=64)
+    parts = small_trajectories(policy, unet, groups=4, images=4, batch=batch)
+    torch.testing.assert_close(parts.latents, whole.latents, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(parts.log_probs, whole.log_probs, rtol=1e-5, atol=1e-5)
+    assert whole.latents.shape == (16, len(policy.transitions) + 1, *SHAPE)
+
+
+def test_sampler_and_trainer_agree_and_reward_noise_is_what_diffusers_would_add() -> None:
+    """The stored trajectory, stepped again by the definition with the noise it used, comes out the same."""
+    policy, unet = small_policy(), small_unet(0)
+    trajectories = small_trajectories(policy, unet)
+    trained = log_prob_pass(policy, unet, trajectories, 4)
+    torch.testing.assert_close(trained, trajectories.log_probs, rtol=0, atol=1e-5)
+    expected = whole_log_probs(policy, unet, trajectories)
+    torch.testing.assert_close(trained.double(), expected.double(), rtol=0, atol=1e-5)
+    assert trajectories.embeddings.prompt_embeds.shape[-1] == WIDTH
