@@ -17,7 +17,7 @@ from rich.table import Table
 
 PADDING = 8  # pixels between cells
 FONT_SIZE = 12  # pixels
-SMALLEST_CELL = 144  # pixels: the width below which a comparison magnifies its images, so that a caption fits beneath
+SMALLEST_GRID_CELL, SMALLEST_CELL = 128, 144  # pixels: narrower images are magnified, in a grid and in a comparison
 INK, FAINT, PAPER = (20, 20, 20), (110, 110, 110), (255, 255, 255)
 
 
@@ -49,12 +49,17 @@ def _strict(value: Any) -> Any:
 
 
 def image_grid(
-    images: torch.Tensor, path: Path, *, columns: int = 8, scale: int = 4, captions: Sequence[str] | None = None
+    images: torch.Tensor, path: Path, *, columns: int = 8, scale: int | None = None, captions: Sequence[str] | None = None
 ) -> Path:
-    """A PNG of (N, 3, H, W) uint8 images, row by row, magnified `scale` times, each with its caption wrapped below it."""
+    """A PNG of (N, 3, H, W) uint8 images, row by row, each with its caption wrapped below it.
+
+    scale: whole-number magnification; None takes the smallest that makes an image 128 pixels wide, 1 for photographs.
+    """
     check_images(images, "images")
     if captions is not None and len(captions) != len(images):
         raise ValueError(f"{len(images)} images but {len(captions)} captions")
+    if scale is None:
+        scale = max(1, math.ceil(SMALLEST_GRID_CELL / images.shape[-1]))
     if columns < 1 or scale < 1:
         raise ValueError(f"columns and scale are at least 1, got {columns} and {scale}")
     rows = []
@@ -262,7 +267,7 @@ PANELS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
     ("images per second", ("images_per_s",), False),
     ("seconds per epoch", ("seconds",), False),
 )
-MOST_LINES = 8  # in a panel; the rest would be unreadable
+MOST_LINES = 8  # in a panel, spread evenly over what there is; more would be unreadable
 
 
 def plot_curves(run_directory: Path) -> Path:
@@ -283,7 +288,10 @@ def plot_curves(run_directory: Path) -> Path:
         series = {name: [(row["epoch"], row[name]) for row in rows if _is_number(row.get(name))] for name in members}
         series = {name: points for name, points in series.items() if points}
         if series:
-            panels.append((title, dict(list(series.items())[:MOST_LINES]), logarithmic))
+            chosen = list(series.items())
+            if len(chosen) > MOST_LINES:
+                chosen = [chosen[round(i * (len(chosen) - 1) / (MOST_LINES - 1))] for i in range(MOST_LINES)]
+            panels.append((title, dict(chosen), logarithmic))
     if not panels:
         raise ValueError(f"{run_directory / 'metrics.jsonl'} has none of the metrics that are plotted")
     columns = min(3, len(panels))

@@ -73,6 +73,11 @@ def test_image_grid_magnifies_without_blur(tmp_path):
     assert (inside == images[0].permute(1, 2, 0).numpy().repeat(3, 0).repeat(3, 1)).all()
 
 
+@pytest.mark.parametrize(("side", "width"), [(32, 128), (100, 200), (512, 512)])
+def test_image_grid_magnifies_small_images_only(tmp_path, side, width):
+    assert pixels(image_grid(plain_images(1, side), tmp_path / "grid.png")).shape[1] == width + 2 * PADDING
+
+
 def test_captions_are_drawn_below_and_stay_in_their_cell(tmp_path):
     images = plain_images(2, side=32)
     captions = [PROMPT, "donaudampfschifffahrtsgesellschaftskapitaenskajuete"]
