@@ -7,6 +7,7 @@ either. A new unit needs a place in FLOORS, and gets one here, on purpose, by ha
 from __future__ import annotations
 
 import ast
+import itertools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 
@@ -283,3 +286,33 @@ def test_a_real_package_of_that_name_here_would_be_caught(tmp_path):
         (folder / "__init__.py").write_text("")
     code = f"import sys; sys.path.append({str(installed.parent)!r}); import kernels; print(kernels.__file__)"
     assert python(code, here.parent) == str(here / "__init__.py")
+
+
+# The workshop
+
+
+def requirements() -> dict[str, list[Requirement]]:
+    """The lists of setup.py by the name they have there."""
+    lists: dict[str, list[Requirement]] = {}
+    for node in ast.parse((ROOT / "setup.py").read_text()).body:
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and isinstance(node.value, ast.List):
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            assert isinstance(target, ast.Name)
+            lists[target.id] = [Requirement(text) for text in ast.literal_eval(node.value)]
+    return lists
+
+
+def test_constraints_pin_everything_that_setup_asks_for():
+    pins = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            pin = Requirement(line)  # refuses "-e" lines
+            (version,) = pin.specifier
+            assert pin.url is None and version.operator == "==" and "+" not in version.version, line
+            pins[canonicalize_name(pin.name)] = version.version
+    assert (pins["torch"], pins["triton"]) == ("2.13.0", "3.7.1")
+    asked = requirements()
+    assert {"CORE", "GPU", "DEV"} <= set(asked) and len(asked["CORE"]) > 10
+    for requirement in itertools.chain.from_iterable(asked.values()):
+        if requirement.marker is None or requirement.marker.evaluate({"python_version": "3.11", "platform_system": "Linux"}):
+            assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement
