@@ -51,7 +51,11 @@ class Evaluation:
 
 def statistics(values: torch.Tensor) -> dict[str, float]:
     n = len(values)
-    return {"mean": values.double().mean().item(), "stderr": values.double().std().item() / math.sqrt(n) if n > 1 else 0.0, "n": n}
+    return {
+        "mean": values.double().mean().item(),
+        "stderr": values.double().std().item() / math.sqrt(n) if n > 1 else 0.0,
+        "n": n,
+    }
 
 
 def compare(before: Evaluation, after: Evaluation) -> dict[str, dict[str, float]]:

@@ -15,6 +15,7 @@ class Prompt:
     index: int
     text: str
     metadata: dict[str, Any]
+    occurrence: int = 0  # 1 for the second copy in an epoch that straddles two passes over the set
 
 
 class TextEmbeddings(NamedTuple):

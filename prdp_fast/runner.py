@@ -1,6 +1,6 @@
 """One job, top to bottom.
 
-    prompts -> embeddings -> rollout -> rewards -> reference log-probs -> weights -> gradient pass -> optimizer step
+prompts -> embeddings -> rollout -> rewards -> reference log-probs -> weights -> gradient pass -> optimizer step
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ def train(job: Job, output: Path, device: torch.device) -> dict[str, Any]:
     return summary
 
 
-class agree_on_rewards:  # noqa: N801 - reads as a verb where it is used
+class agree_on_rewards:
     """A reward that fails on one rank stops every rank, with the same line, instead of leaving them in a collective."""
 
     def __enter__(self) -> None:

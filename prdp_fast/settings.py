@@ -31,7 +31,9 @@ class SamplerSettings(Section):
     num_inference_steps: int = Field(50, ge=1, description="T")
     guidance_scale: float | None = Field(5.0, description="s of classifier-free guidance; null samples without it")
     eta: float = Field(1.0, description="DDIM's share of noise, 0 < eta <= 1; DDPM has only 1")
-    rollout_batch: int = Field(64, ge=1, description="trajectories per U-Net call (guidance doubles the rows); changes speed only")
+    rollout_batch: int = Field(
+        64, ge=1, description="trajectories per U-Net call (guidance doubles the rows); changes speed only"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> SamplerSettings:

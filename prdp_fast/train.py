@@ -22,14 +22,15 @@ if __package__ in (None, ""):
     sys.path.insert(1, str(_root / "kernels"))
 
 # One thread pool per rank: without this every rank would start a thread for every core.
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))))
+_local_ranks = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _local_ranks)))
 
 # transformers and diffusers speak while they are imported.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
-from prdp_fast.errors import UserError  # noqa: E402
-from prdp_fast.settings import find_recipe, load_recipe  # noqa: E402
+from prdp_fast.errors import UserError
+from prdp_fast.settings import find_recipe, load_recipe
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -78,10 +79,12 @@ def launch(args: argparse.Namespace) -> int:
     device = zero.init_distributed()
     try:
         # Rank 0 looks at the directory, and every rank hears its verdict.
-        fault, finished = None, False
+        fault = None
         if zero.launched_rank() == 0:
             try:
-                checkpoint.claim_run_directory(output, job.record(), "auto" if args.resume not in ("auto", "never") else args.resume)
+                checkpoint.claim_run_directory(
+                    output, job.record(), "auto" if args.resume not in ("auto", "never") else args.resume
+                )
             except UserError as error:
                 fault = str(error)
         fault = zero.gather_objects(fault)[0]

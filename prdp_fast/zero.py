@@ -136,7 +136,10 @@ def resolve_config(name: str, settings: Settings, *, world_size: int, stochastic
     trajectories = schedule.prompts_per_epoch * schedule.images_per_prompt
     accumulation = math.ceil(trajectories * stochastic_steps / world_size / schedule.micro_batch)
     settle(
-        config, "train_batch_size", schedule.micro_batch * accumulation * world_size, "schedule (rows of one update over all ranks)"
+        config,
+        "train_batch_size",
+        schedule.micro_batch * accumulation * world_size,
+        "schedule (rows of one update over all ranks)",
     )
     config["train_micro_batch_size_per_gpu"] = settle(
         config, "train_micro_batch_size_per_gpu", schedule.micro_batch, "schedule.micro_batch"
@@ -158,7 +161,9 @@ def resolve_config(name: str, settings: Settings, *, world_size: int, stochastic
     settle(parameters, "eps", optimizer.eps, "optimizer.eps", "optimizer.params.eps")
     settle(parameters, "weight_decay", optimizer.weight_decay, "optimizer.weight_decay", "optimizer.params.weight_decay")
     if parameters:
-        raise UserError(f"config {path.name}: optimizer.params.{next(iter(parameters))} has no counterpart in the recipe; remove it")
+        raise UserError(
+            f"config {path.name}: optimizer.params.{next(iter(parameters))} has no counterpart in the recipe; remove it"
+        )
     if "scheduler" in config:
         raise UserError(f"config {path.name}: a 'scheduler' section contradicts the recipe's optimizer.warmup_updates; remove it")
 
@@ -224,7 +229,11 @@ class ZeroEngine:
         elif offload:  # without an accelerator the plain optimizer is already on the CPU, and needs no compiler
             values["zero_force_ds_cpu_optimizer"] = False
         optimizer = optimizer_class(
-            unet.parameters(), lr=settings.learning_rate, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
+            unet.parameters(),
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
         )
         self.engine, *_ = deepspeed.initialize(model=unet, optimizer=optimizer, config=values)
 

@@ -1,6 +1,6 @@
 """Run the same three-epoch job under several DeepSpeed configurations in one process per rank; launched by test_stages.py.
 
-    deepspeed --num_gpus 2 tests/drive_stages.py OUTPUT zero0.json zero2.json ...
+deepspeed --num_gpus 2 tests/drive_stages.py OUTPUT zero0.json zero2.json ...
 """
 
 from __future__ import annotations

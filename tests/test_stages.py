@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from drive_stages import OVERRIDES
-from prdp_kernels import derive_seeds, philox_normal, prdp_loss
 from safetensors.torch import load_file
 
 from prdp_fast.models.pipeline import Pipeline
@@ -18,6 +17,7 @@ from prdp_fast.prompts.stream import PromptSet, PromptStream
 from prdp_fast.rewards import build_rewards
 from prdp_fast.sampling.transitions import Transitions
 from prdp_fast.settings import load_recipe
+from prdp_kernels import derive_seeds, philox_normal, prdp_loss
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ["zero0.json", "zero1.json", "zero2.json", "zero3.json", "zero3_offload.json"]
@@ -26,7 +26,13 @@ CONFIGS = ["zero0.json", "zero1.json", "zero2.json", "zero3.json", "zero3_offloa
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
 def weights(request, tmp_path_factory) -> dict[str, dict[str, torch.Tensor]]:
     output = tmp_path_factory.mktemp(f"ranks{request.param}")
-    command = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", str(request.param), ROOT / "tests/drive_stages.py", output]
+    command = [
+        Path(sys.executable).with_name("deepspeed"),
+        "--num_gpus",
+        str(request.param),
+        ROOT / "tests/drive_stages.py",
+        output,
+    ]
     result = subprocess.run([*map(str, command), *CONFIGS], capture_output=True, text=True, cwd=output, timeout=400)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return {

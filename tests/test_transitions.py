@@ -54,9 +54,7 @@ def test_ddpm_steps_as_diffusers(prediction: str, spacing: str, steps: int, vari
 @pytest.mark.parametrize("eta", [0.3, 1.0])
 @pytest.mark.parametrize("set_alpha_to_one", [False, True])
 def test_ddim_steps_as_diffusers(prediction: str, spacing: str, steps: int, eta: float, set_alpha_to_one: bool) -> None:
-    scheduler = DDIMScheduler(
-        **SD, prediction_type=prediction, timestep_spacing=spacing, set_alpha_to_one=set_alpha_to_one
-    )
+    scheduler = DDIMScheduler(**SD, prediction_type=prediction, timestep_spacing=spacing, set_alpha_to_one=set_alpha_to_one)
     take_steps(scheduler, Transitions.from_scheduler(scheduler, steps, eta), steps, eta)
 
 

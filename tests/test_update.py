@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from conftest import SHAPE, WIDTH, small_policy, small_trajectories, small_unet
-from prdp_kernels import prdp_loss
+from small_model import SHAPE, WIDTH, small_policy, small_trajectories, small_unet
 
 from prdp_fast.objectives import DdpoObjective, ObjectiveInput, PrdpObjective
 from prdp_fast.records import Trajectories
 from prdp_fast.update import gradient_pass, log_prob_pass, micro_batches, run_updates
+from prdp_kernels import prdp_loss
 
 CLIP, BETA = 2e-4, 0.5
 REWARDS = torch.tensor([0.3, 0.9, 0.1, 0.2, 0.2, 0.8], dtype=torch.float64)
@@ -86,7 +86,9 @@ def no_reduce(values: list[float], op: str) -> list[float]:
     return values
 
 
-def run(policy, engine, reference, trajectories, updates: int, micro_batch: int, objective=None, rewards=REWARDS, last_drift=None):
+def run(
+    policy, engine, reference, trajectories, updates: int, micro_batch: int, objective=None, rewards=REWARDS, last_drift=None
+):
     return run_updates(
         policy, engine, objective or PrdpObjective(BETA, CLIP, "torch"), trajectories, rewards, reference=reference,
         updates=updates, micro_batch=micro_batch, last_drift=last_drift, reduce=no_reduce,
@@ -183,9 +185,7 @@ def test_no_graph_is_longer_than_a_micro_batch() -> None:
     trajectories = small_trajectories(policy, unet, groups=2, images=3)
     widths: list[int] = []
     unet.register_forward_pre_hook(lambda module, args: widths.append(len(args[0])))
-    gradient_pass(
-        policy, unet, trajectories, torch.ones_like(trajectories.log_probs), 5, lambda loss, last: loss.backward()
-    )
+    gradient_pass(policy, unet, trajectories, torch.ones_like(trajectories.log_probs), 5, lambda loss, last: loss.backward())
     assert max(widths) == 10  # 5 rows, doubled by guidance
     assert sum(widths) == 2 * trajectories.log_probs.numel()
 

@@ -290,7 +290,7 @@ def assemble(tokenizer: CLIPTokenizer, vae: AutoencoderKL, modules: nn.ModuleDic
 def report_samples(pipeline: StableDiffusionPipeline, path: Path) -> None:
     """Sample 96 held-out prompts, print how many attributes are right, write an 8 x 6 grid of the first 48."""
     chooser = random.Random(1)
-    prompts = []
+    prompts: list[str] = []
     while len(prompts) < 96:
         scene = scenes.scene_at(chooser.randrange(scenes.NUM_SCENES))
         if scenes.split_of(scene) != "train":
@@ -318,12 +318,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, default=49_152, help="training scenes drawn")
     parser.add_argument("--vae-steps", type=int, default=7_000)
-    parser.add_argument("--unet-steps", type=int, default=3_000)
+    parser.add_argument("--unet-steps", type=int, default=4_500)
     args = parser.parse_args()
 
     args.work.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
-    prompts, images, foreground = dataset = draw_dataset(args.images, args.seed)
+    prompts, images, _ = dataset = draw_dataset(args.images, args.seed)
     vae = train_vae(args.work, dataset, args)
     strict = strict_reconstructions(vae, prompts[-200:], images[-200:])
     if strict < 0.9:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from prdp_kernels import prdp_loss_and_grad
 
 from prdp_fast.objectives.base import ObjectiveInput, ObjectiveOutput
+from prdp_kernels import prdp_loss_and_grad
 
 
 class PrdpObjective:

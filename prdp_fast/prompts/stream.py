@@ -20,6 +20,7 @@ import tarfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -244,13 +245,19 @@ class PromptStream:
     def epoch(self, e: int) -> list[Prompt]:
         """This rank's prompts_per_epoch / world_size prompts of epoch e, from 0.
 
-        An epoch that straddles two passes over the set can hold a prompt twice; any other holds different prompts.
+        An epoch that straddles two passes over the set can hold a prompt twice; the copy of the later pass has occurrence 1, so
+        that its noise is its own.
         """
         if e < 0:
             raise ValueError(f"epoch {e} is negative")
         count = self.prompts_per_epoch // self.world_size
         start = e * self.prompts_per_epoch + self.rank * count
-        return list(itertools.islice(self._from(start), count))
+        total = len(self.prompt_set)
+        boundary = (e * self.prompts_per_epoch // total + 1) * total  # the position at which the epoch enters its second pass
+        return [
+            replace(prompt, occurrence=1) if position >= boundary else prompt
+            for position, prompt in zip(range(start, start + count), self._from(start))
+        ]
 
     def _from(self, position: int) -> Iterator[Prompt]:
         """The global sequence from `position` on, without end."""

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from prdp_kernels import denoise_step, gaussian_log_prob
 from torch import nn
 
 from prdp_fast.records import TextEmbeddings
 from prdp_fast.sampling.transitions import Transitions
+from prdp_kernels import denoise_step, gaussian_log_prob
 
 Backend = Literal["auto", "triton", "torch"]
 

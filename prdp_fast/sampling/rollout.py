@@ -7,17 +7,18 @@ batch size, the number of ranks and the device, and resuming needs no generator 
 from __future__ import annotations
 
 import torch
-from prdp_kernels import derive_seeds, philox_normal
 from torch import nn
 
 from prdp_fast.records import Prompt, TextEmbeddings, Trajectories
 from prdp_fast.sampling.policy import Policy
+from prdp_kernels import derive_seeds, philox_normal
 
 
 def noise_seeds(prompts: list[Prompt], images_per_prompt: int, *, seed: int, epoch: int) -> torch.Tensor:
     """(N,) int64 Philox keys of the trajectories of `prompts`, prompt-major."""
     prompt = torch.tensor([p.index for p in prompts], dtype=torch.int64).repeat_interleave(images_per_prompt)
-    image = torch.arange(images_per_prompt, dtype=torch.int64).repeat(len(prompts))
+    first = torch.tensor([p.occurrence * images_per_prompt for p in prompts], dtype=torch.int64)
+    image = (first[:, None] + torch.arange(images_per_prompt)).flatten()
     return derive_seeds(seed, epoch, prompt, image)
 
 

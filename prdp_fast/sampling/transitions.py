@@ -66,8 +66,7 @@ class Transitions:
         trained = config.num_train_timesteps
         if not 1 <= num_inference_steps <= trained:
             raise UserError(
-                f"sampler.num_inference_steps is {num_inference_steps}; expected 1 to {trained}, "
-                "the model's training timesteps"
+                f"sampler.num_inference_steps is {num_inference_steps}; expected 1 to {trained}, the model's training timesteps"
             )
         if not 0 < eta <= 1:
             raise UserError(
@@ -127,6 +126,6 @@ class Transitions:
         std = torch.where(std > NO_NOISE, std, zero)
         if not bool((std > 0).any()):
             raise UserError(
-                f"{name} with {num_inference_steps} steps adds no noise at any step; raise sampler.num_inference_steps to 2 or more"
+                f"{name} with {num_inference_steps} steps adds no noise at any step; raise sampler.num_inference_steps"
             )
         return cls(timesteps, sample_coef, output_coef, std, float(scheduler.init_noise_sigma))

@@ -1,0 +1,87 @@
+"""What the engine does to gradients, at every stage and precision; run by test_engine.py in one process per rank.
+
+    deepspeed --num_gpus N tests/drive_engine.py RESULT.json
+
+Every case makes an update of 400 backwards on one linear layer, whose gradient is known in closed form.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+BACKWARDS = 400
+WIDTH = 24
+CASES = [
+    *[(f"zero{stage}", precision) for stage in ("0", "1", "2", "3", "3_offload") for precision in ("float32", "bfloat16")],
+]
+
+
+def run_case(name: str, precision: str, device) -> dict[str, float | bool]:
+    import torch
+    import torch.distributed as dist
+
+    from prdp_fast import zero
+    from prdp_fast.settings import OptimizerSettings, load_recipe
+
+    settings = load_recipe("smoke", ["schedule.prompts_per_epoch=2"])
+    config = json.loads((ROOT / "configs" / f"{name}.json").read_text())
+    config["bf16"] = {"enabled": precision == "bfloat16"}
+    path = Path(sys.argv[-1]).with_name(f"{name}-{precision}-{dist.get_rank()}.json")
+    path.write_text(json.dumps(config))
+    resolved = zero.resolve_config(
+        str(path), settings, world_size=dist.get_world_size(), stochastic_steps=BACKWARDS, cuda=False
+    )
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(WIDTH, 1, bias=False)
+    engine = zero.ZeroEngine(layer, OptimizerSettings(learning_rate=1e-2, weight_decay=0.0), resolved, device)
+    # Rank r's gradient is (r + 1) * weight per backward; ranks average.
+    x = torch.full((1, WIDTH), float(dist.get_rank() + 1), dtype=resolved.dtype)
+    mean_x = (dist.get_world_size() + 1) / 2
+
+    def update(weight: float, poison: bool = False):
+        engine.set_scale(weight)
+        for number in range(BACKWARDS):
+            factor = math.inf if poison and number == 7 else weight
+            engine.backward((engine.unet(x).float() * factor).sum(), last=number == BACKWARDS - 1)
+        return engine.step()
+
+    def weights():
+        return engine.full_state_dict()["weight"].clone()
+
+    before = weights()
+    poisoned = update(1.0, poison=True)
+    after_poison = weights()
+    norms = [update(weight).grad_norm / (weight * BACKWARDS * mean_x * math.sqrt(WIDTH)) for weight in (1.0, 3e5, 1e-4)]
+    after = weights()
+    return {
+        "poison_applied": poisoned.applied,
+        "poison_moved": float((after_poison - before).abs().max()),
+        "worst_norm_ratio_error": max(abs(ratio - 1) for ratio in norms),
+        "step": float((after - before).mean()),
+    }
+
+
+def main() -> None:
+    from prdp_fast import zero
+    from prdp_fast.errors import UserError
+
+    device = zero.init_distributed()
+    results = {}
+    for name, precision in CASES:
+        try:
+            results[f"{name} {precision}"] = run_case(name, precision, device)
+        except UserError as error:
+            results[f"{name} {precision}"] = {"refused": str(error)}
+    if zero.launched_rank() == 0:
+        Path(sys.argv[-1]).write_text(json.dumps(results))
+    zero.shutdown_distributed()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""Gradients through DeepSpeed: 400 backwards add up in float32, ranks average, scales are undone, poison is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from drive_engine import BACKWARDS, CASES
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+def results(request, tmp_path_factory) -> dict[str, dict]:
+    path = tmp_path_factory.mktemp(f"engine{request.param}") / "results.json"
+    command = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", request.param, ROOT / "tests/drive_engine.py", path]
+    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=path.parent, timeout=400)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize(("name", "precision"), CASES)
+def test_gradients(results: dict[str, dict], name: str, precision: str) -> None:
+    case = results[f"{name} {precision}"]
+    if name == "zero0" and precision == "bfloat16":
+        assert "stage 1" in case["refused"]  # it would add up in 16 bits
+        return
+    assert not case["poison_applied"]
+    assert case["poison_moved"] == 0, "a non-finite gradient reached the weights"
+    # Every addend is rounded to the dtype (bf16: 2**-9 relative) and summed in float32. Summed in bf16, the total would stop
+    # growing at 256 addends: an error of 36%.
+    tolerance = 2**-8 if precision == "bfloat16" else 1e-5
+    assert BACKWARDS > 300
+    assert case["worst_norm_ratio_error"] < tolerance
+    # Three AdamW steps of one constant gradient: each moves every weight by the learning rate, downhill.
+    assert case["step"] == pytest.approx(-3e-2, rel=0.02)

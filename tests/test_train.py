@@ -1,0 +1,148 @@
+"""The command itself, as a user runs it: launch, kill, resume, export."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+DEEPSPEED = Path(sys.executable).with_name("deepspeed")
+SMALL = [
+    "--recipe", "smoke", "--config", "zero2.json", "--set", "schedule.epochs=5", "--set", "evaluation.prompts=48",
+    "--set", "sampler.num_inference_steps=3", "--set", "checkpoint.keep=2",
+]  # fmt: skip
+
+
+def start(output: Path, *arguments: str) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "prdp_fast/train.py"), *SMALL, "--output", str(output), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+def finish(process: subprocess.Popen) -> str:
+    text, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, text[-4000:]
+    return text
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model/unet/diffusion_pytorch_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory) -> tuple[Path, str]:
+    """An uninterrupted run, and what it printed."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    return output, finish(start(output))
+
+
+def test_a_run_leaves_what_it_promises(whole_run: tuple[Path, str]) -> None:
+    run, printed = whole_run
+    assert printed.rstrip().splitlines()[-1] == str(run)
+    summary = json.loads((run / "summary.json").read_text())
+    for split in ("seen", "unseen"):
+        for moment in ("before", "after"):
+            assert {"mean", "stderr", "n", "strict"} <= summary["evaluation"][split][moment].keys()
+            assert summary["evaluation"][split][moment]["n"] == 48
+    images = 5 * 4 * 4
+    assert summary["epochs"] == 5 and summary["images"] == images and summary["wall_s"] > 0
+    # 3 steps, 2 of them stochastic with DDPM; guidance doubles; K = 2: two gradient passes and one pass (1), and in the first
+    # epoch one more pass (1) to measure the drift.
+    assert summary["unet_forwards"] == {"rollout": images * 3 * 2, "reference": images * 2 * 2, "update": images * 2 * 2 * 3 + 64}
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == list(range(5))
+    assert all(line["drift"] < 1e-4 for line in lines)
+    assert list((run / "tensorboard").glob("events*"))
+    assert {path.name for path in (run / "samples").glob("*.png")} >= {"before.png", "after.png", "before_after.png"}
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["epoch-000004", "epoch-000005"]
+
+
+@pytest.mark.parametrize("moment", ["random", "while a checkpoint is written"])
+def test_a_killed_run_resumes_bit_for_bit(whole_run: tuple[Path, str], tmp_path: Path, moment: str) -> None:
+    run = tmp_path / "run"
+    process = start(run)
+    checkpoints = run / "checkpoints"
+    deadline = time.monotonic() + 300
+    if moment == "random":
+        while not list(checkpoints.glob("epoch-*")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        time.sleep(random.uniform(0, 4))
+    else:
+        while not (list(checkpoints.glob(".*.partial")) and list(checkpoints.glob("epoch-*"))):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.0005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()  # type: ignore[union-attr]
+    whole = [path for path in checkpoints.glob("epoch-*") if (path / "state.json").exists()]
+    assert whole, "no usable checkpoint was left"
+    finish(start(run, "--resume", "auto"))
+    expected = weights(whole_run[0])
+    for name, tensor in weights(run).items():
+        assert torch.equal(tensor, expected[name]), f"{name} differs by {(tensor - expected[name]).abs().max():.1e}"
+    resumed, uninterrupted = (json.loads((path / "summary.json").read_text()) for path in (run, whole_run[0]))
+    assert resumed["evaluation"] == uninterrupted["evaluation"]
+    assert resumed["unet_forwards"] == uninterrupted["unet_forwards"]
+    epochs = [json.loads(line)["epoch"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert epochs == list(range(5))
+
+
+FRESH = """
+import json, sys, torch
+from diffusers import StableDiffusionPipeline
+pipe = StableDiffusionPipeline.from_pretrained(sys.argv[1], dtype=torch.float32)
+pipe.set_progress_bar_config(disable=True)
+assert not any(name.startswith("prdp") for name in sys.modules)
+images = pipe(json.loads(sys.argv[2]), num_inference_steps=3, guidance_scale=2.0, output_type="np",
+              generator=torch.Generator().manual_seed(0)).images
+torch.save(torch.from_numpy((images * 255).round().astype("uint8")).permute(0, 3, 1, 2), sys.argv[3])
+"""
+
+
+def test_the_export_opens_in_a_fresh_process_and_scores_the_reported_reward(whole_run: tuple[Path, str], tmp_path: Path) -> None:
+    from prdp_fast.rewards.shapes_alignment import read_images
+
+    run, _ = whole_run
+    evaluation = torch.load(run / "evaluation_after.pt", weights_only=True)["unseen"]
+    command = [sys.executable, "-c", FRESH, str(run / "model"), json.dumps(evaluation["prompts"]), str(tmp_path / "images.pt")]
+    subprocess.run(command, check=True, cwd=tmp_path, timeout=300, env={**os.environ, "PYTHONPATH": ""})
+    scores = read_images(torch.load(tmp_path / "images.pt", weights_only=True), evaluation["prompts"]).scores
+    reported = json.loads((run / "summary.json").read_text())["evaluation"]["unseen"]["after"]
+    difference = scores - evaluation["rewards"]  # same prompts, other noise
+    assert abs(difference.mean()) < 4 * difference.std() / len(difference) ** 0.5
+    assert abs(scores.mean() - reported["mean"]) < 4 * reported["stderr"]
+
+
+def test_the_deepspeed_command_by_absolute_path_from_another_directory(tmp_path: Path) -> None:
+    command = [
+        str(DEEPSPEED), str(ROOT / "prdp_fast/train.py"), "--config", "zero2.json", "--recipe", "tiny_ddpo",
+        "--set", "schedule.epochs=1", "--set", "evaluation.prompts=4", "--set", "sampler.num_inference_steps=2",
+        "--set", "schedule.prompts_per_epoch=2", "--set", "schedule.images_per_prompt=2",
+    ]  # fmt: skip
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    (run,) = (tmp_path / "runs").iterdir()
+    assert (run / "model" / "model_index.json").is_file()
+    assert str(run) in result.stdout
+
+
+def test_a_refusal_under_the_launcher_is_one_line_and_a_status(tmp_path: Path) -> None:
+    command = [str(DEEPSPEED), "--num_gpus", "2", str(ROOT / "prdp_fast/train.py"), "--config", "zero2.json", "--recipe", "smoke"]
+    result = subprocess.run(
+        [*command, "--set", "schedule.prompts_per_epoch=3"], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode != 0
+    printed = result.stdout + result.stderr
+    assert printed.count("error: schedule.prompts_per_epoch is 3, not divisible by 2 ranks") == 1
+    assert "Traceback" not in printed
+    assert not (tmp_path / "runs").exists()
