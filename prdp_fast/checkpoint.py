@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from prdp_fast.errors import UserError
+from prdp_fast.files import write_json
 
 STATE = "state.json"
 RUN = "run.json"
@@ -20,17 +21,6 @@ SUMMARY = "summary.json"
 
 # What a resumed run may change: how long it goes on and what it keeps, never what an epoch computes.
 MAY_CHANGE = ("schedule.epochs", "schedule.time_limit_minutes", "checkpoint.every", "checkpoint.keep")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write and rename, so that a reader finds the old file or the new one, never half of one."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 class Checkpoints:

@@ -21,30 +21,6 @@ SMALLEST_GRID_CELL, SMALLEST_CELL = 128, 144  # pixels: narrower images are magn
 INK, FAINT, PAPER = (20, 20, 20), (110, 110, 110), (255, 255, 255)
 
 
-def write_json_atomic(path: Path, value: Any) -> None:
-    """Strict JSON (NaN and infinities become null), written whole or not at all."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(_strict(value), file, indent=2, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def _strict(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _strict(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_strict(item) for item in value]
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if isinstance(value, torch.Tensor) or hasattr(value, "tolist"):  # tensors and numpy alike
-        return _strict(value.tolist())
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 # Pictures
 
 

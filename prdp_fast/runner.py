@@ -5,7 +5,9 @@ prompts -> embeddings -> rollout -> rewards -> reference log-probs -> weights ->
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ import torch
 from prdp_fast import checkpoint as checkpoints
 from prdp_fast import reporting, zero
 from prdp_fast.errors import RewardError, UserError
-from prdp_fast.evaluation import STRICT, Evaluation, compare, evaluate
+from prdp_fast.evaluation import Evaluation, compare, evaluate
+from prdp_fast.files import write_json
 from prdp_fast.models.pipeline import Pipeline, load_scheduler
 from prdp_fast.models.text import TextEncoder
 from prdp_fast.objectives import build_objective
@@ -30,6 +33,7 @@ from prdp_fast.telemetry import Telemetry
 from prdp_fast.update import run_updates
 
 GRID_PROMPTS = 24  # pictures of a sample grid
+COMPARED_PROMPTS = 12  # of the picture that sets before against after
 
 
 @dataclass(frozen=True)
@@ -198,10 +202,10 @@ def train(job: Job, output: Path, device: torch.device) -> dict[str, Any]:
                 telemetry.message(f"epoch {epoch}: {report.skipped_updates} update(s) had a non-finite gradient and were skipped")
 
             if progress.epoch % settings.checkpoint.every == 0:
-                with telemetry.phase("checkpoint"):
+                with telemetry.phase("checkpoint", throughput=False):
                     save()
             if settings.evaluation.every and progress.epoch % settings.evaluation.every == 0 and before:
-                with telemetry.phase("evaluate"):
+                with telemetry.phase("evaluate", throughput=False):
                     during = evaluate_sets(["seen"])["seen"]
                 telemetry.log_scalars(epoch, {"evaluation/seen": during.summary()["mean"]})
                 if is_main:
@@ -216,11 +220,7 @@ def train(job: Job, output: Path, device: torch.device) -> dict[str, Any]:
             if is_main:
                 torch.save({name: vars(evaluation) for name, evaluation in after.items()}, output / "evaluation_after.pt")
                 write_grid(after["unseen"], output / "samples" / "after.png", telemetry, progress.epoch)
-                reporting.comparison_grid(
-                    before["unseen"].images[: GRID_PROMPTS // 2], after["unseen"].images[: GRID_PROMPTS // 2],
-                    before["unseen"].prompts[: GRID_PROMPTS // 2], output / "samples" / "before_after.png",
-                    before["unseen"].rewards[: GRID_PROMPTS // 2].tolist(), after["unseen"].rewards[: GRID_PROMPTS // 2].tolist(),
-                )  # fmt: skip
+                write_comparison(before["unseen"], after["unseen"], output / "samples" / "before_after.png")
         state = engine.full_state_dict()
         if is_main:
             pipeline.export(output / "model", state)
@@ -231,31 +231,29 @@ def train(job: Job, output: Path, device: torch.device) -> dict[str, Any]:
                 "unet_forwards": progress.unet_forwards,
                 "phase_s": {name: round(seconds, 3) for name, seconds in telemetry.phase_seconds.items()},
             }
-            checkpoints.write_json(output / checkpoints.SUMMARY, summary)
+            write_json(output / checkpoints.SUMMARY, summary)
         zero.barrier()
     return summary
 
 
-class agree_on_rewards:
+@contextlib.contextmanager
+def agree_on_rewards() -> Iterator[None]:
     """A reward that fails on one rank stops every rank, with the same line, instead of leaving them in a collective."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> bool:
-        if error is not None and not isinstance(error, RewardError):
-            return False
-        messages = [message for message in zero.gather_objects(None if error is None else str(error)) if message]
-        if messages and error is None:
-            raise RewardError(messages[0])
-        return False
+    fault: RewardError | None = None
+    try:
+        yield
+    except RewardError as error:
+        fault = error
+    messages = [message for message in zero.gather_objects(None if fault is None else str(fault)) if message]
+    if messages:
+        raise RewardError(messages[0]) from fault
 
 
-def load_or_run(path: Path, run: Any, is_main: bool) -> dict[str, Evaluation]:
+def load_or_run(path: Path, run: Callable[[], dict[str, Evaluation]], is_main: bool) -> dict[str, Evaluation]:
     """The evaluation before training, from the run directory if an earlier start left it there."""
     if path.exists():
         return {name: Evaluation(**fields) for name, fields in torch.load(path, weights_only=True).items()}
-    results: dict[str, Evaluation] = run()
+    results = run()
     if is_main:
         partial = path.with_suffix(".partial")
         torch.save({name: vars(evaluation) for name, evaluation in results.items()}, partial)
@@ -290,4 +288,11 @@ def write_grid(evaluation: Evaluation, path: Path, telemetry: Telemetry, step: i
     telemetry.log_image(f"samples/{path.stem}", path, step)
 
 
-__all__ = ["STRICT", "Job", "Progress", "train"]
+def write_comparison(before: Evaluation, after: Evaluation, path: Path) -> None:
+    """The first image of the first prompts, before above after, with its prompt's reward."""
+    part = slice(0, COMPARED_PROMPTS)
+    images_per_prompt = len(before.images) // len(before.prompts)
+    reporting.comparison_grid(
+        before.images[::images_per_prompt][part], after.images[::images_per_prompt][part], before.prompts[part], path,
+        before.rewards[part].tolist(), after.rewards[part].tolist(),
+    )  # fmt: skip

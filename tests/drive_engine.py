@@ -34,9 +34,7 @@ def run_case(name: str, precision: str, device) -> dict[str, float | bool]:
     config["bf16"] = {"enabled": precision == "bfloat16"}
     path = Path(sys.argv[-1]).with_name(f"{name}-{precision}-{dist.get_rank()}.json")
     path.write_text(json.dumps(config))
-    resolved = zero.resolve_config(
-        str(path), settings, world_size=dist.get_world_size(), stochastic_steps=BACKWARDS, cuda=False
-    )
+    resolved = zero.resolve_config(str(path), settings, world_size=dist.get_world_size(), stochastic_steps=BACKWARDS, cuda=False)
     torch.manual_seed(0)
     layer = torch.nn.Linear(WIDTH, 1, bias=False)
     engine = zero.ZeroEngine(layer, OptimizerSettings(learning_rate=1e-2, weight_decay=0.0), resolved, device)

@@ -28,7 +28,7 @@ class Floor(NamedTuple):
 
 
 FLOORS = (
-    Floor(frozenset({"records", "settings", "scenes", "errors"})),
+    Floor(frozenset({"records", "settings", "scenes", "errors", "files"})),
     Floor(frozenset({"prompts", "models", "sampling", "rewards", "objectives"}), apart=True),
     Floor(frozenset({"update", "zero", "checkpoint", "telemetry", "reporting", "evaluation", "doctor"})),
     Floor(frozenset({"runner"})),

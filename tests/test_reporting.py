@@ -13,7 +13,8 @@ from PIL import Image, ImageFont
 from rich.console import Console
 
 from prdp_fast import reporting
-from prdp_fast.reporting import PADDING, comparison_grid, final_table, image_grid, plot_curves, write_json_atomic
+from prdp_fast.files import write_json
+from prdp_fast.reporting import PADDING, comparison_grid, final_table, image_grid, plot_curves
 
 COLOURS = ((200, 10, 10), (10, 200, 10), (10, 10, 200), (200, 200, 10), (10, 200, 200))
 PROMPT = "a medium orange triangle with a purple outline at the middle center on a yellow background"
@@ -41,7 +42,7 @@ def test_json_is_strict_and_whole(tmp_path, monkeypatch):
         "e": tmp_path,
         "f": None,
     }
-    write_json_atomic(path, value)
+    write_json(path, value)
     expected = {"a": None, "b": [1, 2.5, None], "c": 0.5, "d": [1, 2], "e": str(tmp_path), "f": None}
     assert json.loads(path.read_text()) == expected
 
@@ -50,7 +51,7 @@ def test_json_is_strict_and_whole(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", crash)
     with pytest.raises(OSError, match="no"):
-        write_json_atomic(path, {"new": 1})
+        write_json(path, {"new": 1})
     assert json.loads(path.read_text()) == expected
 
 
