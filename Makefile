@@ -22,9 +22,12 @@ $(STAMP): setup.py constraints.txt
 	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
+# Without a GPU, two single-threaded ranks do more than one rank with two threads; with GPUs, DeepSpeed takes them all.
+RANKS ?= $(shell command -v nvidia-smi >/dev/null || { [ "$$(nproc)" -gt 1 ] && echo 2; })
+
 # The launcher's own log would come after the run directory's path, which is the last line.
 train: $(STAMP)
-	@. $(VENV)/bin/activate && deepspeed --log_level warning prdp_fast/train.py --config zero2.json --recipe tiny $(ARGS)
+	@. $(VENV)/bin/activate && deepspeed $(if $(RANKS),--num_gpus $(RANKS)) --log_level warning prdp_fast/train.py --config zero2.json --recipe tiny $(ARGS)
 
 # One thread a process, so that numbers do not depend on the machine and two ranks do not fight over two cores. Never the network.
 test: $(STAMP)

@@ -2,7 +2,7 @@
 
     deepspeed --num_gpus N tests/drive_engine.py RESULT.json
 
-Every case makes an update of 400 backwards on one linear layer, whose gradient is known in closed form.
+Every case makes updates on one linear layer, whose gradient is known in closed form; one of them has 400 backwards.
 """
 
 from __future__ import annotations
@@ -42,20 +42,24 @@ def run_case(name: str, precision: str, device) -> dict[str, float | bool]:
     x = torch.full((1, WIDTH), float(dist.get_rank() + 1), dtype=resolved.dtype)
     mean_x = (dist.get_world_size() + 1) / 2
 
-    def update(weight: float, poison: bool = False):
+    def update(weight: float, backwards: int, poison: bool = False):
         engine.set_scale(weight)
-        for number in range(BACKWARDS):
+        for number in range(backwards):
             factor = math.inf if poison and number == 7 else weight
-            engine.backward((engine.unet(x).float() * factor).sum(), last=number == BACKWARDS - 1)
+            engine.backward((engine.unet(x).float() * factor).sum(), last=number == backwards - 1)
         return engine.step()
 
     def weights():
         return engine.full_state_dict()["weight"].clone()
 
     before = weights()
-    poisoned = update(1.0, poison=True)
+    poisoned = update(1.0, 16, poison=True)
     after_poison = weights()
-    norms = [update(weight).grad_norm / (weight * BACKWARDS * mean_x * math.sqrt(WIDTH)) for weight in (1.0, 3e5, 1e-4)]
+    # All of them beyond the clipping norm of 1, so that AdamW sees one constant gradient.
+    norms = [
+        update(weight, backwards).grad_norm / (weight * backwards * mean_x * math.sqrt(WIDTH))
+        for weight, backwards in ((1.0, BACKWARDS), (3e5, 16), (0.1, 16))
+    ]
     after = weights()
     return {
         "poison_applied": poisoned.applied,

@@ -30,9 +30,9 @@ def test_gradients(results: dict[str, dict], name: str, precision: str) -> None:
         return
     assert not case["poison_applied"]
     assert case["poison_moved"] == 0, "a non-finite gradient reached the weights"
-    # Every addend is rounded to the dtype (bf16: 2**-9 relative) and summed in float32. Summed in bf16, the total would stop
+    # Every addend is rounded to the dtype (bf16: 2**-9 relative, twice: weight and product) and summed in float32. Summed in bf16, the total would stop
     # growing at 256 addends: an error of 36%.
-    tolerance = 2**-8 if precision == "bfloat16" else 1e-5
+    tolerance = 2**-7 if precision == "bfloat16" else 1e-5
     assert BACKWARDS > 300
     assert case["worst_norm_ratio_error"] < tolerance
     # Three AdamW steps of one constant gradient: each moves every weight by the learning rate, downhill.
