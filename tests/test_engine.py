@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from drive_engine import BACKWARDS, CASES
-
-ROOT = Path(__file__).resolve().parent.parent
+from launching import ROOT, deepspeed_command
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
 def results(request, tmp_path_factory) -> dict[str, dict]:
     path = tmp_path_factory.mktemp(f"engine{request.param}") / "results.json"
-    command = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", request.param, ROOT / "tests/drive_engine.py", path]
-    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=path.parent, timeout=400)
+    command = deepspeed_command(ROOT / "tests/drive_engine.py", path, ranks=request.param)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=path.parent, timeout=400)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return json.loads(path.read_text())
 
@@ -30,8 +27,8 @@ def test_gradients(results: dict[str, dict], name: str, precision: str) -> None:
         return
     assert not case["poison_applied"]
     assert case["poison_moved"] == 0, "a non-finite gradient reached the weights"
-    # Every addend is rounded to the dtype (bf16: 2**-9 relative, twice: weight and product) and summed in float32. Summed in bf16, the total would stop
-    # growing at 256 addends: an error of 36%.
+    # Every addend is rounded to the dtype (bf16: 2**-9 relative, twice: weight and product) and summed in float32. Summed in
+    # bf16, the total would stop growing at 256 addends: an error of 36%.
     tolerance = 2**-7 if precision == "bfloat16" else 1e-5
     assert BACKWARDS > 300
     assert case["worst_norm_ratio_error"] < tolerance

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from drive_stages import OVERRIDES
+from launching import ROOT, deepspeed_command
 from safetensors.torch import load_file
 
 from prdp_fast.models.pipeline import Pipeline
@@ -19,21 +19,14 @@ from prdp_fast.sampling.transitions import Transitions
 from prdp_fast.settings import load_recipe
 from prdp_kernels import derive_seeds, philox_normal, prdp_loss
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ["zero0.json", "zero1.json", "zero2.json", "zero3.json", "zero3_offload.json"]
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
 def weights(request, tmp_path_factory) -> dict[str, dict[str, torch.Tensor]]:
     output = tmp_path_factory.mktemp(f"ranks{request.param}")
-    command = [
-        Path(sys.executable).with_name("deepspeed"),
-        "--num_gpus",
-        str(request.param),
-        ROOT / "tests/drive_stages.py",
-        output,
-    ]
-    result = subprocess.run([*map(str, command), *CONFIGS], capture_output=True, text=True, cwd=output, timeout=400)
+    command = deepspeed_command(ROOT / "tests/drive_stages.py", output, *CONFIGS, ranks=request.param)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=output, timeout=400)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return {
         config: load_file(output / Path(config).stem / "model/unet/diffusion_pytorch_model.safetensors") for config in CONFIGS

@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from launching import ROOT, deepspeed_command
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parent.parent
-DEEPSPEED = Path(sys.executable).with_name("deepspeed")
 SMALL = [
     "--recipe", "smoke", "--config", "zero2.json", "--set", "schedule.epochs=5", "--set", "evaluation.prompts=48",
     "--set", "sampler.num_inference_steps=3", "--set", "checkpoint.keep=2",
@@ -124,11 +123,11 @@ def test_the_export_opens_in_a_fresh_process_and_scores_the_reported_reward(whol
 
 
 def test_the_deepspeed_command_by_absolute_path_from_another_directory(tmp_path: Path) -> None:
-    command = [
-        str(DEEPSPEED), str(ROOT / "prdp_fast/train.py"), "--config", "zero2.json", "--recipe", "tiny_ddpo",
+    command = deepspeed_command(
+        ROOT / "prdp_fast/train.py", "--config", "zero2.json", "--recipe", "tiny_ddpo",
         "--set", "schedule.epochs=1", "--set", "evaluation.prompts=4", "--set", "sampler.num_inference_steps=2",
         "--set", "schedule.prompts_per_epoch=2", "--set", "schedule.images_per_prompt=2",
-    ]  # fmt: skip
+    )  # fmt: skip
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     (run,) = (tmp_path / "runs").iterdir()
@@ -137,10 +136,9 @@ def test_the_deepspeed_command_by_absolute_path_from_another_directory(tmp_path:
 
 
 def test_a_refusal_under_the_launcher_is_one_line_and_a_status(tmp_path: Path) -> None:
-    command = [str(DEEPSPEED), "--num_gpus", "2", str(ROOT / "prdp_fast/train.py"), "--config", "zero2.json", "--recipe", "smoke"]
-    result = subprocess.run(
-        [*command, "--set", "schedule.prompts_per_epoch=3"], cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
+    arguments = ["--config", "zero2.json", "--recipe", "smoke", "--set", "schedule.prompts_per_epoch=3"]
+    command = deepspeed_command(ROOT / "prdp_fast/train.py", *arguments, ranks=2)
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.returncode != 0
     printed = result.stdout + result.stderr
     assert printed.count("error: schedule.prompts_per_epoch is 3, not divisible by 2 ranks") == 1

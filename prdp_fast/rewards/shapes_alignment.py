@@ -138,8 +138,8 @@ def read_images(images: torch.Tensor, prompts: Sequence[str]) -> Reading:
 class ShapesAlignment(Reward):
     """`read_images` as a reward: the mean score of the chosen attributes, in [0, 1].
 
-    Details, whichever are chosen: "strict", 1 where all seven attributes are read right, "seven", the mean score of all seven, and
-    every attribute's own.
+    Details, whichever are chosen: "strict", 1 where all seven attributes are read right, "seven", the mean score of all seven,
+    and every attribute's own.
     """
 
     name = "shapes_alignment"

@@ -49,7 +49,21 @@ def test_world_size_does_not_change_the_global_batches(small_directory: Path) ->
 
 def test_epoch_size_does_not_change_the_sequence(small_directory: Path) -> None:
     by_four, by_twenty = _stream(small_directory, prompts_per_epoch=4), _stream(small_directory, prompts_per_epoch=20)
-    assert list(chain(*map(by_four.epoch, range(20)))) == list(chain(*map(by_twenty.epoch, range(4))))
+    four = [prompt.index for e in range(20) for prompt in by_four.epoch(e)]
+    twenty = [prompt.index for e in range(4) for prompt in by_twenty.epoch(e)]
+    assert four == twenty
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_a_prompt_twice_in_an_epoch_has_two_occurrences(small_directory: Path, world_size: int) -> None:
+    """Noise is keyed by prompt and occurrence: equal keys would make the two groups the same images."""
+    repeated = 0
+    for e in range(12):
+        parts = [_stream(small_directory, prompts_per_epoch=20, rank=rank, world_size=world_size) for rank in range(world_size)]
+        keys = [(prompt.index, prompt.occurrence) for part in parts for prompt in part.epoch(e)]
+        assert len(set(keys)) == len(keys)
+        repeated += len(keys) - len({index for index, _ in keys})
+    assert repeated, "no epoch straddled two passes with a repeated prompt: this test saw nothing"
 
 
 def test_resume_is_a_seek(small_directory: Path) -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from prdp_fast import scenes
-from prdp_fast.rewards import RewardError, shapes_alignment
+from prdp_fast.errors import RewardError, UserError
+from prdp_fast.rewards import shapes_alignment
 from prdp_fast.rewards.shapes_alignment import ShapesAlignment, read_images
 
 COUNT = 96
@@ -178,8 +179,13 @@ def test_as_a_reward(drawn: tuple[list[scenes.Scene], torch.Tensor]) -> None:
     output = ShapesAlignment().score(images[:4], prompts, [{}] * 4)
     reading = read_images(images[:4], prompts)
     assert torch.equal(output.scores, reading.scores)
-    assert set(output.details) == {"strict", *scenes.ATTRIBUTES}
+    assert set(output.details) == {"strict", "seven", *scenes.ATTRIBUTES}
     assert torch.equal(output.details["strict"], reading.strict.float())
     assert torch.equal(output.details["row"], reading.attribute_scores[:, scenes.ATTRIBUTES.index("row")])
+    some = ShapesAlignment(attributes=["fill", "outline"]).score(images[:4], prompts, [{}] * 4)
+    assert torch.equal(some.scores, (some.details["fill"] + some.details["outline"]) / 2)
+    assert torch.equal(some.details["seven"], reading.scores)
+    with pytest.raises(UserError, match=r"'colour'.*size, fill, shape"):
+        ShapesAlignment(attributes=["colour"])
     with pytest.raises(RewardError, match=r"'shapes_alignment'.*'a cat' is not a scene.*scenes. only"):
         ShapesAlignment().score(images[:1], ["a cat"], [{}])

@@ -105,7 +105,7 @@ def test_what_is_no_score_is_refused(scores: Any, details: dict[str, Any], messa
         ([Spec("jpeg_size", options={"quality": 0})], "'jpeg_size': quality is 0; expected an integer from 1 to 100"),
         ([Spec("jpeg_size", options={"quality": "high"})], "quality is 'high'"),
         ([Spec("jpeg_size", options={"direction": "up"})], "expected 'compress' or 'incompress'"),
-        ([Spec("shapes_alignment", options={"sigma": 1})], "'shapes_alignment' has no option 'sigma'; it has no options"),
+        ([Spec("shapes_alignment", options={"sigma": 1})], "'shapes_alignment' has no option 'sigma'; its options: attributes"),
         ([Spec("jpeg_size"), Spec("jpeg_size", options={"quality": 50})], "'jpeg_size' is listed 2 times"),
         ([Spec("jpeg_size", weight=math.nan)], "weight nan; expected a finite number"),
         ([], "no reward is given"),
