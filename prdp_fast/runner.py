@@ -251,7 +251,7 @@ def agree_on_rewards() -> Iterator[None]:
 
 def load_or_run(path: Path, run: Callable[[], dict[str, Evaluation]], is_main: bool) -> dict[str, Evaluation]:
     """The evaluation before training, from the run directory if an earlier start left it there."""
-    if path.exists():
+    if zero.gather_objects(path.exists())[0]:  # rank 0's eyes: another rank could look after rank 0 has written
         return {name: Evaluation(**fields) for name, fields in torch.load(path, weights_only=True).items()}
     results = run()
     if is_main:
