@@ -5,8 +5,8 @@ name, so reach a module with `from prdp_kernels.prdp_loss import reference`, not
 """
 
 from prdp_kernels.denoise_step.op import denoise_step
-from prdp_kernels.gaussian_log_prob.op import gaussian_log_prob
+from prdp_kernels.gaussian_log_prob.op import gaussian_log_prob, gaussian_log_prob_and_grad
 from prdp_kernels.philox.op import derive_seeds, philox_normal
 from prdp_kernels.prdp_loss.op import prdp_loss, prdp_loss_and_grad
 
-__all__ = ["denoise_step", "derive_seeds", "gaussian_log_prob", "philox_normal", "prdp_loss", "prdp_loss_and_grad"]
+__all__ = ["denoise_step", "derive_seeds", "gaussian_log_prob", "gaussian_log_prob_and_grad", "philox_normal", "prdp_loss", "prdp_loss_and_grad"]

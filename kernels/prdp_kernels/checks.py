@@ -1,4 +1,4 @@
-"""Argument checks shared by the host functions. They look at metadata only: no allocation, no device sync."""
+"""Argument checks shared by the host functions. They look at metadata: no allocation, no device sync."""
 
 from __future__ import annotations
 
@@ -92,3 +92,8 @@ def latent_dtype(op: str, **named: torch.Tensor) -> None:
         if value.dtype not in LATENT_DTYPES:
             # A log-prob is compared to 1e-6: half-precision latents cannot carry it.
             raise TypeError(f"{op}: {name} must be float32 or float64, got {value.dtype}; convert it with .float()")
+
+
+def values_are_at_hand(t: torch.Tensor) -> bool:
+    """Whether values may be looked at: not on CUDA, which would wait for the device, and not while a graph is traced."""
+    return t.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -1,29 +1,65 @@
-"""Which implementation of an operator runs."""
+"""Which implementation of an operator runs, and the registration of the Triton ones with PyTorch.
+
+Registered under `torch.ops.prdp_kernels`, with the shapes of their outputs known to the tracer, the kernels are nodes of a graph
+for torch.compile and can be captured in a CUDA graph.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import os
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 BACKENDS = ("auto", "triton", "torch")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+LIBRARY = torch.library.Library("prdp_kernels", "DEF")
 
 F = TypeVar("F", bound=Callable[..., object])
 
 
-def choose(op: str, backend: str, *tensors: torch.Tensor, reference: F, triton: F | None = None) -> F:
-    """The implementation of `op` to call: `reference` (plain torch) or `triton`, None where the operator has no Triton kernel.
+def choose(op: str, backend: str, *tensors: torch.Tensor, reference: F, triton: F) -> F:
+    """The implementation of `op` to call: `reference` (plain torch) or `triton`.
 
-    "auto" takes Triton when every one of `tensors` is on CUDA and a Triton implementation exists, else torch.
-    Raises: ValueError for an unknown backend; NotImplementedError for "triton" without an implementation.
+    "auto" takes Triton when every one of `tensors` is on CUDA and Triton is installed, else torch.
+    Raises: ValueError for an unknown backend; RuntimeError for "triton" where it cannot run.
     """
     if backend not in BACKENDS:
         raise ValueError(f"{op}: unknown backend {backend!r}; expected one of {', '.join(map(repr, BACKENDS))}")
-    if backend == "triton" and triton is None:
-        raise NotImplementedError(f"{op} has no Triton implementation yet; use backend='torch'")
-    if backend == "torch" or triton is None:
+    if backend == "torch":
         return reference
-    if backend == "triton" or all(t.is_cuda for t in tensors):
-        return triton
-    return reference
+    on_cuda = all(t.is_cuda for t in tensors)
+    if backend == "auto":
+        return triton if on_cuda and HAS_TRITON else reference
+    if not HAS_TRITON:
+        raise RuntimeError(f"{op}: backend='triton' needs the package triton, which is not installed; use backend='torch'")
+    if not on_cuda and not interpreted():
+        raise RuntimeError(
+            f"{op}: backend='triton' needs CUDA tensors, got {tensors[0].device}; use backend='torch', or start Python with "
+            "TRITON_INTERPRET=1 to run the kernels, slowly, on a CPU"
+        )
+    return triton
+
+
+@torch.compiler.assume_constant_result
+def interpreted() -> bool:
+    """Whether Triton kernels run in its CPU interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+
+
+def define(schema: str, launch: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Register an operator and return it. `launch` runs it on the CPU (interpreter) and CUDA, `fake` makes empty outputs."""
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema)
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(name, launch, key)
+    torch.library.register_fake(f"prdp_kernels::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.prdp_kernels, name).default
+
+
+def on_device(t: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, wherever its arguments are."""
+    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()

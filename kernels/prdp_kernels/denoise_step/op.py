@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from prdp_kernels import checks, dispatch
+from prdp_kernels import checks, dispatch, layout
 from prdp_kernels.denoise_step import reference
 
 
@@ -50,7 +52,32 @@ def denoise_step(
         checks.shape(op, sample.shape[:1], seeds=seeds)
         checks.same_device(op, sample=sample, seeds=seeds)
         checks.step(op, step, seeds)
-    if std.device.type == "cpu" and not (std >= 0).all():
+    if checks.values_are_at_hand(std) and not (std >= 0).all():
         raise ValueError(f"{op}: std must not be negative or NaN, got {std.min().item():g}")
-    run = dispatch.choose(op, backend, sample, reference=reference.denoise_step)
+    run = dispatch.choose(op, backend, sample, reference=reference.denoise_step, triton=_triton)
     return run(model_output, sample, sample_coef, output_coef, std, noise, seeds, step, guidance_scale, reduction)
+
+
+def _triton(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    *tensors, step, guidance_scale, reduction = args
+    steps, step = (step, 0) if isinstance(step, torch.Tensor) else (None, step)
+    return _op(*tensors, steps, step, guidance_scale, reduction)
+
+
+def _launch(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    from prdp_kernels.denoise_step import kernel  # imports triton
+
+    return kernel.launch(*args)
+
+
+def _fake(model_output: torch.Tensor, sample: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype = layout.result_dtype(model_output, sample)
+    return layout.empty_like(sample, dtype), sample.new_empty(sample.shape[0], dtype=dtype)
+
+
+_op = dispatch.define(
+    "denoise_step(Tensor model_output, Tensor sample, Tensor sample_coef, Tensor output_coef, Tensor std, Tensor? noise, "
+    "Tensor? seeds, Tensor? steps, int step, float? guidance_scale, str reduction) -> (Tensor, Tensor)",
+    launch=_launch,
+    fake=_fake,
+)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from prdp_kernels import checks, dispatch
+from prdp_kernels import checks, dispatch, layout
 from prdp_kernels.gaussian_log_prob import reference
 
 
@@ -26,7 +28,7 @@ def gaussian_log_prob(
     log p = mean (or sum) over C,H,W of  -(x_{t-1} - mu)^2 / (2 std^2) - log std - log(2 pi) / 2
 
     model_output: (N, C, H, W), or (2N, C, H, W) with the unconditional half first when `guidance_scale` is given; any float
-        dtype. Gradients come back in it, to both halves.
+        dtype. Gradients come back in it, to both halves; with Triton to nothing else.
     sample, prev_sample: x_t and x_{t-1}, (N, C, H, W) float32 or float64.
     sample_coef, output_coef, std: (N,) floating, rounded to the dtype of the result; std > 0.
 
@@ -34,14 +36,106 @@ def gaussian_log_prob(
     values of std are not read, which would wait for the device: a step with std 0 has no density, and gives NaN or infinity.
     """
     op = "gaussian_log_prob"
+    args = (model_output, sample, prev_sample, sample_coef, output_coef, std)
+    _check(op, *args, guidance_scale, reduction)
+    run = dispatch.choose(op, backend, sample, reference=reference.gaussian_log_prob, triton=_log_prob)
+    if run is _log_prob and torch.is_grad_enabled() and any(t.requires_grad for t in args[1:]):
+        raise NotImplementedError(f"{op}: Triton's gradient reaches model_output only; detach the others, or use backend='torch'")
+    return run(*args, guidance_scale, reduction)
+
+
+@torch.no_grad()
+def gaussian_log_prob_and_grad(
+    model_output: torch.Tensor,
+    sample: torch.Tensor,
+    prev_sample: torch.Tensor,
+    sample_coef: torch.Tensor,
+    output_coef: torch.Tensor,
+    std: torch.Tensor,
+    weights: torch.Tensor,
+    *,
+    guidance_scale: float | None = None,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log_prob (N,), grad like model_output): `gaussian_log_prob` and the gradient of sum(weights * log_prob), in one read.
+
+    For a gradient pass whose weights are known before it: `model_output.backward(grad)` goes on from there. Both detached.
+
+    weights: (N,) floating, dloss/dlog_prob of each row, rounded to the dtype of the result. The rest as in `gaussian_log_prob`.
+    """
+    op = "gaussian_log_prob_and_grad"
+    args = (model_output, sample, prev_sample, sample_coef, output_coef, std)
+    _check(op, *args, guidance_scale, reduction)
+    checks.tensors(op, weights=weights)
+    checks.floating(op, weights=weights)
+    checks.shape(op, sample.shape[:1], weights=weights)
+    checks.same_device(op, sample=sample, weights=weights)
+    run = dispatch.choose(op, backend, sample, reference=reference.gaussian_log_prob_and_grad, triton=_log_prob_and_grad)
+    return run(*args, weights, guidance_scale, reduction)
+
+
+def _check(
+    op: str,
+    model_output: torch.Tensor,
+    sample: torch.Tensor,
+    prev_sample: torch.Tensor,
+    sample_coef: torch.Tensor,
+    output_coef: torch.Tensor,
+    std: torch.Tensor,
+    guidance_scale: float | None,
+    reduction: str,
+) -> None:
     checks.transition(op, model_output, sample, sample_coef, output_coef, std, guidance_scale, reduction)
     checks.tensors(op, prev_sample=prev_sample)
     checks.latent_dtype(op, prev_sample=prev_sample)
     checks.shape(op, sample.shape, prev_sample=prev_sample)
     checks.same_device(op, sample=sample, prev_sample=prev_sample)
-    if std.device.type == "cpu" and not (std > 0).all():
+    if checks.values_are_at_hand(std) and not (std > 0).all():
         raise ValueError(
             f"{op}: std must be positive, got {std.min().item():g}; a deterministic step has no density, leave it out"
         )
-    run = dispatch.choose(op, backend, sample, reference=reference.gaussian_log_prob)
-    return run(model_output, sample, prev_sample, sample_coef, output_coef, std, guidance_scale, reduction)
+
+
+# The Triton operators. Arguments after the tensors are those of the reference.
+_TRANSITION = "Tensor model_output, Tensor sample, Tensor prev_sample, Tensor sample_coef, Tensor output_coef, Tensor std"
+
+
+def _launch(*args: Any, **kwargs: Any) -> Any:
+    from prdp_kernels.gaussian_log_prob import kernel  # imports triton
+
+    return kernel.launch(*args, **kwargs)
+
+
+def _fake_log_prob(model_output: torch.Tensor, sample: torch.Tensor, prev_sample: torch.Tensor, *_: Any) -> torch.Tensor:
+    return sample.new_empty(sample.shape[0], dtype=layout.result_dtype(model_output, sample, prev_sample))
+
+
+_log_prob = dispatch.define(
+    f"gaussian_log_prob({_TRANSITION}, float? guidance_scale, str reduction) -> Tensor",
+    launch=lambda *args: _launch(*args)[0],
+    fake=_fake_log_prob,
+)
+_log_prob_and_grad = dispatch.define(
+    f"gaussian_log_prob_and_grad({_TRANSITION}, Tensor weights, float? guidance_scale, str reduction) -> (Tensor, Tensor)",
+    launch=lambda *args: _launch(*args[:6], *args[7:], weights=args[6]),
+    fake=lambda *args: (_fake_log_prob(*args), layout.empty_like(args[0])),
+)
+_grad = dispatch.define(
+    f"gaussian_log_prob_grad({_TRANSITION}, Tensor weights, float? guidance_scale, str reduction) -> Tensor",
+    launch=lambda *args: _launch(*args[:6], *args[7:], weights=args[6], want_log_prob=False)[1],
+    fake=lambda *args: layout.empty_like(args[0]),
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.save_for_backward(*inputs[:6])
+    ctx.options = inputs[6:]
+
+
+def _backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    # An autograd engine may hand over an expanded scalar, and sum() does; the kernel reads it as it lies.
+    return _grad(*ctx.saved_tensors, upstream, *ctx.options), *[None] * 7
+
+
+torch.library.register_autograd("prdp_kernels::gaussian_log_prob", _backward, setup_context=_setup_context, lib=dispatch.LIBRARY)

@@ -6,10 +6,7 @@ import math
 
 import torch
 
-
-def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
-    """float32, or float64 if any tensor is."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+from prdp_kernels.layout import result_dtype
 
 
 def per_row(coef: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -25,7 +22,7 @@ def transition_mean(
     guidance_scale: float | None,
 ) -> torch.Tensor:
     """mu = sample_coef x_t + output_coef m, with m = m_uncond + s (m_cond - m_uncond) under guidance; no clipping of x_0."""
-    dtype = compute_dtype(model_output, sample)
+    dtype = result_dtype(model_output, sample)
     m, sample = model_output.to(dtype), sample.to(dtype)
     if guidance_scale is not None:
         uncond, cond = m.chunk(2)
@@ -56,5 +53,29 @@ def gaussian_log_prob(
     guidance_scale: float | None,
     reduction: str,
 ) -> torch.Tensor:
+    sample = sample.to(result_dtype(model_output, sample, prev_sample))
     mean = transition_mean(model_output, sample, sample_coef, output_coef, guidance_scale)
     return log_density(prev_sample, mean, std, reduction)
+
+
+def gaussian_log_prob_and_grad(
+    model_output: torch.Tensor,
+    sample: torch.Tensor,
+    prev_sample: torch.Tensor,
+    sample_coef: torch.Tensor,
+    output_coef: torch.Tensor,
+    std: torch.Tensor,
+    weights: torch.Tensor,
+    guidance_scale: float | None,
+    reduction: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """d(w log p)/dm = w (x_{t-1} - mu) output_coef / std^2, over the number of elements for the mean."""
+    sample = sample.to(result_dtype(model_output, sample, prev_sample))
+    mean = transition_mean(model_output, sample, sample_coef, output_coef, guidance_scale)
+    slope = weights.to(mean.dtype) * output_coef.to(mean.dtype) / std.to(mean.dtype) ** 2
+    if reduction == "mean":
+        slope = slope / sample.shape[1:].numel()
+    grad = per_row(slope, mean) * (prev_sample - mean)
+    if guidance_scale is not None:
+        grad = torch.cat([(1 - guidance_scale) * grad, guidance_scale * grad])
+    return log_density(prev_sample, mean, std, reduction), grad.to(model_output.dtype)

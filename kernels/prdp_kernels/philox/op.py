@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -30,7 +31,25 @@ def philox_normal(
     if any(isinstance(s, bool) or not isinstance(s, int) or s < 0 for s in shape):
         raise ValueError(f"{op}: shape must be non-negative ints, got {tuple(shape)}")
     checks.step(op, step, seeds)
-    return dispatch.choose(op, backend, seeds, reference=reference.philox_normal)(seeds, tuple(shape), step)
+    return dispatch.choose(op, backend, seeds, reference=reference.philox_normal, triton=_triton)(seeds, tuple(shape), step)
+
+
+def _triton(seeds: torch.Tensor, shape: Sequence[int], step: int | torch.Tensor) -> torch.Tensor:
+    steps, step = (step, 0) if isinstance(step, torch.Tensor) else (None, step)
+    return _op(seeds, shape, steps, step)
+
+
+def _launch(*args: Any) -> torch.Tensor:
+    from prdp_kernels.philox import kernel  # imports triton
+
+    return kernel.launch(*args)
+
+
+_op = dispatch.define(
+    "philox_normal(Tensor seeds, SymInt[] shape, Tensor? steps, int step) -> Tensor",
+    launch=_launch,
+    fake=lambda seeds, shape, steps, step: seeds.new_empty((seeds.shape[0], *shape), dtype=torch.float32),
+)
 
 
 def derive_seeds(seed: int, epoch: int, prompt: torch.Tensor, image: torch.Tensor) -> torch.Tensor:

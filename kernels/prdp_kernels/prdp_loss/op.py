@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
-from prdp_kernels import checks, dispatch
+from prdp_kernels import checks, dispatch, layout
 from prdp_kernels.prdp_loss import reference
 
 
@@ -38,7 +39,8 @@ def prdp_loss(
     """
     args = (log_probs, old_log_probs, ref_log_probs, rewards)
     _check("prdp_loss", *args, clip_range, kl_weight)
-    return dispatch.choose("prdp_loss", backend, *args, reference=reference.prdp_loss)(*args, clip_range, kl_weight)
+    run = dispatch.choose("prdp_loss", backend, *args, reference=reference.prdp_loss, triton=_triton_loss)
+    return run(*args, clip_range, kl_weight)
 
 
 @torch.no_grad()
@@ -65,7 +67,9 @@ def prdp_loss_and_grad(
     """
     args = (log_probs, old_log_probs, ref_log_probs, rewards)
     _check("prdp_loss_and_grad", *args, clip_range, kl_weight)
-    run = dispatch.choose("prdp_loss_and_grad", backend, *args, reference=reference.prdp_loss_and_grad)
+    run = dispatch.choose(
+        "prdp_loss_and_grad", backend, *args, reference=reference.prdp_loss_and_grad, triton=_triton_loss_and_grad
+    )
     return run(*args, clip_range, kl_weight)
 
 
@@ -90,3 +94,47 @@ def _check(
         raise ValueError(f"{op}: clip_range is {clip_range}, expected a number >= 0 (math.inf for no clipping)")
     if not 0 < kl_weight < math.inf:
         raise ValueError(f"{op}: kl_weight is {kl_weight}, expected a finite number > 0")
+
+
+# The Triton operator: (loss, gradient, statistics), of which the loss is differentiable in log_probs.
+def _launch(*args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from prdp_kernels.prdp_loss import kernel  # imports triton
+
+    return kernel.launch(*args)
+
+
+def _fake(*args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dtype = layout.result_dtype(*args[:4])
+    new = args[0].new_empty
+    return new((), dtype=dtype), new(args[0].shape, dtype=dtype), new(len(reference.STATS), dtype=dtype)
+
+
+_op = dispatch.define(
+    "prdp_loss(Tensor log_probs, Tensor old_log_probs, Tensor ref_log_probs, Tensor rewards, float clip_range, float kl_weight) "
+    "-> (Tensor, Tensor, Tensor)",
+    launch=_launch,
+    fake=_fake,
+)
+
+
+def _triton_loss(*args: Any) -> torch.Tensor:
+    log_probs, *others, clip_range, kl_weight = args
+    return _op(log_probs, *(t.detach() for t in others), clip_range, kl_weight)[0]
+
+
+def _triton_loss_and_grad(*args: Any) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    loss, grad, stats = _op(*args)
+    return loss, grad, dict(zip(reference.STATS, stats.unbind(), strict=True))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    ctx.save_for_backward(output[1])
+    ctx.dtype = inputs[0].dtype
+
+
+def _backward(ctx: Any, upstream: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+    (grad,) = ctx.saved_tensors
+    return (upstream * grad).to(ctx.dtype), *[None] * 5
+
+
+torch.library.register_autograd("prdp_kernels::prdp_loss", _backward, setup_context=_setup_context, lib=dispatch.LIBRARY)

@@ -13,10 +13,18 @@ from __future__ import annotations
 
 import torch
 
+from prdp_kernels.layout import result_dtype
 
-def result_dtype(*tensors: torch.Tensor) -> torch.dtype:
-    """float32, or float64 if any tensor is."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+STATS = (
+    "pairs",
+    "groups_without_pair",
+    "dropped_images",
+    "clip_fraction",
+    "clipped_pairs",
+    "mean_log_ratio",
+    "pair_accuracy",
+    "mean_abs_target",
+)
 
 
 def pairwise(x: torch.Tensor) -> torch.Tensor:
@@ -94,14 +102,14 @@ def prdp_loss_and_grad(
     def share(x: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
         return x.double().sum() / of.clamp(min=1)
 
-    stats = {
-        "pairs": total,
-        "groups_without_pair": (pairs == 0).sum(),
-        "dropped_images": (~kept).sum(),
-        "clip_fraction": share(~inside, of=images * steps),
-        "clipped_pairs": share(clipped & pair, of=total),
-        "mean_log_ratio": share(mean_lr, of=images),
-        "pair_accuracy": share(torch.where(pair, 0.5 * (1 + d.sign()), 0.0), of=total),
-        "mean_abs_target": share(torch.where(pair, target, 0.0), of=total),
-    }
-    return loss.to(dtype), grad.to(dtype), {name: value.to(dtype) for name, value in stats.items()}
+    stats = (
+        total,
+        (pairs == 0).sum(),
+        (~kept).sum(),
+        share(~inside, of=images * steps),
+        share(clipped & pair, of=total),
+        share(mean_lr, of=images),
+        share(torch.where(pair, 0.5 * (1 + d.sign()), 0.0), of=total),
+        share(torch.where(pair, target, 0.0), of=total),
+    )
+    return loss.to(dtype), grad.to(dtype), {name: value.to(dtype) for name, value in zip(STATS, stats, strict=True)}
