@@ -4,14 +4,15 @@ STAMP := $(VENV)/.stamp
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train test lint bench clean
+.PHONY: help venv train test lint bench gpu-check clean
 
 help:
 	@echo "make venv    the virtual environment in $(VENV), pinned by constraints.txt (PYTHON=$(PYTHON))"
 	@echo "make train   finetune the embedded model on this machine; ARGS='--seed 1 ...' is passed on"
 	@echo "make test    the test suite, on a CPU; ARGS='-k name' is passed on"
 	@echo "make lint    ruff and mypy"
-	@echo "make bench   the benchmarks"
+	@echo "make bench   the benchmarks; without a GPU, the plain torch references only"
+	@echo "make gpu-check  kernel tests, benchmark and sanitizer on this machine's GPU, with $(PYTHON); ARGS='--quick'"
 	@echo "make clean   remove caches and build products, keep $(VENV) and runs"
 
 venv: $(STAMP)
@@ -38,10 +39,13 @@ lint: $(STAMP)
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
 
+# Operators on CUDA if there is a device, the plain torch references on a CPU if not.
 bench: $(STAMP)
-	@files=$$(ls benchmarks/bench_*.py benchmarks/test_*.py 2>/dev/null); \
-	if [ -z "$$files" ]; then echo "NOTHING MEASURED: benchmarks/ holds no benchmark" >&2; exit 1; fi; \
-	. $(VENV)/bin/activate && python -m pytest benchmarks --benchmark-only $(ARGS)
+	@. $(VENV)/bin/activate && OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} python -m pytest -q benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds $(ARGS)
+
+# Not the virtual environment: the machine's own python, with the CUDA build of torch that fits its driver.
+gpu-check:
+	@$(PYTHON) benchmarks/gpu_check.py $(ARGS)
 
 clean:
 	@rm -rf build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

@@ -1,0 +1,231 @@
+"""The kernels on a real GPU, in one command of less than eight minutes: tests, benchmark, sanitizer, results file, verdict.
+
+    make gpu-check                  make gpu-check ARGS="--quick"                  make gpu-check ARGS="--output FILE"
+
+Needs torch, triton, numpy, pytest and a CUDA device; no network. Each step is a process with a time budget of its own, so one that
+fails, hangs or loses the device leaves the results of the others. Exit status 1 if a test failed, a result was wrong, a step did
+not finish or the sanitizer complained, and without a CUDA device, when nothing is written. A missed goal is reported, and is no failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+if __package__ in (None, ""):
+    # Run by path: benchmarks/ itself would be on sys.path, where `timing` and `report` are anybody's names.
+    sys.path[0] = str(ROOT)
+    sys.path.insert(1, str(ROOT / "kernels"))
+
+import torch
+
+from benchmarks import kernel_cases, report
+from benchmarks.report import Machine, Report, Row, Step
+from prdp_fast.files import write_json
+
+# Seconds. The benchmark takes what the tests left of the whole, less what the sanitizer may need.
+WHOLE, TESTS, SANITIZER = 465.0, 150.0, 50.0
+GRACE = 15.0  # after its budget the benchmark still finishes the case it is at
+COMPLAINT = 99  # the exit status that compute-sanitizer is told to give
+
+
+def environment() -> dict[str, str]:
+    """Of every step: the repository's packages, CUDA, no network; never the interpreter that stands in for a GPU."""
+    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    wanted = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PRDP_TEST_DEVICE": "cuda", "HF_HUB_OFFLINE": "1"}
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | wanted
+
+
+def execute(command: list[str], seconds: float, env: dict[str, str]) -> tuple[int | None, str, float]:
+    """(exit status, None if time ran out; what it printed; seconds it took). What it started is ended with it."""
+    start = time.monotonic()
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
+        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        status: int | None
+        try:
+            status = process.wait(timeout=max(1.0, seconds))
+        except subprocess.TimeoutExpired:
+            status = None
+        finally:
+            try:
+                os.killpg(process.pid, signal.SIGKILL)  # compile workers too
+            except ProcessLookupError:
+                pass
+            process.wait()
+        log.seek(0)
+        return status, log.read(), time.monotonic() - start
+
+
+def say(name: str, step: Step, output: str, tail: int = 30) -> None:
+    if step.status not in ("passed", "clean", "not available"):
+        print("\n".join(f"  | {line}" for line in output.splitlines()[-tail:]))
+    print(f"{name}: {step.status} in {step.seconds:.0f} s{f' ({step.detail})' if step.detail else ''}", flush=True)
+
+
+def last_line(output: str) -> str:
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    return lines[-1][:300] if lines else "it printed nothing"
+
+
+def run_tests(seconds: float = TESTS) -> Step:
+    status, output, took = execute([sys.executable, "-m", "pytest", "-q", "tests/kernels"], seconds, environment())
+    verdict = {0: "passed", None: "timed out"}.get(status, "failed")
+    detail = f"no end after {seconds:.0f} s" if status is None else last_line(output)
+    step = Step(verdict, detail, took)
+    say("kernel tests", step, output)
+    return step
+
+
+def run_benchmark(seconds: float, quick: bool) -> tuple[Step, dict[str, Any], list[Row]]:
+    """(outcome, the device's roofs, a row for every case: what did not come to its turn is a row that says so)."""
+    with tempfile.TemporaryDirectory() as folder:
+        lines = Path(folder) / "rows.jsonl"
+        command = [sys.executable, "benchmarks/measure_kernels.py", "--lines", str(lines), "--budget", str(seconds - GRACE)]
+        status, output, took = execute(command + ["--quick"] * quick, seconds, environment())
+        roofs, rows = read_lines(lines)
+    measured = sum(row.status == "measured" for row in rows)
+    step = Step({0: "passed", None: "timed out"}.get(status, "failed"), f"{measured} of {len(rows)} cases measured", took)
+    say("benchmark", step, output)
+    return step, roofs, rows
+
+
+def read_lines(lines: Path) -> tuple[dict[str, Any], list[Row]]:
+    found = [json.loads(line) for line in lines.read_text().splitlines() if line.endswith("}")] if lines.exists() else []
+    roofs = found[0] if found else {}
+    rows = {row.key: row for row in map(report.row_from_json, found[1:])}
+    lost = "the benchmark ended before this case"
+    return roofs, [rows.get(case.key) or Row.of(case, "skipped", lost) for case in kernel_cases.gpu_cases()]
+
+
+def run_sanitizer(tool: str, seconds: float = SANITIZER) -> Step:
+    """memcheck or racecheck over sanitize_kernels.py."""
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        step = Step("not available", "compute-sanitizer is not on the PATH")
+        say(tool, step, "")
+        return step
+    # PyTorch asks the driver for things that may fail, and handles it: only what kernels do counts. Its allocator is switched off
+    # because one block of memory holds many tensors, and a step over the edge of a tensor would stay inside the block.
+    options = ["--tool", tool, "--error-exitcode", str(COMPLAINT), "--target-processes", "application-only"]
+    options += ["--report-api-errors", "no"] if tool == "memcheck" else []
+    env = environment() | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    status, output, took = execute([sanitizer, *options, sys.executable, "benchmarks/sanitize_kernels.py"], seconds, env)
+    step = judge_sanitizer(status, output, took, seconds)
+    say(tool, step, output)
+    return step
+
+
+def judge_sanitizer(status: int | None, output: str, took: float, seconds: float) -> Step:
+    """Clean is what ran to its end and has a summary without an error; a device that the sanitizer cannot watch is no complaint."""
+    if status is None:
+        return Step("timed out", f"no end after {seconds:.0f} s", took)
+    summaries = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)[^\n]*", output)
+    summary = next(iter(re.findall(r"(?:ERROR|RACECHECK) SUMMARY: [^\n]*", output)), "")
+    if status == COMPLAINT or any(int(count) for count in summaries):
+        return Step("not clean", summary or last_line(output), took)
+    if "device not supported" in output.lower():
+        return Step("not available", "compute-sanitizer does not support this device", took)
+    if status == 0 and summaries:
+        return Step("clean", summary, took)
+    return Step("failed", last_line(output), took)
+
+
+def describe_machine() -> Machine:
+    properties = torch.cuda.get_device_properties(0)
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = "missing"
+    return Machine(
+        device=properties.name,
+        sm_count=properties.multi_processor_count,
+        driver=answer_of(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]) or "unknown",
+        cuda=torch.version.cuda or "none",
+        torch=torch.__version__,
+        triton=triton_version,
+        python=platform.python_version(),
+    )
+
+
+def answer_of(command: list[str]) -> str | None:
+    """What a command prints; None if there is no such command or it fails."""
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def commit() -> tuple[str, bool | None]:
+    """(commit, whether the tree differs from it). Earlier results files do not make a tree dirty."""
+    head = answer_of(["git", "rev-parse", "HEAD"])
+    changes = answer_of(["git", "status", "--porcelain", "--", ".", ":!benchmarks/results"])
+    return head or "unknown", None if changes is None else bool(changes)
+
+
+def default_output(machine: Machine, date: str) -> Path:
+    slug = re.sub(r"[^a-z0-9]+", "-", machine.device.lower()).strip("-")
+    return ROOT / "benchmarks" / "results" / f"kernels-{slug}-{date[:10]}.json"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="results file; default: benchmarks/results/kernels-DEVICE-DATE.json")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    args = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        built_for = torch.version.cuda or "no CUDA"
+        message = f"gpu-check: no CUDA device (torch {torch.__version__}, built for {built_for}); nothing was measured or written"
+        print(f"{message}; run it on a machine with an NVIDIA GPU", file=sys.stderr)
+        return 1
+
+    start = time.monotonic()
+    date, machine, (head, dirty) = datetime.now(timezone.utc).isoformat(timespec="seconds"), describe_machine(), commit()
+    output = (args.output or default_output(machine, date)).absolute()
+    output.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written should fail now
+    for name, value in vars(machine).items():
+        print(f"{name:<9} {value}")
+    print(f"{'commit':<9} {head}{' + uncommitted changes' if dirty else ''}", flush=True)
+
+    tests = run_tests()
+    left = WHOLE - (time.monotonic() - start) - 2 * SANITIZER
+    benchmark, roofs, rows = run_benchmark(left, args.quick)
+    memcheck, racecheck = run_sanitizer("memcheck"), run_sanitizer("racecheck")
+
+    result = Report(
+        date=date,
+        commit=head,
+        dirty=dirty,
+        quick=args.quick,
+        machine=machine,
+        tests=tests,
+        benchmark=benchmark,
+        memcheck=memcheck,
+        racecheck=racecheck,
+        copy_gb_per_s=roofs.get("copy_gb_per_s"),
+        launch_floor_ms=roofs.get("launch_floor_ms"),
+        rows=rows,
+        goals=report.goals(rows),
+    )
+    write_json(output, result.as_json())
+    print(f"\n{report.table(rows, result.copy_gb_per_s)}\n{output}\n{report.verdict(result)}")
+    return 0 if result.sound() else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
