@@ -6,6 +6,7 @@ import pytest
 import torch
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if torch.cuda.is_available():
         terminalreporter.write_line("bytes, bandwidth, compiled chains and the results file: make gpu-check")

@@ -2,14 +2,16 @@
 
     make gpu-check                  make gpu-check ARGS="--quick"                  make gpu-check ARGS="--output FILE"
 
-Needs torch, triton, numpy, pytest and a CUDA device; no network. Each step is a process with a time budget of its own, so one that
-fails, hangs or loses the device leaves the results of the others. Exit status 1 if a test failed, a result was wrong, a step did
-not finish or the sanitizer complained, and without a CUDA device, when nothing is written. A missed goal is reported, and is no failure.
+Needs torch, triton, numpy, pytest and a CUDA device; no network. Each step is a process with a time budget of its own, so one
+that fails, hangs or loses the device leaves the results of the others. Exit status 1 if a test failed, a result was wrong, a step
+did not finish or the sanitizer complained; and without a CUDA device, when nothing is written. A missed goal is reported, and is
+no failure.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -24,17 +26,19 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
 if __package__ in (None, ""):
     # Run by path: benchmarks/ itself would be on sys.path, where `timing` and `report` are anybody's names.
-    sys.path[0] = str(ROOT)
-    sys.path.insert(1, str(ROOT / "kernels"))
+    _root = Path(__file__).resolve().parent.parent
+    sys.path[0] = str(_root)
+    sys.path.insert(1, str(_root / "kernels"))
 
 import torch
 
 from benchmarks import kernel_cases, report
 from benchmarks.report import Machine, Report, Row, Step
 from prdp_fast.files import write_json
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # Seconds. The benchmark takes what the tests left of the whole, less what the sanitizer may need.
 WHOLE, TESTS, SANITIZER = 465.0, 150.0, 50.0
@@ -60,10 +64,8 @@ def execute(command: list[str], seconds: float, env: dict[str, str]) -> tuple[in
         except subprocess.TimeoutExpired:
             status = None
         finally:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # compile workers too
-            except ProcessLookupError:
-                pass
             process.wait()
         log.seek(0)
         return status, log.read(), time.monotonic() - start
@@ -129,7 +131,7 @@ def run_sanitizer(tool: str, seconds: float = SANITIZER) -> Step:
 
 
 def judge_sanitizer(status: int | None, output: str, took: float, seconds: float) -> Step:
-    """Clean is what ran to its end and has a summary without an error; a device that the sanitizer cannot watch is no complaint."""
+    """Clean is what ran to its end with no error in its summary; a device that the sanitizer cannot watch is no complaint."""
     if status is None:
         return Step("timed out", f"no end after {seconds:.0f} s", took)
     summaries = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)[^\n]*", output)

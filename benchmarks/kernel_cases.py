@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ import prdp_kernels
 from benchmarks import eager_chains
 
 Outputs = dict[str, torch.Tensor]
-Ops = Mapping[str, Callable[..., object]]
+Ops = Mapping[str, Callable[..., Any]]
 
 TRANSITIONS = (
     ("denoise_step", "fwd"),
@@ -214,15 +215,15 @@ def build(case: Case, device: torch.device | str, ops: Ops, *, name: str = "trit
     return builder(case, device, ops, name, _compile if compiled else None)
 
 
-def _compile(function: Callable[..., object]) -> Callable[..., object]:
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     # Every size gets its own code: shapes that the compiler must keep open would be a weaker opponent.
     return torch.compile(function, dynamic=False)
 
 
-Compile = Callable[[Callable[..., object]], Callable[..., object]] | None
+Compile = Callable[[Callable[..., Any]], Callable[..., Any]] | None
 
 
-def _chains(chain: Callable[..., object], compile_: Compile) -> list[tuple[str, Callable[..., object]]]:
+def _chains(chain: Callable[..., Any], compile_: Compile) -> list[tuple[str, Callable[..., Any]]]:
     return [("eager", chain)] + ([("compiled", compile_(chain))] if compile_ else [])
 
 
@@ -264,11 +265,11 @@ def _denoise(case: Case, device: torch.device, ops: Ops, name: str, compile_: Co
     contestants = [Contestant(name, op, op, keys)]
     for label, chain in _chains(eager_chains.denoise_step, compile_):
 
-        def run(chain: Callable[..., object] = chain) -> Outputs:
+        def run(chain: Callable[..., Any] = chain) -> Outputs:
             with torch.no_grad():
                 return dict(zip(keys, chain(*arguments, scale)))
 
-        def checked(chain: Callable[..., object] = chain) -> Outputs:
+        def checked(chain: Callable[..., Any] = chain) -> Outputs:
             noise = prdp_kernels.philox_normal(x["seeds"], case.shape[1:], step=3, backend="torch")
             with torch.no_grad():
                 return dict(zip(keys, chain(*arguments, scale, noise)))

@@ -2,8 +2,8 @@
 
     python benchmarks/measure_kernels.py --lines FILE [--budget SECONDS] [--quick]
 
-Writes one JSON object a line: first the roofs of the device, then each row as soon as it is there, so that a run that is cut short
-keeps what it has. A wrong result is not timed. `gpu_check.py` runs this and makes the table; exit status 1 if a row failed.
+Writes one JSON object a line: first the roofs of the device, then each row as soon as it is there, so that a run cut short keeps
+what it has. A wrong result is not timed. `gpu_check.py` runs this and makes the table; exit status 1 if a row failed.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def measure(
 ) -> Row:
     """The row of a case: refused as WRONG, with tensor, index and error, or timed. Contestants that are wrong get no time."""
     if compiled:
-        torch._dynamo.reset()  # a case must not inherit the guards, nor the recompile count, of the one before
+        torch.compiler.reset()  # a case must not inherit the guards, nor the recompile count, of the one before
     built = kernel_cases.build(case, stopwatch.device, ops, name=OPERATOR, compiled=compiled)
     results = check(built)
     own = results[OPERATOR]

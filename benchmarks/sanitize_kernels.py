@@ -38,7 +38,9 @@ def cases() -> list[Case]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda", help="cpu needs TRITON_INTERPRET=1, and --backend torch nothing")
+    parser.add_argument(
+        "--device", default="cuda", help="cpu: --backend torch, or TRITON_INTERPRET=1, whose bf16 is cut off, not rounded"
+    )
     parser.add_argument("--backend", default="triton")
     args = parser.parse_args(arguments)
     ops, wrong = kernel_cases.operators(args.backend), 0

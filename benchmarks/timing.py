@@ -69,7 +69,7 @@ class CpuStopwatch:
 
 class CudaStopwatch:
     def __init__(self, device: torch.device | str = "cuda") -> None:
-        self.device = torch.device(device)
+        self.device = torch.device("cuda", torch.device(device).index or 0)
         l2 = getattr(torch.cuda.get_device_properties(self.device), "L2_cache_size", 0)
         self._cold = torch.zeros(max(EVICT_BYTES, 4 * l2) // 4, device=self.device)
         self._sink = torch.zeros((), device=self.device)
