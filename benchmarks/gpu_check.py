@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -56,6 +57,7 @@ def environment() -> dict[str, str]:
 def execute(command: list[str], seconds: float, env: dict[str, str]) -> tuple[int | None, str, float]:
     """(exit status, None if time ran out; what it printed; seconds it took). What it started is ended with it."""
     start = time.monotonic()
+    print(f"$ {shlex.join(command)}  (at most {seconds:.0f} s)", flush=True)
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         status: int | None
@@ -105,7 +107,8 @@ def run_benchmark(seconds: float, quick: bool) -> tuple[Step, dict[str, Any], li
 
 
 def read_lines(lines: Path) -> tuple[dict[str, Any], list[Row]]:
-    found = [json.loads(line) for line in lines.read_text().splitlines() if line.endswith("}")] if lines.exists() else []
+    whole = lines.read_text().split("\n")[:-1] if lines.exists() else []  # a process that dies may leave half a line
+    found = [json.loads(line) for line in whole]
     roofs = found[0] if found else {}
     rows = {row.key: row for row in map(report.row_from_json, found[1:])}
     lost = "the benchmark ended before this case"

@@ -236,6 +236,8 @@ def verdict(report: Report) -> str:
     parts = [f"tests {report.tests.status}", f"memcheck {report.memcheck.status}", f"racecheck {report.racecheck.status}"]
     broken = [row.key for row in report.rows if row.status in ("wrong", "error") or wrong_in(row)]
     parts.append(f"{len(broken)} wrong or failing ({', '.join(broken[:3])})" if broken else "no wrong result")
+    unmeasured = sum(row.status == "skipped" for row in report.rows)
+    parts += [f"{unmeasured} of {len(report.rows)} cases NOT REACHED"] if unmeasured else []
     for goal in report.goals:
         parts.append(f"{goal.name}: {words[goal.met]}" + (f" ({goal.detail})" if goal.met is not None else ""))
     return f"{'SOUND' if report.sound() else 'NOT SOUND'}: " + "; ".join(parts)

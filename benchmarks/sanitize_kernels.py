@@ -38,9 +38,7 @@ def cases() -> list[Case]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--device", default="cuda", help="cpu: --backend torch, or TRITON_INTERPRET=1, whose bf16 is cut off, not rounded"
-    )
+    parser.add_argument("--device", default="cuda", help="cpu: with --backend torch, or TRITON_INTERPRET=1 (which cuts bf16 off)")
     parser.add_argument("--backend", default="triton")
     args = parser.parse_args(arguments)
     ops, wrong = kernel_cases.operators(args.backend), 0
