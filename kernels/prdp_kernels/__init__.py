@@ -9,4 +9,12 @@ from prdp_kernels.gaussian_log_prob.op import gaussian_log_prob, gaussian_log_pr
 from prdp_kernels.philox.op import derive_seeds, philox_normal
 from prdp_kernels.prdp_loss.op import prdp_loss, prdp_loss_and_grad
 
-__all__ = ["denoise_step", "derive_seeds", "gaussian_log_prob", "gaussian_log_prob_and_grad", "philox_normal", "prdp_loss", "prdp_loss_and_grad"]
+__all__ = [
+    "denoise_step",
+    "derive_seeds",
+    "gaussian_log_prob",
+    "gaussian_log_prob_and_grad",
+    "philox_normal",
+    "prdp_loss",
+    "prdp_loss_and_grad",
+]

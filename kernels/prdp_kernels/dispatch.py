@@ -15,8 +15,17 @@ from typing import Any, TypeVar
 import torch
 
 BACKENDS = ("auto", "triton", "torch")
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 LIBRARY = torch.library.Library("prdp_kernels", "DEF")
+
+
+def _has_triton() -> bool:
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ValueError:  # a stub without a spec stands in sys.modules
+        return False
+
+
+HAS_TRITON = _has_triton()
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -31,14 +40,14 @@ def choose(op: str, backend: str, *tensors: torch.Tensor, reference: F, triton: 
         raise ValueError(f"{op}: unknown backend {backend!r}; expected one of {', '.join(map(repr, BACKENDS))}")
     if backend == "torch":
         return reference
-    on_cuda = all(t.is_cuda for t in tensors)
+    elsewhere = [t.device for t in tensors if not t.is_cuda]
     if backend == "auto":
-        return triton if on_cuda and HAS_TRITON else reference
+        return triton if not elsewhere and HAS_TRITON else reference
     if not HAS_TRITON:
         raise RuntimeError(f"{op}: backend='triton' needs the package triton, which is not installed; use backend='torch'")
-    if not on_cuda and not interpreted():
+    if elsewhere and not interpreted():
         raise RuntimeError(
-            f"{op}: backend='triton' needs CUDA tensors, got {tensors[0].device}; use backend='torch', or start Python with "
+            f"{op}: backend='triton' needs CUDA tensors, got {elsewhere[0]}; use backend='torch', or start Python with "
             "TRITON_INTERPRET=1 to run the kernels, slowly, on a CPU"
         )
     return triton

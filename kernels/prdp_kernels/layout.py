@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -56,7 +57,7 @@ def dense_strides(shape: Sequence[int]) -> tuple[int, ...]:
 def plane_strides(t: torch.Tensor) -> tuple[int, int] | None:
     """(channel stride, pixel stride) of rows whose dimensions after the first merge into one; None if they do not."""
     rest = [(stride, size) for stride, size in zip(t.stride()[2:], t.shape[2:], strict=True) if size != 1]
-    if any(outer[0] != inner[0] * inner[1] for outer, inner in zip(rest[:-1], rest[1:], strict=True)):
+    if any(outer[0] != inner[0] * inner[1] for outer, inner in pairwise(rest)):
         return None
     return (t.stride(1) if t.shape[1] > 1 else 0), (rest[-1][0] if rest else 1)
 

@@ -23,20 +23,29 @@ def fma(x, y, z):
 
 
 @triton.jit
+def reciprocal(x):
+    """1 / x to half an ulp, by a Newton step: Triton's own float32 division may be two ulps off. NaN for 0."""
+    y = 1.0 / x
+    return fma(y, fma(-x, y, tl.full((), 1.0, x.dtype)), y)
+
+
+@triton.jit
 def tiles_left(first, pixels, P_BLOCK: tl.constexpr, TILES: tl.constexpr):
     """How many of the TILES tiles from pixel `first` on hold any pixel."""
     return tl.minimum(tl.cdiv(pixels - first, P_BLOCK), TILES).to(tl.int32)
 
 
 @triton.jit
-def tile_mask(start, channels, pixels, FLAT: tl.constexpr, C_BLOCK: tl.constexpr, P_BLOCK: tl.constexpr):
-    """(P_BLOCK,) or (C_BLOCK, P_BLOCK): which elements of the tile that begins at pixel `start` exist."""
+def tile_mask(start, pixels, CHANNELS: tl.constexpr, FLAT: tl.constexpr, C_BLOCK: tl.constexpr, P_BLOCK: tl.constexpr):
+    """(P_BLOCK,), or one that broadcasts to (C_BLOCK, P_BLOCK): which elements of the tile that begins at pixel `start` exist."""
     remaining = tl.minimum(pixels - start, P_BLOCK).to(tl.int32)
     inside = tl.arange(0, P_BLOCK) < remaining
     if FLAT:
         return inside
+    elif CHANNELS == C_BLOCK:  # a mask that does not look at the channel leaves loads across channels whole
+        return inside[None, :]
     else:
-        return (tl.arange(0, C_BLOCK) < channels)[:, None] & inside[None, :]
+        return (tl.arange(0, C_BLOCK) < CHANNELS)[:, None] & inside[None, :]
 
 
 @triton.jit

@@ -1,3 +1,14 @@
+"""One thread; and where the kernels run: PRDP_TEST_DEVICE, by default Triton's interpreter on the CPU.
+
+These tests need torch, triton, numpy and pytest alone: whatever else a test module wants, it asks for with `importorskip`.
+"""
+
+import os
+
+DEVICE = os.environ.get("PRDP_TEST_DEVICE", "cpu")
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+
 import pytest
 import torch
 
@@ -8,3 +19,9 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Of the Triton tests."""
+    return torch.device(DEVICE)

@@ -7,9 +7,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from prdp_kernels import denoise_step, dispatch, gaussian_log_prob, philox_normal, prdp_loss, prdp_loss_and_grad
+from prdp_kernels import (
+    denoise_step,
+    dispatch,
+    gaussian_log_prob,
+    gaussian_log_prob_and_grad,
+    philox_normal,
+    prdp_loss,
+    prdp_loss_and_grad,
+)
 
-CPU, CUDA = SimpleNamespace(is_cuda=False), SimpleNamespace(is_cuda=True)
+CPU, CUDA = SimpleNamespace(is_cuda=False, device="cpu"), SimpleNamespace(is_cuda=True, device="cuda:0")
 
 
 def reference():
@@ -21,20 +29,30 @@ def kernel():
 
 
 @pytest.mark.parametrize(
-    ("backend", "tensors", "triton", "chosen"),
+    ("backend", "tensors", "interpreted", "installed", "chosen"),
     [
-        ("auto", [CPU], None, reference),
-        ("auto", [CUDA], None, reference),
-        ("auto", [CPU], kernel, reference),
-        ("auto", [CUDA, CPU], kernel, reference),
-        ("auto", [CUDA, CUDA], kernel, kernel),
-        ("torch", [CUDA], kernel, reference),
-        ("triton", [CUDA], kernel, kernel),
-        ("triton", [CPU], kernel, kernel),  # the interpreter
+        ("auto", [CPU], True, True, reference),
+        ("auto", [CUDA, CPU], False, True, reference),
+        ("auto", [CUDA, CUDA], False, True, kernel),
+        ("auto", [CUDA, CUDA], False, False, reference),
+        ("torch", [CUDA], False, True, reference),
+        ("triton", [CUDA], False, True, kernel),
+        ("triton", [CPU], True, True, kernel),
     ],
 )
-def test_choose(backend, tensors, triton, chosen):
-    assert dispatch.choose("op", backend, *tensors, reference=reference, triton=triton) is chosen
+def test_choose(monkeypatch, backend, tensors, interpreted, installed, chosen):
+    monkeypatch.setenv("TRITON_INTERPRET", str(int(interpreted)))
+    monkeypatch.setattr(dispatch, "HAS_TRITON", installed)
+    assert dispatch.choose("op", backend, *tensors, reference=reference, triton=kernel) is chosen
+
+
+def test_triton_where_it_cannot_run(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(RuntimeError, match=r"^op: backend='triton' needs CUDA tensors, got cpu; .* TRITON_INTERPRET=1"):
+        dispatch.choose("op", "triton", CUDA, CPU, reference=reference, triton=kernel)
+    monkeypatch.setattr(dispatch, "HAS_TRITON", False)
+    with pytest.raises(RuntimeError, match=r"^op: backend='triton' needs the package triton, which is not installed"):
+        dispatch.choose("op", "triton", CUDA, reference=reference, triton=kernel)
 
 
 def calls():
@@ -45,17 +63,21 @@ def calls():
         "philox_normal": lambda **k: philox_normal(torch.tensor([1, 2]), (3,), **k),
         "denoise_step": lambda **k: denoise_step(latents, latents, rows, rows, rows, noise=latents, **k),
         "gaussian_log_prob": lambda **k: gaussian_log_prob(latents, latents, latents, rows, rows, rows, **k),
+        "gaussian_log_prob_and_grad": lambda **k: gaussian_log_prob_and_grad(
+            latents, latents, latents, rows, rows, rows, rows, **k
+        ),
         "prdp_loss": lambda **k: prdp_loss(*loss_args, **loss_kwargs, **k),
         "prdp_loss_and_grad": lambda **k: prdp_loss_and_grad(*loss_args, **loss_kwargs, **k),
     }
 
 
 @pytest.mark.parametrize("op", calls())
-def test_every_operator(op):
+def test_every_operator(monkeypatch, op):
     call = calls()[op]
     for backend in ("auto", "torch"):
         call(backend=backend)
-    with pytest.raises(NotImplementedError, match=f"^{op} has no Triton implementation yet; use backend='torch'$"):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(RuntimeError, match=f"^{op}: backend='triton' needs CUDA tensors"):
         call(backend="triton")
     with pytest.raises(ValueError, match="unknown backend 'cuda'; expected one of 'auto', 'triton', 'torch'"):
         call(backend="cuda")

@@ -16,7 +16,7 @@ from prdp_kernels import layout, workspace
 from prdp_kernels.dispatch import on_device
 from prdp_kernels.gaussian_log_prob.kernel import TRITON_DTYPE
 from prdp_kernels.philox.kernel import row_step, tile_normals
-from prdp_kernels.tile import finish_log_prob, fma, guided_output, residual, tile_mask, tile_pointers, tiles_left
+from prdp_kernels.tile import finish_log_prob, fma, guided_output, reciprocal, residual, tile_mask, tile_pointers, tiles_left
 
 
 @triton.jit(do_not_specialize=["step", "rows", "splits"])
@@ -35,24 +35,24 @@ def denoise_step_kernel(
     arrived_ptr,  # scratch (rows,) int32 zeros; unused when SINGLE
     guidance_scale: tl.float64,
     step: tl.int64,
-    rows, splits, channels, pixels,
-    model_output_row, model_output_c, model_output_p,
-    sample_row, sample_c, sample_p,
-    prev_sample_row, prev_sample_c, prev_sample_p,
-    noise_row, noise_c, noise_p,
+    rows, splits, pixels,
+    model_output_row, model_output_c, model_output_p: tl.constexpr,
+    sample_row, sample_c, sample_p: tl.constexpr,
+    prev_sample_row, prev_sample_c, prev_sample_p: tl.constexpr,
+    noise_row, noise_c, noise_p: tl.constexpr,
     GUIDED: tl.constexpr, MEAN: tl.constexpr, NOISE: tl.constexpr, STEP_ROWS: tl.constexpr, ALIGNED: tl.constexpr,
-    COMPUTE: tl.constexpr, SINGLE: tl.constexpr, FLAT: tl.constexpr, C_BLOCK: tl.constexpr, P_BLOCK: tl.constexpr,
-    TILES: tl.constexpr,
+    COMPUTE: tl.constexpr, SINGLE: tl.constexpr, FLAT: tl.constexpr,
+    CHANNELS: tl.constexpr, C_BLOCK: tl.constexpr, P_BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) // splits).to(tl.int64)
     split = (tl.program_id(0) % splits).to(tl.int64)
-    size = tl.full((), pixels, tl.int64) * channels
+    size = tl.full((), pixels, tl.int64) * CHANNELS
     scale = tl.full((), guidance_scale, tl.float64).to(COMPUTE)
 
     sample_coef = tl.load(sample_coef_ptr + row).to(COMPUTE)
     output_coef = tl.load(output_coef_ptr + row).to(COMPUTE)
     std = tl.load(std_ptr + row).to(COMPUTE)
-    inverse_std = 1.0 / std  # infinite in a deterministic row, whose log-prob is replaced in the end
+    inverse_std = reciprocal(std)  # NaN in a deterministic row, whose log-prob is replaced in the end
     if not NOISE:
         seed = tl.load(seed_ptr + row)
         step = row_step(step_ptr, step, row, STEP_ROWS)
@@ -68,7 +68,7 @@ def denoise_step_kernel(
     first = split * (TILES * P_BLOCK)
     for tile in range(tiles_left(first, pixels, P_BLOCK, TILES)):
         start = first + tile * P_BLOCK
-        mask = tile_mask(start, channels, pixels, FLAT, C_BLOCK, P_BLOCK)
+        mask = tile_mask(start, pixels, CHANNELS, FLAT, C_BLOCK, P_BLOCK)
         output = guided_output(
             model_output_ptr, rows.to(tl.int64) * model_output_row, start, model_output_c, model_output_p, mask, scale,
             GUIDED, COMPUTE, FLAT, C_BLOCK, P_BLOCK,
@@ -124,10 +124,10 @@ def launch(
             log_prob if single else torch.empty(n * cut.splits, dtype=dtype, device=sample.device),
             log_prob if single else workspace.arrivals(n, sample.device),
             1.0 if guidance_scale is None else float(guidance_scale), step,
-            n, cut.splits, cut.channels, cut.pixels,
+            n, cut.splits, cut.pixels,
             *strides[0], *strides[1], *strides[2], *(strides[3] if given else (0, 0, 1)),
             GUIDED=guidance_scale is not None, MEAN=reduction == "mean", NOISE=noise is not None, STEP_ROWS=steps is not None,
             ALIGNED=cut.flat or cut.pixels % 4 == 0, COMPUTE=TRITON_DTYPE[dtype], SINGLE=single, FLAT=cut.flat,
-            C_BLOCK=cut.c_block, P_BLOCK=cut.p_block, TILES=cut.tiles, num_warps=cut.num_warps,
+            CHANNELS=cut.channels, C_BLOCK=cut.c_block, P_BLOCK=cut.p_block, TILES=cut.tiles, num_warps=cut.num_warps,
         )  # fmt: skip
     return prev_sample, log_prob

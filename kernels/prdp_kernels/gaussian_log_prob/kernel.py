@@ -16,7 +16,7 @@ import triton.language as tl
 
 from prdp_kernels import layout, workspace
 from prdp_kernels.dispatch import on_device
-from prdp_kernels.tile import finish_log_prob, fma, guided_output, residual, tile_mask, tile_pointers, tiles_left
+from prdp_kernels.tile import finish_log_prob, fma, guided_output, reciprocal, residual, tile_mask, tile_pointers, tiles_left
 
 TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
@@ -35,23 +35,24 @@ def log_prob_kernel(
     partial_ptr,  # scratch (rows, splits) COMPUTE; unused when SINGLE
     arrived_ptr,  # scratch (rows,) int32 zeros; unused when SINGLE
     guidance_scale: tl.float64,
-    rows, splits, channels, pixels,
-    model_output_row, model_output_c, model_output_p,
-    sample_row, sample_c, sample_p,
-    prev_sample_row, prev_sample_c, prev_sample_p,
-    grad_row, grad_c, grad_p,
+    rows, splits, pixels,
+    model_output_row, model_output_c, model_output_p: tl.constexpr,
+    sample_row, sample_c, sample_p: tl.constexpr,
+    prev_sample_row, prev_sample_c, prev_sample_p: tl.constexpr,
+    grad_row, grad_c, grad_p: tl.constexpr,
     GUIDED: tl.constexpr, MEAN: tl.constexpr, LOG_PROB: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr,
-    SINGLE: tl.constexpr, FLAT: tl.constexpr, C_BLOCK: tl.constexpr, P_BLOCK: tl.constexpr, TILES: tl.constexpr,
+    SINGLE: tl.constexpr, FLAT: tl.constexpr,
+    CHANNELS: tl.constexpr, C_BLOCK: tl.constexpr, P_BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) // splits).to(tl.int64)
     split = (tl.program_id(0) % splits).to(tl.int64)
-    size = tl.full((), pixels, tl.int64) * channels
+    size = tl.full((), pixels, tl.int64) * CHANNELS
     scale = tl.full((), guidance_scale, tl.float64).to(COMPUTE)
 
     sample_coef = tl.load(sample_coef_ptr + row).to(COMPUTE)
     output_coef = tl.load(output_coef_ptr + row).to(COMPUTE)
     std = tl.load(std_ptr + row).to(COMPUTE)
-    inverse_std = 1.0 / std
+    inverse_std = reciprocal(std)
     if GRAD:
         slope = tl.load(weight_ptr + row).to(COMPUTE) * output_coef * inverse_std * inverse_std
         if MEAN:
@@ -69,7 +70,7 @@ def log_prob_kernel(
     first = split * (TILES * P_BLOCK)
     for tile in range(tiles_left(first, pixels, P_BLOCK, TILES)):
         start = first + tile * P_BLOCK
-        mask = tile_mask(start, channels, pixels, FLAT, C_BLOCK, P_BLOCK)
+        mask = tile_mask(start, pixels, CHANNELS, FLAT, C_BLOCK, P_BLOCK)
         output = guided_output(
             model_output_ptr, rows.to(tl.int64) * model_output_row, start, model_output_c, model_output_p, mask, scale,
             GUIDED, COMPUTE, FLAT, C_BLOCK, P_BLOCK,
@@ -127,10 +128,10 @@ def launch(
             std if weights is None else weights.contiguous(), sample if log_prob is None else log_prob,
             sample if grad is None else grad, partials, arrived,
             1.0 if guidance_scale is None else float(guidance_scale),
-            n, cut.splits, cut.channels, cut.pixels,
+            n, cut.splits, cut.pixels,
             *strides[0], *strides[1], *strides[2], *(strides[3] if grad is not None else (0, 0, 1)),
             GUIDED=guidance_scale is not None, MEAN=reduction == "mean", LOG_PROB=want_log_prob, GRAD=grad is not None,
-            COMPUTE=TRITON_DTYPE[dtype], SINGLE=single, FLAT=cut.flat, C_BLOCK=cut.c_block, P_BLOCK=cut.p_block, TILES=cut.tiles,
-            num_warps=cut.num_warps,
+            COMPUTE=TRITON_DTYPE[dtype], SINGLE=single, FLAT=cut.flat, CHANNELS=cut.channels, C_BLOCK=cut.c_block,
+            P_BLOCK=cut.p_block, TILES=cut.tiles, num_warps=cut.num_warps,
         )  # fmt: skip
     return log_prob, grad

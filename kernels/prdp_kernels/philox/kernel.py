@@ -109,7 +109,7 @@ def philox_normal_kernel(
     for tile in range(tiles_left(first, size, P_BLOCK, TILES)):
         start = first + tile * P_BLOCK
         normals = tile_normals(seed, step, start, size, True, True, 1, P_BLOCK)
-        mask = tile_mask(start, 1, size, True, 1, P_BLOCK)
+        mask = tile_mask(start, size, 1, True, 1, P_BLOCK)
         tl.store(tile_pointers(out_ptr + row * size, start, 0, 1, True, 1, P_BLOCK), normals, mask=mask)
 
 

@@ -39,6 +39,7 @@ def prdp_loss(
     """
     args = (log_probs, old_log_probs, ref_log_probs, rewards)
     _check("prdp_loss", *args, clip_range, kl_weight)
+    backend = _backend("prdp_loss", backend, log_probs)
     run = dispatch.choose("prdp_loss", backend, *args, reference=reference.prdp_loss, triton=_triton_loss)
     return run(*args, clip_range, kl_weight)
 
@@ -67,10 +68,22 @@ def prdp_loss_and_grad(
     """
     args = (log_probs, old_log_probs, ref_log_probs, rewards)
     _check("prdp_loss_and_grad", *args, clip_range, kl_weight)
+    backend = _backend("prdp_loss_and_grad", backend, log_probs)
     run = dispatch.choose(
         "prdp_loss_and_grad", backend, *args, reference=reference.prdp_loss_and_grad, triton=_triton_loss_and_grad
     )
     return run(*args, clip_range, kl_weight)
+
+
+MAX_IMAGES = 128  # of a group in the Triton kernel, one program of which holds a whole group
+
+
+def _backend(op: str, backend: str, log_probs: torch.Tensor) -> str:
+    if log_probs.shape[1] <= MAX_IMAGES or backend not in ("auto", "triton"):
+        return backend
+    if backend == "triton":
+        raise ValueError(f"{op}: backend='triton' takes up to {MAX_IMAGES} images a group, got {log_probs.shape[1]}; use 'auto'")
+    return "torch"
 
 
 def _check(
