@@ -29,6 +29,8 @@ MAX_WEIGHT_ERROR = 1e-3
 class TrainingEngine(Protocol):
     """What an update needs of `zero.ZeroEngine`."""
 
+    scale: float  # of the loss, chosen by `set_scale`
+
     @property
     def unet(self) -> nn.Module: ...
     def set_scale(self, max_weight: float) -> None: ...
@@ -84,20 +86,21 @@ def gradient_pass(
     weights: torch.Tensor,
     micro_batch: int,
     backward: Callable[..., None],
+    loss_scale: float = 1.0,
 ) -> torch.Tensor:
     """Backpropagate sum(weights * log_prob).
 
     Args:
         weights: (N, S), dL/dlog_prob, constants.
         backward: called once a micro-batch with its scalar, and last=True for the final one.
+        loss_scale: what `backward` multiplies the scalar by.
     Returns: (N, S) the log-probs, detached.
     """
     flat = torch.empty(trajectories.log_probs.numel(), dtype=trajectories.latents.dtype, device=trajectories.latents.device)
     flat_weights = weights.reshape(-1)
     for rows, arguments in micro_batches(policy, trajectories, micro_batch):
-        log_prob = policy.log_prob(unet, *arguments)
-        flat[rows] = log_prob.detach()
-        backward((flat_weights[rows] * log_prob).sum(), last=rows.stop == len(flat))
+        loss, flat[rows] = policy.weighted_log_prob(unet, *arguments, weights=flat_weights[rows], loss_scale=loss_scale)
+        backward(loss, last=rows.stop == len(flat))
     return flat.view(trajectories.log_probs.shape)
 
 
@@ -164,7 +167,7 @@ def run_updates(
                 report.update_rows += rows
                 output = objective(inputs(log_probs, old))
             engine.set_scale(reduce([float(output.weights.abs().max())], "max")[0])
-            trained = gradient_pass(policy, engine.unet, trajectories, output.weights, micro_batch, engine.backward)
+            trained = gradient_pass(policy, engine.unet, trajectories, output.weights, micro_batch, engine.backward, engine.scale)
             report.update_rows += rows
             if old is None:
                 # From here on old log-probs come from the training path: same code, dtype and batch geometry as the new ones.

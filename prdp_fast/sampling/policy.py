@@ -6,14 +6,14 @@ Rollout, reference pass and update all call it, so that they cannot drift apart.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from prdp_fast.records import TextEmbeddings
 from prdp_fast.sampling.transitions import Transitions
-from prdp_kernels import denoise_step, gaussian_log_prob
+from prdp_kernels import denoise_step, gaussian_log_prob, gaussian_log_prob_and_grad
 
 Backend = Literal["auto", "triton", "torch"]
 
@@ -97,3 +97,47 @@ class Policy:
             output, latents, prev_latents, sample_coef, output_coef, std,
             guidance_scale=self.guidance_scale, backend=self.backend,
         )  # fmt: skip
+
+    def weighted_log_prob(
+        self,
+        unet: nn.Module,
+        latents: torch.Tensor,
+        prev_latents: torch.Tensor,
+        steps: torch.Tensor,
+        embeddings: TextEmbeddings,
+        *,
+        weights: torch.Tensor,
+        loss_scale: float = 1.0,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """sum(weights * log_prob) of stored steps, a scalar to backpropagate, and the log-probs (N,), detached.
+
+        The weights are known, so the gradient at the U-Net's output is made in the same pass as the log-probs.
+
+        Args:
+            weights: (N,) dL/dlog_prob, constants. The rest as in `log_prob`.
+            loss_scale: what the scalar will be multiplied by before backward. Half-precision gradients are stored multiplied
+                by it, since they may not be representable otherwise.
+        """
+        timesteps, sample_coef, output_coef, std = self.coefficients(steps, latents.device, latents.dtype)
+        output = self.model_output(unet, latents, timesteps, embeddings)
+        log_prob, grad = gaussian_log_prob_and_grad(
+            output.detach(), latents, prev_latents, sample_coef, output_coef, std, weights * loss_scale,
+            guidance_scale=self.guidance_scale, backend=self.backend,
+        )  # fmt: skip
+        return _Known.apply(output, grad, (weights * log_prob).sum(), loss_scale), log_prob
+
+
+class _Known(torch.autograd.Function):
+    """A scalar whose gradient with respect to `output` is known: `grad`, already multiplied by `scale`."""
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, grad: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+        ctx.save_for_backward(grad)
+        ctx.scale = scale
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad,) = ctx.saved_tensors
+        # Divided first: upstream is the scale in all but an experiment, the factor 1, and grad neither over- nor underflows.
+        return grad * (upstream / ctx.scale).to(grad.dtype), None, None, None
