@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from prdp_fast.errors import UserError
 
@@ -23,6 +23,14 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+def _switch(value: Any) -> Any:
+    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+
+# YAML reads on and off as booleans.
+Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)]
+
+
 class ModelSettings(Section):
     pretrained: str = Field("tiny", description="'tiny' (embedded), a diffusers directory, or a hub id")
 
@@ -30,6 +38,10 @@ class ModelSettings(Section):
 class SamplerSettings(Section):
     num_inference_steps: int = Field(50, ge=1, description="T")
     guidance_scale: float | None = Field(5.0, description="s of classifier-free guidance; null samples without it")
+    guidance_interval: tuple[int, int] | None = Field(
+        None,
+        description="guide only at timesteps from the first to the second (arXiv:2404.07724); steps outside cost one evaluation",
+    )
     eta: float = Field(1.0, description="DDIM's share of noise, 0 < eta <= 1; DDPM has only 1")
     rollout_batch: int = Field(
         64, ge=1, description="trajectories per U-Net call (guidance doubles the rows); changes speed only"
@@ -42,6 +54,12 @@ class SamplerSettings(Section):
                 f"guidance_scale {self.guidance_scale} with classifier-free guidance; expected more than 1, "
                 "or null to sample without guidance at half the cost"
             )
+        if self.guidance_interval is not None:
+            low, high = self.guidance_interval
+            if self.guidance_scale is None:
+                raise ValueError("guidance_interval without guidance_scale; set guidance_scale, or remove the interval")
+            if not 0 <= low <= high:
+                raise ValueError(f"guidance_interval [{low}, {high}]; expected timesteps with 0 <= first <= second")
         if not 0 < self.eta <= 1:
             raise ValueError(f"eta {self.eta}; expected 0 < eta <= 1: without noise a step has no density to train")
         return self
@@ -89,7 +107,49 @@ class ScheduleSettings(Section):
     prompts_per_epoch: int = Field(64, ge=1, description="N, over all ranks")
     images_per_prompt: int = Field(8, ge=2, description="B; pairs need two")
     micro_batch: int = Field(16, ge=1, description="(trajectory, timestep) rows of one backward; changes memory and speed only")
+    update_timesteps: int | None = Field(
+        None,
+        ge=1,
+        description="K = 1: backpropagate this many steps of a trajectory, drawn one from each of as many strata; unbiased",
+    )
+    reference_timesteps: int | None = Field(
+        None, ge=2, description="K = 1: evaluate the reference at this many steps of a trajectory, drawn likewise; unbiased"
+    )
     time_limit_minutes: float | None = Field(None, gt=0, description="stop after the epoch that passes this, then evaluate")
+
+    @model_validator(mode="after")
+    def _check(self) -> ScheduleSettings:
+        for name in ("update_timesteps", "reference_timesteps"):
+            if getattr(self, name) is not None and self.updates_per_epoch > 1:
+                raise ValueError(
+                    f"{name} with updates_per_epoch {self.updates_per_epoch}; a subset of timesteps is unbiased for one update "
+                    f"an epoch only: set updates_per_epoch 1, or remove {name}"
+                )
+        return self
+
+
+class PerformanceSettings(Section):
+    """How fast, never what. `auto` takes what works and is faster on this machine, and says so once; `on` insists."""
+
+    attention: Literal["auto", "sdpa", "xformers", "flash", "cudnn"] = Field(
+        "auto", description="auto: the fastest of those that work, measured at start on the model's own shapes"
+    )
+    compile: Literal["auto", "off", "blocks", "full"] = Field(
+        "auto", description="torch.compile of the U-Net: its repeated blocks (starts soon) or all of it"
+    )
+    compile_cache: str | None = Field(None, description="directory of compiled code; a second start is quick. null: torch's own")
+    cuda_graphs: Switch = Field("auto", description="capture the rollout's fixed shapes")
+    channels_last: Switch = "auto"
+    fuse_qkv: Switch = Field("auto", description="one matrix product for query, key and value of the frozen U-Nets")
+    tf32: Switch = Field("auto", description="float32 matrix products of CUDA on tensor cores")
+    fused_optimizer: Switch = Field("auto", description="AdamW in one kernel")
+    activation_checkpointing: bool = Field(
+        False, description="recompute activations in the backward: less memory, a third slower"
+    )
+    coalesce_gradients: Switch = Field(
+        "auto", description="reduce gradients over ranks once an update; needs room for all of them"
+    )
+    background_rewards: Switch = Field("auto", description="score images while the U-Net goes on")
 
 
 class EvaluationSettings(Section):
@@ -116,6 +176,7 @@ class Settings(Section):
     objective: Annotated[PrdpSettings | DdpoSettings, Field(discriminator="name")] = PrdpSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     schedule: ScheduleSettings = ScheduleSettings()
+    performance: PerformanceSettings = PerformanceSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
 
@@ -245,7 +306,7 @@ def _fields_at(location: tuple[int | str, ...]) -> list[str]:
             section = sections[str(part)]
         elif part in section.model_fields:
             annotation = section.model_fields[str(part)].annotation
-            section = annotation if isinstance(annotation, type) else section
+            section = annotation if isinstance(annotation, type) and issubclass(annotation, Section) else section
     return list(section.model_fields)
 
 
