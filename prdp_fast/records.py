@@ -37,6 +37,7 @@ class Trajectories:
     embeddings: TextEmbeddings  # G rows, one per prompt
     latents: torch.Tensor  # (N, T+1, C, H, W) float32, x_T first
     log_probs: torch.Tensor  # (N, S) float32, nats: the sampler's own log-probs of the S stochastic steps
+    seeds: torch.Tensor  # (N,) int64, the Philox keys of their noise
 
     def embedding_rows(self, rows: torch.Tensor) -> TextEmbeddings:
         return self.embeddings.rows(torch.div(rows, self.images_per_prompt, rounding_mode="floor"))

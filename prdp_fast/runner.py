@@ -9,6 +9,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,13 @@ from prdp_fast.models.text import TextEncoder
 from prdp_fast.objectives import build_objective
 from prdp_fast.prompts.stream import PromptSet, PromptStream
 from prdp_fast.records import Prompt, Scores
-from prdp_fast.rewards import WeightedRewards, build_rewards
+from prdp_fast.rewards import BackgroundScores, WeightedRewards, build_rewards
 from prdp_fast.sampling.policy import Policy
 from prdp_fast.sampling.rollout import rollout
 from prdp_fast.sampling.transitions import Transitions
 from prdp_fast.settings import Settings
 from prdp_fast.telemetry import Telemetry
-from prdp_fast.update import run_updates
+from prdp_fast.update import reference_pass, run_updates
 
 GRID_PROMPTS = 24  # pictures of a sample grid
 COMPARED_PROMPTS = 12  # of the picture that sets before against after
@@ -61,6 +62,7 @@ class Job:
         config = zero.resolve_config(
             config_name, settings, world_size=world_size, stochastic_steps=len(transitions.stochastic), cuda=cuda
         )
+        check_steps(settings, transitions)
         train = PromptSet.open(prompts.source, prompts.train, limit=prompts.limit)
         PromptStream(train, seed=settings.seed, prompts_per_epoch=settings.schedule.prompts_per_epoch, world_size=world_size)
         held = {}
@@ -84,14 +86,42 @@ class Job:
         """U-Net rows of one epoch over all ranks, on the fast path (DESIGN: rollout 2T, reference 2T, update K 2T)."""
         schedule = self.settings.schedule
         images = schedule.prompts_per_epoch * schedule.images_per_prompt
-        evaluations = 1 if self.settings.sampler.guidance_scale is None else 2
-        stochastic, updates = len(self.transitions.stochastic), schedule.updates_per_epoch
-        needs_reference = build_objective(self.settings.objective).needs_reference
+        policy = build_policy(self.settings, self.transitions)
+        stochastic = self.transitions.stochastic
+        every = policy.evaluations(stochastic)
+
+        def subset(steps: int | None) -> float:
+            """Of the steps' evaluations, on average over the draws: the strata are even, so each step is as likely."""
+            return every if steps is None else every * min(steps, len(stochastic)) / len(stochastic)
+
+        updates, needs_reference = schedule.updates_per_epoch, build_objective(self.settings.objective).needs_reference
         return {
-            "rollout": images * len(self.transitions) * evaluations,
-            "reference": images * stochastic * evaluations * needs_reference,
-            "update": images * stochastic * evaluations * (2 * updates - 1),
+            "rollout": images * policy.evaluations(torch.arange(len(self.transitions))),
+            "reference": round(images * subset(schedule.reference_timesteps) * needs_reference),
+            "update": round(images * (subset(schedule.update_timesteps) + every * 2 * (updates - 1))),
         }
+
+
+def build_policy(settings: Settings, transitions: Transitions) -> Policy:
+    sampler = settings.sampler
+    return Policy(transitions, sampler.guidance_scale, settings.kernels, sampler.guidance_interval)
+
+
+def check_steps(settings: Settings, transitions: Transitions) -> None:
+    """Raises: UserError where the recipe speaks of steps that the schedule does not have."""
+    count = len(transitions.stochastic)
+    for name in ("update_timesteps", "reference_timesteps"):
+        wanted = getattr(settings.schedule, name)
+        if wanted is not None and wanted > count:
+            raise UserError(
+                f"schedule.{name} is {wanted}, more than the {count} stochastic steps of the sampler; lower it or remove it"
+            )
+    policy = build_policy(settings, transitions)
+    if settings.sampler.guidance_interval is not None and not policy.guided.any():
+        raise UserError(
+            f"sampler.guidance_interval {list(settings.sampler.guidance_interval)} holds none of the sampler's timesteps "
+            f"{transitions.timesteps.tolist()}; widen it, or set guidance_scale null to sample without guidance"
+        )
 
 
 @dataclass
@@ -114,10 +144,15 @@ def train(job: Job, output: Path, device: torch.device) -> dict[str, Any]:
     # Build.
     pipeline = Pipeline.load(settings.model.pretrained, device, frozen_dtype=job.config.dtype)
     text = TextEncoder(pipeline, job.config.dtype)
-    policy = Policy(job.transitions, settings.sampler.guidance_scale, settings.kernels)
+    policy = build_policy(settings, job.transitions)
     objective = build_objective(settings.objective, settings.kernels)
     reference = pipeline.reference_unet(job.config.dtype) if objective.needs_reference else None
-    engine = zero.ZeroEngine(pipeline.unet, settings.optimizer, job.config, device)
+    performance = settings.performance
+    engine = zero.ZeroEngine(pipeline.unet, settings.optimizer, job.config, device, performance.coalesce_gradients)
+    # On a CPU the rewards would take the U-Net's own cores.
+    scorer = BackgroundScores(
+        performance.background_rewards == "on" or (performance.background_rewards == "auto" and device.type != "cpu")
+    )
     stream = PromptStream(
         job.train_prompts, seed=settings.seed, prompts_per_epoch=schedule.prompts_per_epoch, rank=rank, world_size=world_size
     )
@@ -147,7 +182,8 @@ def train(job: Job, output: Path, device: torch.device) -> dict[str, Any]:
                 results[name] = Evaluation.merge(zero.gather_objects(part), len(prompts))
         return results
 
-    with Telemetry(output if is_main else None, total_epochs=schedule.epochs, first_epoch=progress.epoch) as telemetry:
+    telemetry_files = Telemetry(output if is_main else None, total_epochs=schedule.epochs, first_epoch=progress.epoch)
+    with telemetry_files as telemetry, contextlib.closing(scorer):
         if latest:
             telemetry.message(f"continuing after epoch {progress.epoch} from {latest.name}")
         before = load_or_run(output / "evaluation_before.pt", lambda: evaluate_sets(list(job.evaluation_prompts)), is_main)
@@ -173,26 +209,34 @@ def train(job: Job, output: Path, device: torch.device) -> dict[str, Any]:
                 )  # fmt: skip
             with telemetry.phase("decode"):
                 images = pipeline.decode(trajectories.latents[:, -1])
+            rows = [prompt for prompt in prompts for _ in range(schedule.images_per_prompt)]
+            scoring = scorer.start(partial(job.rewards.score, images, [row.text for row in rows], [row.metadata for row in rows]))
+            reference_rows = None
+            if reference is not None and engine.updates > 0:  # before the first update the policy is the reference
+                with telemetry.phase("reference"):
+                    reference_rows = reference_pass(
+                        policy, reference, trajectories, schedule.micro_batch, schedule.reference_timesteps
+                    )  # fmt: skip
             try:
                 with telemetry.phase("reward"), agree_on_rewards():
-                    rows = [prompt for prompt in prompts for _ in range(schedule.images_per_prompt)]
-                    scores = job.rewards.score(images, [row.text for row in rows], [row.metadata for row in rows])
+                    scores = scoring()
             except RewardError:
                 save()  # the weights are those after the last finished epoch: nothing computed is lost
                 raise
-            report = run_updates(
-                policy, engine, objective, trajectories, scores.total, reference=reference,
-                updates=schedule.updates_per_epoch, micro_batch=schedule.micro_batch, last_drift=progress.last_drift,
-                reduce=zero.all_reduce, phase=telemetry.phase,
-            )  # fmt: skip
+            with telemetry.phase("update"):
+                report = run_updates(
+                    policy, engine, objective, trajectories, scores.total, reference=reference_rows,
+                    updates=schedule.updates_per_epoch, micro_batch=schedule.micro_batch, last_drift=progress.last_drift,
+                    reduce=zero.all_reduce, timesteps=schedule.update_timesteps,
+                )  # fmt: skip
 
             count = len(images) * world_size
             progress.epoch, progress.images = epoch + 1, progress.images + count
             progress.last_drift = zero.all_reduce([report.drift], "max")[0]
-            evaluations = policy.evaluations_per_step * world_size
-            progress.unet_forwards["rollout"] += len(images) * len(job.transitions) * evaluations
-            progress.unet_forwards["reference"] += report.reference_rows * evaluations
-            progress.unet_forwards["update"] += report.update_rows * evaluations
+            progress.unet_forwards["rollout"] += count * policy.evaluations(torch.arange(len(job.transitions)))
+            own_rows = [0.0 if reference_rows is None else float(reference_rows.unet_rows), float(report.unet_rows)]
+            for name, unet_rows in zip(("reference", "update"), zero.all_reduce(own_rows, "sum"), strict=True):
+                progress.unet_forwards[name] += int(unet_rows)
             metrics = reduce_metrics(scores, report.metrics)
             metrics["free_first_pass"] = float(report.free_first_pass)
             if report.drift_by_step is not None:

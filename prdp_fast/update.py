@@ -5,13 +5,14 @@
     (3) backpropagate sum(weights * log_prob), a micro-batch at a time
 
 This is the exact gradient of the whole loss, and memory does not grow with the number of steps. No autograd graph is longer than
-one micro-batch.
+one micro-batch. With one update an epoch (K = 1), passes over a random subset of the steps keep its expectation.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ from torch import nn
 from prdp_fast.objectives import Objective, ObjectiveInput
 from prdp_fast.records import Trajectories
 from prdp_fast.sampling.policy import Policy
+from prdp_fast.sampling.rows import REFERENCE_STREAM, UPDATE_STREAM, pack, strata, stratified
 
 # The rollout's log-probs serve as pass (1) of the first update while their error moves the weights by less than this share.
 MAX_WEIGHT_ERROR = 1e-3
@@ -34,8 +36,18 @@ class TrainingEngine(Protocol):
     @property
     def unet(self) -> nn.Module: ...
     def set_scale(self, max_weight: float) -> None: ...
+    def accumulating(self) -> contextlib.AbstractContextManager[None]: ...
     def backward(self, loss: torch.Tensor, *, last: bool) -> None: ...
     def step(self) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The frozen model's log-probs of an epoch, as the objective wants them."""
+
+    log_probs: torch.Tensor  # (N, S) float32
+    error: float = 0.0  # nats, two standard errors of a trajectory's mean log-ratio, the largest; 0 if nothing was left out
+    unet_rows: int = 0
 
 
 @dataclass
@@ -44,38 +56,35 @@ class UpdateReport:
 
     metrics: dict[str, float] = field(default_factory=dict)
     drift_by_step: torch.Tensor | None = None  # (S,) max over trajectories of |sampler log-prob - trainer log-prob|, nats
-    reference_rows: int = 0  # latents evaluated; guidance doubles them in the U-Net
-    update_rows: int = 0
+    unet_rows: int = 0
     free_first_pass: bool = True
     skipped_updates: int = 0
 
     @property
     def drift(self) -> float:
-        return 0.0 if self.drift_by_step is None else float(self.drift_by_step.max())
+        return 0.0 if self.drift_by_step is None else float(self.drift_by_step.nan_to_num().max())
 
 
-def micro_batches(policy: Policy, trajectories: Trajectories, size: int) -> Iterator[tuple[slice, tuple[Any, ...]]]:
-    """Rows of (trajectory, stochastic step) pairs, trajectory-major.
-
-    Yields: the slice of the flattened (N * S) rows, and the arguments of `Policy.log_prob` after the U-Net.
-    """
+def _empty_rows(trajectories: Trajectories) -> torch.Tensor:
+    """(N * S,) NaN: what a pass leaves out stays visible."""
     latents = trajectories.latents
-    stochastic = policy.transitions.stochastic.to(latents.device)
-    total = len(latents) * len(stochastic)
-    for start in range(0, total, size):
-        rows = torch.arange(start, min(start + size, total), device=latents.device)
-        trajectory = torch.div(rows, len(stochastic), rounding_mode="floor")
-        steps = stochastic[rows % len(stochastic)]
-        arguments = (latents[trajectory, steps], latents[trajectory, steps + 1], steps, trajectories.embedding_rows(trajectory))
-        yield slice(start, start + len(rows)), arguments
+    return torch.full((trajectories.log_probs.numel(),), math.nan, dtype=latents.dtype, device=latents.device)
 
 
 @torch.no_grad()
-def log_prob_pass(policy: Policy, unet: nn.Module, trajectories: Trajectories, micro_batch: int) -> torch.Tensor:
-    """(N, S) log-probs of the stored steps under `unet`, without gradients, in the batch geometry of the gradient pass."""
-    flat = torch.empty(trajectories.log_probs.numel(), dtype=trajectories.latents.dtype, device=trajectories.latents.device)
-    for rows, arguments in micro_batches(policy, trajectories, micro_batch):
-        flat[rows] = policy.log_prob(unet, *arguments)
+def log_prob_pass(
+    policy: Policy, unet: nn.Module, trajectories: Trajectories, micro_batch: int, chosen: torch.Tensor | None = None
+) -> torch.Tensor:
+    """(N, S) log-probs of the stored steps under `unet`, without gradients, in the batch geometry of the gradient pass.
+
+    Args: chosen: (N, m) stochastic steps to evaluate; the others are NaN.
+    """
+    flat = _empty_rows(trajectories)
+    for part in pack(policy, trajectories, micro_batch, chosen):
+        log_prob = policy.log_prob(
+            unet, part.latents, part.prev_latents, part.steps, part.embeddings, guided=part.guided
+        )  # fmt: skip
+        flat[part.rows[: part.count]] = log_prob[: part.count]
     return flat.view(trajectories.log_probs.shape)
 
 
@@ -87,6 +96,7 @@ def gradient_pass(
     micro_batch: int,
     backward: Callable[..., None],
     loss_scale: float = 1.0,
+    chosen: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Backpropagate sum(weights * log_prob).
 
@@ -94,14 +104,52 @@ def gradient_pass(
         weights: (N, S), dL/dlog_prob, constants.
         backward: called once a micro-batch with its scalar, and last=True for the final one.
         loss_scale: what `backward` multiplies the scalar by.
-    Returns: (N, S) the log-probs, detached.
+        chosen: (N, m) stochastic steps to backpropagate through; None for all.
+    Returns: (N, S) the log-probs, detached; NaN where not chosen.
     """
-    flat = torch.empty(trajectories.log_probs.numel(), dtype=trajectories.latents.dtype, device=trajectories.latents.device)
-    flat_weights = weights.reshape(-1)
-    for rows, arguments in micro_batches(policy, trajectories, micro_batch):
-        loss, flat[rows] = policy.weighted_log_prob(unet, *arguments, weights=flat_weights[rows], loss_scale=loss_scale)
-        backward(loss, last=rows.stop == len(flat))
+    flat, flat_weights = _empty_rows(trajectories), weights.reshape(-1)
+    parts = pack(policy, trajectories, micro_batch, chosen)
+    part = next(parts, None)
+    while part is not None:
+        row_weights = flat_weights[part.rows]
+        row_weights[part.count :] = 0  # rows that only fill up
+        loss, log_prob = policy.weighted_log_prob(
+            unet, part.latents, part.prev_latents, part.steps, part.embeddings, guided=part.guided, weights=row_weights,
+            loss_scale=loss_scale,
+        )  # fmt: skip
+        flat[part.rows[: part.count]] = log_prob[: part.count]
+        part = next(parts, None)
+        backward(loss, last=part is None)
     return flat.view(trajectories.log_probs.shape)
+
+
+def reference_pass(
+    policy: Policy, reference: nn.Module, trajectories: Trajectories, micro_batch: int, timesteps: int | None = None
+) -> Reference:
+    """Log-probs of the stored steps under the frozen model.
+
+    Args:
+        timesteps: evaluate this many steps of each trajectory, one of each stratum. The loss needs the mean log-ratio over the
+            steps alone, which the subset estimates without bias; every step then carries that mean. For K = 1 only.
+    """
+    sampled = trajectories.log_probs
+    total = sampled.shape[1]
+    stochastic = policy.transitions.stochastic
+    if timesteps is None or timesteps >= total:
+        log_probs = log_prob_pass(policy, reference, trajectories, micro_batch)
+        return Reference(log_probs, unet_rows=len(sampled) * policy.evaluations(stochastic))
+    chosen = stratified(trajectories.seeds, total, timesteps, REFERENCE_STREAM)
+    on_device = chosen.to(sampled.device)
+    evaluated = log_prob_pass(policy, reference, trajectories, micro_batch, chosen).gather(1, on_device)
+    log_ratio = sampled.gather(1, on_device) - evaluated
+    borders = strata(total, timesteps)
+    sizes = (borders[1:] - borders[:-1]).to(log_ratio)
+    mean = (sizes * log_ratio).sum(1) / total
+    # One draw a stratum says nothing of the spread inside it; the spread over all of them is no smaller on average. What is
+    # drawn from a stratum of one step has no error.
+    drawn = sizes.square().where(sizes > 1, 0.0).sum().sqrt() / total
+    error = 2 * float((log_ratio.std(1) * drawn).max())
+    return Reference(sampled - mean[:, None], error, policy.evaluations(stochastic[chosen.flatten()]))
 
 
 def run_updates(
@@ -111,77 +159,96 @@ def run_updates(
     trajectories: Trajectories,
     rewards: torch.Tensor,
     *,
-    reference: nn.Module | None,
+    reference: Reference | None,
     updates: int,
     micro_batch: int,
     last_drift: float | None,
     reduce: Callable[[list[float], str], list[float]],
-    phase: Callable[[str], contextlib.AbstractContextManager[Any]],
+    timesteps: int | None = None,
 ) -> UpdateReport:
     """K updates on one epoch's trajectories.
 
     Args:
         rewards: (N,) float32, NaN removes an image.
-        reference: the frozen U-Net; None if the objective needs none.
-        last_drift: `UpdateReport.drift` of the epoch before; None (first epoch) runs pass (1) to measure it.
+        reference: `reference_pass`; None while the policy is the reference, or if the objective needs none.
+        last_drift: `UpdateReport.drift` of the epoch before; None (first epoch) runs pass (1) to measure it, if it could matter.
         reduce: `zero.all_reduce`; ranks must agree on the loss scale and on the number of forwards.
-        phase: names the phases "reference" and "update" for telemetry.
+        timesteps: backpropagate this many steps of each trajectory, one of each stratum; for K = 1 only.
     """
     report = UpdateReport()
     sampled = trajectories.log_probs
-    grouped = (len(trajectories.prompts), trajectories.images_per_prompt, sampled.shape[1])
-    rows = sampled.numel()
+    total = sampled.shape[1]
+    grouped = (len(trajectories.prompts), trajectories.images_per_prompt, total)
+    stochastic = policy.transitions.stochastic
+    unet_rows = len(sampled) * policy.evaluations(stochastic)
     finite = rewards[rewards.isfinite()].double()
-    count, total, squares = reduce([float(len(finite)), float(finite.sum()), float(finite.square().sum())], "sum")
-    reward_mean = total / max(count, 1.0)
+    count, reward_sum, squares = reduce([float(len(finite)), float(finite.sum()), float(finite.square().sum())], "sum")
+    reward_mean = reward_sum / max(count, 1.0)
     reward_std = max(squares / max(count, 1.0) - reward_mean**2, 0.0) ** 0.5
 
-    ref_log_probs = None
-    if objective.needs_reference:
-        assert reference is not None
-        with phase("reference"):
-            ref_log_probs = log_prob_pass(policy, reference, trajectories, micro_batch).view(grouped)
-            report.reference_rows += rows
+    policy_is_reference = objective.needs_reference and reference is None
+    ref_log_probs = None if reference is None else reference.log_probs
+
+    chosen, strata_sizes = None, torch.ones(1, device=sampled.device)
+    if timesteps is not None and timesteps < total:
+        assert updates == 1, "a subset of timesteps is unbiased for one update only"
+        chosen = stratified(trajectories.seeds, total, timesteps, UPDATE_STREAM)
+        borders = strata(total, timesteps)
+        sizes = borders[1:] - borders[:-1]
+        strata_sizes = sizes.repeat_interleave(sizes).to(sampled.device)  # (S,), of the stratum that a step is in
 
     def inputs(log_probs: torch.Tensor, old: torch.Tensor) -> ObjectiveInput:
+        ref = log_probs if policy_is_reference and ref_log_probs is None else ref_log_probs
         return ObjectiveInput(
-            log_probs=log_probs.view(grouped), old_log_probs=old.view(grouped), ref_log_probs=ref_log_probs,
+            log_probs=log_probs.view(grouped), old_log_probs=old.view(grouped),
+            ref_log_probs=None if ref is None else ref.view(grouped),
             rewards=rewards.to(log_probs.device).view(grouped[:2]), reward_mean=reward_mean, reward_std=reward_std,
         )  # fmt: skip
 
-    with phase("update"):
-        old = None
-        for _ in range(updates):
-            if old is None:
-                # Policy and snapshot coincide, so nothing is clipped and pass (1) can be the rollout's own log-probs, unless
-                # their error would show in the weights.
-                log_probs = sampled
-                error = float("inf") if last_drift is None else objective.weight_error(inputs(sampled, sampled), last_drift)
+    old = None
+    for _ in range(updates):
+        if old is None:
+            # Policy and snapshot coincide, so nothing is clipped and pass (1) can be the rollout's own log-probs, unless their
+            # error would show in the weights. While the policy is the reference too, every log-ratio is exactly 0.
+            log_probs = sampled
+            if not policy_is_reference:
+                error = objective.weight_error(inputs(sampled, sampled), math.inf if last_drift is None else last_drift)
                 if reduce([error], "max")[0] > MAX_WEIGHT_ERROR:
                     report.free_first_pass = False
                     log_probs = log_prob_pass(policy, engine.unet, trajectories, micro_batch)
-                    report.update_rows += rows
-                output = objective(inputs(log_probs, log_probs))
-            else:
-                log_probs = log_prob_pass(policy, engine.unet, trajectories, micro_batch)
-                report.update_rows += rows
-                output = objective(inputs(log_probs, old))
-            engine.set_scale(reduce([float(output.weights.abs().max())], "max")[0])
-            trained = gradient_pass(policy, engine.unet, trajectories, output.weights, micro_batch, engine.backward, engine.scale)
-            report.update_rows += rows
-            if old is None:
-                # From here on old log-probs come from the training path: same code, dtype and batch geometry as the new ones.
-                old = trained
-                report.drift_by_step = (sampled - trained).abs().amax(0).cpu()
-                report.metrics["first_ratio_error"] = float((log_probs - trained).abs().max())
-            result = engine.step()
-            report.skipped_updates += not result.applied
-            report.metrics.update(output.metrics)
-            report.metrics["loss"] = float(output.loss)
-            report.metrics["grad_norm"] = result.grad_norm
+                    report.unet_rows += unet_rows
+            output = objective(inputs(log_probs, log_probs))
+        else:
+            log_probs = log_prob_pass(policy, engine.unet, trajectories, micro_batch)
+            report.unet_rows += unet_rows
+            output = objective(inputs(log_probs, old))
+        weights = output.weights.reshape(sampled.shape) * strata_sizes
+        engine.set_scale(reduce([float(weights.abs().max())], "max")[0])
+        with engine.accumulating():
+            trained = gradient_pass(
+                policy, engine.unet, trajectories, weights, micro_batch, engine.backward, engine.scale, chosen
+            )  # fmt: skip
+        report.unet_rows += unet_rows if chosen is None else policy.evaluations(stochastic[chosen.flatten()])
+        if old is None:
+            # From here on old log-probs come from the training path: same code, dtype and batch geometry as the new ones.
+            old = trained
+            drift = (sampled - trained).abs()
+            report.drift_by_step = torch.where(drift.isnan(), -math.inf, drift).amax(0).cpu()
+            report.drift_by_step[report.drift_by_step == -math.inf] = math.nan
+            first_error = (log_probs - trained).abs().nan_to_num().max()
+            if policy_is_reference:
+                ref_log_probs = trained
+        result = engine.step()
+        report.skipped_updates += not result.applied
+        numbers = output.metrics | {"loss": output.loss, "first_ratio_error": first_error, "log_prob": trained.nanmean()}
         if ref_log_probs is not None:
-            report.metrics["kl_to_reference"] = float((trained.view(grouped) - ref_log_probs).mean())
-    report.metrics["log_prob"] = float(trained.mean())
+            numbers["kl_to_reference"] = (trained - ref_log_probs).nanmean()
+        # One wait an update, after everything else has been asked for.
+        values = torch.stack([value.detach().double() for value in numbers.values()]).tolist()
+        report.metrics.update(zip(numbers, values, strict=True))
+        report.metrics["grad_norm"] = result.grad_norm
+    if reference is not None and reference.error:
+        report.metrics["reference_weight_error"] = objective.weight_error(inputs(sampled, sampled), reference.error / 2)
     report.metrics["drift"] = report.drift
     report.metrics["skipped_updates"] = float(report.skipped_updates)
     return report

@@ -210,7 +210,14 @@ class ZeroEngine:
     Gradients: every `backward` adds a plain sum, gradients are averaged over ranks, and the sum of an update is clipped once.
     """
 
-    def __init__(self, unet: nn.Module, settings: OptimizerSettings, config: ZeroConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        unet: nn.Module,
+        settings: OptimizerSettings,
+        config: ZeroConfig,
+        device: torch.device,
+        coalesce_gradients: str = "auto",
+    ) -> None:
         self.config, self.device, self.dtype = config, device, config.dtype
         self.learning_rate, self.warmup_updates = settings.learning_rate, settings.warmup_updates
         self.max_grad_norm = settings.max_grad_norm
@@ -236,6 +243,26 @@ class ZeroEngine:
             weight_decay=settings.weight_decay,
         )
         self.engine, *_ = deepspeed.initialize(model=unet, optimizer=optimizer, config=values)
+        self.coalesce = self._can_coalesce(coalesce_gradients)
+
+    def _can_coalesce(self, wanted: str) -> bool:
+        """Whether gradients are reduced once an update.
+
+        Stages 1 to 3 in float32. In 16 bits DeepSpeed keeps the sum of an update's micro-batches in 16 bits until it is reduced,
+        which loses the small ones. Every rank then holds all gradients, so where weights are sharded for want of room (stage 3)
+        it is no default.
+        Raises: UserError if it is insisted on and impossible.
+        """
+        stage, half = self.config.stage, self.dtype != torch.float32
+        if not hasattr(self.engine.optimizer, "_coalesce_grad_reduction"):
+            reason = f"the optimizer of ZeRO stage {stage} in {self.dtype} cannot"
+        elif half:
+            reason = f"DeepSpeed would add the gradients of an update up in {self.dtype}"
+        else:
+            return wanted == "on" or (wanted == "auto" and stage < 3)
+        if wanted == "on":
+            raise UserError(f"performance.coalesce_gradients is on, but {reason}; set auto, or another --config")
+        return False
 
     @property
     def rank(self) -> int:
@@ -279,6 +306,16 @@ class ZeroEngine:
     @property
     def _optimizer_unscales(self) -> bool:
         return hasattr(self.engine.optimizer, "override_loss_scale")
+
+    @contextlib.contextmanager
+    def accumulating(self) -> Iterator[None]:
+        """Around the backward passes of one update: where gradients are coalesced, ranks reduce them once, on leaving."""
+        if not self.coalesce:
+            yield
+            return
+        with self.engine.coalesce_grad_reduction():
+            yield
+        self.engine.set_gradient_accumulation_boundary(True)  # the block restores what it found: "not the last backward"
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Add the gradient of `loss`; `last` marks the update's final micro-batch, where ranks average."""

@@ -44,9 +44,10 @@ def run_case(name: str, precision: str, device) -> dict[str, float | bool]:
 
     def update(weight: float, backwards: int, poison: bool = False):
         engine.set_scale(weight)
-        for number in range(backwards):
-            factor = math.inf if poison and number == 7 else weight
-            engine.backward((engine.unet(x).float() * factor).sum(), last=number == backwards - 1)
+        with engine.accumulating():
+            for number in range(backwards):
+                factor = math.inf if poison and number == 7 else weight
+                engine.backward((engine.unet(x).float() * factor).sum(), last=number == backwards - 1)
         return engine.step()
 
     def weights():

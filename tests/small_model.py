@@ -29,12 +29,12 @@ def small_unet(seed: int = 0, dtype: torch.dtype = torch.float32) -> UNet2DCondi
     return unet.to(dtype).eval()
 
 
-def small_policy(steps: int = 5, guidance_scale: float | None = 3.0) -> Policy:
+def small_policy(steps: int = 5, guidance_scale: float | None = 3.0, interval: tuple[int, int] | None = None) -> Policy:
     scheduler = DDPMScheduler(
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type="v_prediction", clip_sample=False,
         timestep_spacing="trailing",
     )  # fmt: skip
-    return Policy(Transitions.from_scheduler(scheduler, steps), guidance_scale)
+    return Policy(Transitions.from_scheduler(scheduler, steps), guidance_scale, guidance_interval=interval)
 
 
 def small_embeddings(groups: int, dtype: torch.dtype = torch.float32) -> TextEmbeddings:

@@ -54,9 +54,10 @@ def test_a_run_leaves_what_it_promises(whole_run: tuple[Path, str]) -> None:
             assert summary["evaluation"][split][moment]["n"] == 48
     images = 5 * 4 * 4
     assert summary["epochs"] == 5 and summary["images"] == images and summary["wall_s"] > 0
-    # 3 steps, 2 of them stochastic with DDPM; guidance doubles; K = 2: two gradient passes and one pass (1), and in the first
-    # epoch one more pass (1) to measure the drift.
-    assert summary["unet_forwards"] == {"rollout": images * 3 * 2, "reference": images * 2 * 2, "update": images * 2 * 2 * 3 + 64}
+    # 3 steps, 2 of them stochastic with DDPM; guidance doubles; the first epoch's reference is the policy itself; K = 2: two
+    # gradient passes and one pass (1).
+    forwards = {"rollout": images * 3 * 2, "reference": (images - 16) * 2 * 2, "update": images * 2 * 2 * 3}
+    assert summary["unet_forwards"] == forwards
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == list(range(5))
     assert all(line["drift"] < 1e-4 for line in lines)

@@ -11,7 +11,8 @@ from small_model import SHAPE, WIDTH, small_policy, small_trajectories, small_un
 
 from prdp_fast.objectives import DdpoObjective, ObjectiveInput, PrdpObjective
 from prdp_fast.records import Trajectories
-from prdp_fast.update import gradient_pass, log_prob_pass, micro_batches, run_updates
+from prdp_fast.sampling.rows import pack, strata, stratified
+from prdp_fast.update import gradient_pass, log_prob_pass, reference_pass, run_updates
 from prdp_kernels import prdp_loss
 
 CLIP, BETA = 2e-4, 0.5
@@ -33,6 +34,9 @@ class PlainEngine:
 
     def set_scale(self, max_weight: float) -> None:
         pass
+
+    def accumulating(self):
+        return contextlib.nullcontext()
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         loss.backward()
@@ -87,12 +91,15 @@ def no_reduce(values: list[float], op: str) -> list[float]:
 
 
 def run(
-    policy, engine, reference, trajectories, updates: int, micro_batch: int, objective=None, rewards=REWARDS, last_drift=None
-):
+    policy, engine, reference, trajectories, updates: int, micro_batch: int, objective=None, rewards=REWARDS, last_drift=None,
+    timesteps=None, reference_timesteps=None,
+):  # fmt: skip
+    """One epoch's updates; without a reference the policy is it."""
+    if reference is not None:
+        reference = reference_pass(policy, reference, trajectories, micro_batch, reference_timesteps)
     return run_updates(
         policy, engine, objective or PrdpObjective(BETA, CLIP, "torch"), trajectories, rewards, reference=reference,
-        updates=updates, micro_batch=micro_batch, last_drift=last_drift, reduce=no_reduce,
-        phase=lambda name: contextlib.nullcontext(),
+        updates=updates, micro_batch=micro_batch, last_drift=last_drift, reduce=no_reduce, timesteps=timesteps,
     )  # fmt: skip
 
 
@@ -169,14 +176,14 @@ def test_first_update_starts_at_ratio_zero_and_old_comes_from_the_training_path(
 def test_fast_path_is_free_and_pass_one_runs_when_drift_would_show() -> None:
     policy = small_policy()
     trajectories = small_trajectories(policy, small_unet(0))
-    rows = trajectories.log_probs.numel()
+    rows = 2 * trajectories.log_probs.numel()  # guidance
     tight, loose = PrdpObjective(1e-5, CLIP, "torch"), PrdpObjective(1e3, CLIP, "torch")
     reports = [
         run(policy, PlainEngine(small_unet(0), 0.0), small_unet(0), trajectories, 1, 8, objective, REWARDS.float(), drift)
         for objective, drift in [(tight, 1e-6), (loose, 1e-3), (tight, None)]
     ]
     assert [report.free_first_pass for report in reports] == [True, False, False]
-    assert [report.update_rows for report in reports] == [rows, 2 * rows, 2 * rows]
+    assert [report.unet_rows for report in reports] == [rows, 2 * rows, 2 * rows]
 
 
 def test_no_graph_is_longer_than_a_micro_batch() -> None:
@@ -186,21 +193,200 @@ def test_no_graph_is_longer_than_a_micro_batch() -> None:
     widths: list[int] = []
     unet.register_forward_pre_hook(lambda module, args: widths.append(len(args[0])))
     gradient_pass(policy, unet, trajectories, torch.ones_like(trajectories.log_probs), 5, lambda loss, last: loss.backward())
-    assert max(widths) == 10  # 5 rows, doubled by guidance
-    assert sum(widths) == 2 * trajectories.log_probs.numel()
+    assert trajectories.log_probs.numel() == 24
+    assert widths == [10] * 5  # 5 rows, doubled by guidance; one row fills the last micro-batch up
 
 
-def test_micro_batches_cover_every_row_once() -> None:
-    policy = small_policy()
+@pytest.mark.parametrize("interval", [None, (0, 500), (500, 999)])
+@pytest.mark.parametrize("size", [1, 7, 10, 100])
+def test_micro_batches_cover_every_row_once(interval, size: int) -> None:
+    policy = small_policy(interval=interval)
     trajectories = small_trajectories(policy, small_unet(0), groups=3, images=2)
-    seen = []
-    for _, (latents, previous, steps, embeddings) in micro_batches(policy, trajectories, 7):
-        assert len(latents) == len(previous) == len(steps) == len(embeddings.prompt_embeds)
-        for x, step, embeds in zip(latents, steps, embeddings.prompt_embeds, strict=True):
-            row = int((trajectories.latents[:, step] == x).flatten(1).all(1).nonzero())
-            assert torch.equal(embeds, trajectories.embeddings.prompt_embeds[row // 2])
-            seen.append((row, int(step)))
-    assert sorted(seen) == [(row, step) for row in range(6) for step in range(len(policy.transitions.stochastic))]
+    stochastic = policy.transitions.stochastic
+    seen, unet_rows = [], set()
+    for part in pack(policy, trajectories, size):
+        assert len(part.rows) == len(part.latents) == len(part.prev_latents) == len(part.embeddings.prompt_embeds)
+        assert (policy.guided[part.steps] == part.guided).all()
+        unet_rows.add(len(part.rows) * (2 if part.guided else 1))
+        for row, x, previous, step, embeds in list(
+            zip(part.rows, part.latents, part.prev_latents, part.steps, part.embeddings.prompt_embeds, strict=True)
+        )[: part.count]:
+            trajectory, number = divmod(int(row), len(stochastic))
+            assert step == stochastic[number]
+            assert torch.equal(x, trajectories.latents[trajectory, step])
+            assert torch.equal(previous, trajectories.latents[trajectory, step + 1])
+            assert torch.equal(embeds, trajectories.embeddings.prompt_embeds[trajectory // 2])
+            seen.append((trajectory, number))
+    assert sorted(seen) == [(row, number) for row in range(6) for number in range(len(stochastic))]
+    assert max(unet_rows) <= 2 * size
+    if interval is None:
+        assert len(unet_rows) == 1
+
+
+# A guidance interval is another policy, the same in every pass
+
+
+def test_guidance_interval_is_one_policy_in_rollout_and_update() -> None:
+    policy, unet = small_policy(interval=(300, 700)), small_unet(0)
+    assert policy.guided.tolist() == [False, False, True, True, False]
+    trajectories = small_trajectories(policy, unet)
+    trained = log_prob_pass(policy, unet, trajectories, 4)
+    torch.testing.assert_close(trained, trajectories.log_probs, rtol=0, atol=1e-5)
+    plain, guided = small_policy(guidance_scale=None), small_policy()
+    by_hand = [log_prob_pass(p, unet, trajectories, 4) for p in (plain, guided)]
+    for number, step in enumerate(policy.transitions.stochastic):
+        torch.testing.assert_close(trained[:, number], by_hand[int(policy.guided[step])][:, number], rtol=0, atol=1e-6)
+    assert not torch.allclose(by_hand[0], by_hand[1], atol=1e-4), "guidance changes nothing here: this test would not see it"
+
+
+def test_guidance_interval_costs_one_evaluation_outside() -> None:
+    policy, unet = small_policy(interval=(300, 700)), small_unet(0)
+    widths: list[int] = []
+    unet.register_forward_pre_hook(lambda module, args: widths.append(len(args[0])))
+    trajectories = small_trajectories(policy, unet)
+    assert widths == [6, 6, 12, 12, 6]
+    widths.clear()
+    log_prob_pass(policy, unet, trajectories, 6)
+    assert sum(widths) == 6 * policy.evaluations(policy.transitions.stochastic) == 6 * 6
+
+
+# Subsets of the steps keep the gradient's expectation
+
+
+def mean_gradient(policy, weights_of, choices, trajectories) -> list[torch.Tensor]:
+    """The average of the gradients of sum(weights * log_prob) over equally likely choices of steps."""
+    unet = small_unet(0, torch.float64).requires_grad_(True)
+    for chosen in choices:
+        weights = weights_of(chosen) / len(choices)
+        gradient_pass(policy, unet, trajectories, weights, 5, lambda loss, last: loss.backward(), chosen=chosen)
+    return [parameter.grad for parameter in unet.parameters()]
+
+
+def assert_same_gradient(got: list[torch.Tensor], want: list[torch.Tensor]) -> None:
+    scale = max(float(w.abs().max()) for w in want)
+    worst = max(float((g - w).abs().max()) for g, w in zip(got, want, strict=True))
+    assert worst < 1e-9 * scale, f"relative error {worst / scale:.1e}"
+
+
+def test_update_on_a_subset_of_steps_is_unbiased() -> None:
+    """Over every possible draw, which is all that an expectation is."""
+    policy = small_policy(steps=6)  # 5 stochastic steps, in strata of 2 and 3
+    trajectories = small_trajectories(policy, small_unet(0), dtype=torch.float64)
+    weights = torch.randn(6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert strata(5, 2).tolist() == [0, 2, 5]
+    sizes = torch.tensor([2, 2, 3, 3, 3])
+    choices = [torch.tensor([[a, b]]).expand(6, -1) for a in (0, 1) for b in (2, 3, 4)]
+    whole = mean_gradient(policy, lambda chosen: weights, [None], trajectories)
+    assert_same_gradient(mean_gradient(policy, lambda chosen: weights * sizes, choices, trajectories), whole)
+
+
+def test_run_updates_weighs_the_chosen_steps_by_their_strata() -> None:
+    policy = small_policy(steps=6)
+    trajectories = small_trajectories(policy, small_unet(0), dtype=torch.float64)
+    reference, objective = small_unet(1, torch.float64), PrdpObjective(BETA, CLIP, "torch")
+    engine = PlainEngine(small_unet(0, torch.float64), 0.0)
+    report = run(policy, engine, reference, trajectories, 1, 7, objective, last_drift=0.0, timesteps=2)
+    assert report.unet_rows == 6 * 2 * 2
+    ref = log_prob_pass(policy, reference, trajectories, 7).view(2, 3, 5)
+    sampled = trajectories.log_probs.view(2, 3, 5)
+    weights = objective(ObjectiveInput(sampled, sampled, ref, REWARDS.view(2, 3), 0.0, 0.0)).weights.view(6, 5)
+    chosen = stratified(trajectories.seeds, 5, 2, 2**31)
+    want = mean_gradient(policy, lambda c: weights * torch.tensor([2, 2, 3, 3, 3]), [chosen], trajectories)
+    assert_same_gradient(engine.gradients[0], want)
+
+
+def test_reference_on_a_subset_of_steps_is_unbiased(monkeypatch) -> None:
+    policy = small_policy(steps=6)
+    trajectories = small_trajectories(policy, small_unet(0), dtype=torch.float64)
+    trajectories.log_probs = trajectories.log_probs.double()
+    reference, objective = small_unet(1, torch.float64), PrdpObjective(BETA, CLIP, "torch")
+    sampled = trajectories.log_probs.view(2, 3, 5)
+
+    def weights(ref: torch.Tensor) -> torch.Tensor:
+        return objective(ObjectiveInput(sampled, sampled, ref.view(2, 3, 5), REWARDS.view(2, 3), 0.0, 0.0)).weights
+
+    exact = reference_pass(policy, reference, trajectories, 7)
+    assert exact.error == 0 and exact.unet_rows == 6 * 5 * 2
+    drawn, off = [], []
+    for a in (0, 1):
+        for b in (2, 3, 4):
+            chosen = torch.tensor([[a, b]]).expand(6, -1)
+            monkeypatch.setattr("prdp_fast.update.stratified", lambda *args, chosen=chosen: chosen)
+            part = reference_pass(policy, reference, trajectories, 7, timesteps=2)
+            assert part.unet_rows == 6 * 2 * 2 and part.error > 0
+            drawn.append(weights(part.log_probs))
+            off.append(
+                float(
+                    (trajectories.log_probs - part.log_probs)
+                    .mean(1)
+                    .sub((trajectories.log_probs - exact.log_probs).mean(1))
+                    .abs()
+                    .max()
+                )
+            )
+    torch.testing.assert_close(torch.stack(drawn).mean(0), weights(exact.log_probs), rtol=1e-9, atol=1e-12)
+    assert max(off) > 0, "the subset was exact: this test would not see a bias"
+
+
+def test_stratified_draws_are_uniform_independent_and_repeatable() -> None:
+    seeds = torch.arange(20_000)
+    chosen = stratified(seeds, 7, 3, 2**31)
+    borders = strata(7, 3)
+    for k in range(3):
+        size = int(borders[k + 1] - borders[k])
+        share = torch.bincount(chosen[:, k] - borders[k], minlength=size) / len(seeds)
+        assert len(share) == size and (share - 1 / size).abs().max() < 4 * 0.5 / len(seeds) ** 0.5
+    assert torch.corrcoef(chosen.T.double()).fill_diagonal_(0).abs().max() < 4 / len(seeds) ** 0.5
+    assert torch.equal(chosen[5:9], stratified(seeds[5:9], 7, 3, 2**31))
+    assert not torch.equal(chosen, stratified(seeds, 7, 3, 2**31 + 1))
+    assert torch.equal(stratified(seeds[:2], 5, 5, 0), torch.arange(5).expand(2, -1))
+
+
+def test_the_policy_is_its_own_reference_before_the_first_update() -> None:
+    """No reference pass and no pass (1): the gradient is that of the run which evaluates both."""
+    policy = small_policy()
+    trajectories = small_trajectories(policy, small_unet(0), dtype=torch.float64)
+    trajectories.log_probs = trajectories.log_probs.double()
+    for updates in (1, 3):
+        short, long = (PlainEngine(small_unet(0, torch.float64)) for _ in range(2))
+        report = run(policy, short, None, trajectories, updates, 7)
+        run(policy, long, small_unet(0, torch.float64), trajectories, updates, 7)
+        assert report.unet_rows == (2 * updates - 1) * 2 * trajectories.log_probs.numel()
+        for got, want in zip(short.gradients, long.gradients, strict=True):
+            assert_same_gradient(got, want)
+
+
+def test_passes_never_wait_for_the_device(monkeypatch) -> None:
+    """Reading a tensor's value on the host waits for everything before it. One update may do so a fixed number of times, however
+    many micro-batches and steps it has."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    # Values of std are looked at on the CPU only.
+    monkeypatch.setattr("prdp_kernels.checks.values_are_at_hand", lambda t: False)
+
+    class Waits(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+            return func(*args, **(kwargs or {}))
+
+    def waits(call) -> int:
+        with Waits() as mode:
+            call()
+        return mode.count
+
+    def update(micro_batch: int, steps: int) -> int:
+        policy = small_policy(steps)
+        trajectories = small_trajectories(policy, small_unet(0))
+        return waits(lambda: run(policy, PlainEngine(small_unet(0)), small_unet(1), trajectories, 1, micro_batch, last_drift=0.0))
+
+    def sample(steps: int, batch: int) -> int:
+        policy = small_policy(steps)
+        return waits(lambda: small_trajectories(policy, small_unet(0), batch=batch))
+
+    assert update(24, 5) == update(3, 5) == update(3, 9)
+    assert sample(3, 6) == sample(9, 6) == sample(9, 2)
 
 
 @pytest.mark.parametrize("normalization", ["per_prompt", "global"])

@@ -28,7 +28,7 @@ class ObjectiveInput:
 class ObjectiveOutput:
     loss: torch.Tensor  # scalar, mean over this rank's prompts
     weights: torch.Tensor  # (G, B, S), dloss/dlog_probs
-    metrics: dict[str, float]
+    metrics: dict[str, torch.Tensor]  # 0-dim, left on their device: reading one would wait for it
 
 
 class Objective(Protocol):

@@ -43,9 +43,9 @@ class DdpoObjective:
         # Where the clipped branch wins the ratio is outside the interval and its gradient is 0; d ratio / d log_prob = ratio.
         weights = torch.where(plain >= clipped, plain, 0.0) / ratio.numel()
         metrics = {
-            "clip_fraction": ((ratio - 1).abs() > self.clip_range).float().mean().item(),
-            "mean_abs_advantage": advantages.abs().mean().item(),
-            "dropped_images": float((~batch.rewards.isfinite()).sum()),
+            "clip_fraction": ((ratio - 1).abs() > self.clip_range).float().mean(),
+            "mean_abs_advantage": advantages.abs().mean(),
+            "dropped_images": (~batch.rewards.isfinite()).sum(),
         }
         return ObjectiveOutput(loss, weights, metrics)
 

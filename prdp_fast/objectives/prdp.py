@@ -27,7 +27,7 @@ class PrdpObjective:
             batch.log_probs, batch.old_log_probs, batch.ref_log_probs, batch.rewards,
             clip_range=self.clip_range, kl_weight=self.kl_weight, backend=self.backend,
         )  # fmt: skip
-        return ObjectiveOutput(loss, weights, {name: float(value) for name, value in stats.items()})
+        return ObjectiveOutput(loss, weights, stats)
 
     def weight_error(self, batch: ObjectiveInput, drift: float) -> float:
         """The log-probs enter the weights through d - dr/beta alone, and d, a difference of means over the steps of four

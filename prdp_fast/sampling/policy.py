@@ -5,7 +5,8 @@ Rollout, reference pass and update all call it, so that they cannot drift apart.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -28,25 +29,40 @@ class Policy:
     transitions: Transitions
     guidance_scale: float | None
     backend: Backend = "auto"
+    guidance_interval: tuple[int, int] | None = None  # guide at timesteps first <= t <= second only (arXiv:2404.07724)
+    _tables: dict[tuple[torch.device, torch.dtype], tuple[torch.Tensor, ...]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
-    @property
-    def evaluations_per_step(self) -> int:
-        """U-Net rows one latent costs: two with guidance."""
-        return 1 if self.guidance_scale is None else 2
+    @cached_property
+    def guided(self) -> torch.Tensor:
+        """(T,) bool on the CPU: which steps evaluate the U-Net twice. Where none does, p(x_{t-1} | x_t, prompt) is the plain
+        conditional model: the interval defines another policy, it approximates nothing."""
+        timesteps = self.transitions.timesteps
+        if self.guidance_scale is None:
+            return torch.zeros_like(timesteps, dtype=torch.bool)
+        low, high = self.guidance_interval or (int(timesteps.min()), int(timesteps.max()))
+        return (low <= timesteps) & (timesteps <= high)
 
-    def coefficients(self, steps: torch.Tensor, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        """(timesteps, sample_coef, output_coef, std) of each row, from step numbers (N,)."""
-        table = self.transitions
-        steps = steps.cpu()
-        return (
-            table.timesteps[steps].to(device),
-            table.sample_coef[steps].to(device, dtype),
-            table.output_coef[steps].to(device, dtype),
-            table.std[steps].to(device, dtype),
-        )
+    @cached_property
+    def _guided_steps(self) -> list[bool]:
+        return self.guided.tolist()
+
+    def evaluations(self, steps: torch.Tensor) -> int:
+        """U-Net rows that one latent at each of these steps (CPU) costs: two where it is guided."""
+        return len(steps) + int(self.guided[steps].sum())
+
+    def coefficients(self, steps: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """(timesteps, sample_coef, output_coef, std) of each row, from step numbers (N,), on their device. Waits for nothing."""
+        key = steps.device, dtype
+        if key not in self._tables:
+            table = self.transitions
+            coefficients = (c.to(*key) for c in (table.sample_coef, table.output_coef, table.std))
+            self._tables[key] = (table.timesteps.to(steps.device), *coefficients)
+        return tuple(column[steps] for column in self._tables[key])
 
     def model_output(
-        self, unet: nn.Module, latents: torch.Tensor, timesteps: torch.Tensor, embeddings: TextEmbeddings
+        self, unet: nn.Module, latents: torch.Tensor, timesteps: torch.Tensor, embeddings: TextEmbeddings, *, guided: bool
     ) -> torch.Tensor:
         """The U-Net's raw output.
 
@@ -54,11 +70,12 @@ class Policy:
             latents: (N, C, H, W) float32; cast to the U-Net's dtype at its door.
             timesteps: (N,) int64, the scheduler's timesteps.
             embeddings: N rows.
-        Returns: (2N, C, H, W) unconditional half first, or (N, C, H, W) without guidance; the U-Net's dtype.
+            guided: every row is, or none.
+        Returns: (2N, C, H, W) unconditional half first, or (N, C, H, W) if not guided; the U-Net's dtype.
         """
         prompt_embeds = embeddings.prompt_embeds
         model_input = latents.to(prompt_embeds.dtype)
-        if self.guidance_scale is not None:
+        if guided:
             negative = embeddings.negative_prompt_embeds.expand_as(prompt_embeds)
             prompt_embeds = torch.cat([negative, prompt_embeds])
             model_input = torch.cat([model_input, model_input])
@@ -72,30 +89,39 @@ class Policy:
 
         Returns: x_{t-1} (N, C, H, W) float32 and its log-prob (N,) float32 nats, 0 for a deterministic step.
         """
-        steps = torch.full((len(latents),), step)
-        timesteps, sample_coef, output_coef, std = self.coefficients(steps, latents.device, latents.dtype)
-        output = self.model_output(unet, latents, timesteps, embeddings)
+        guided = self._guided_steps[step]
+        steps = torch.full((len(latents),), step, device=latents.device)
+        timesteps, sample_coef, output_coef, std = self.coefficients(steps, latents.dtype)
+        output = self.model_output(unet, latents, timesteps, embeddings, guided=guided)
         return denoise_step(
             output, latents, sample_coef, output_coef, std,
-            seeds=seeds, step=step + 1, guidance_scale=self.guidance_scale, backend=self.backend,
+            seeds=seeds, step=step + 1, guidance_scale=self.guidance_scale if guided else None, backend=self.backend,
         )  # fmt: skip
 
     def log_prob(
-        self, unet: nn.Module, latents: torch.Tensor, prev_latents: torch.Tensor, steps: torch.Tensor, embeddings: TextEmbeddings
+        self,
+        unet: nn.Module,
+        latents: torch.Tensor,
+        prev_latents: torch.Tensor,
+        steps: torch.Tensor,
+        embeddings: TextEmbeddings,
+        *,
+        guided: bool,
     ) -> torch.Tensor:
         """Log-prob of stored steps, differentiable in the U-Net's weights.
 
         Args:
             latents, prev_latents: (N, C, H, W) float32, x_t and x_{t-1} exactly as stored.
-            steps: (N,) int64 numbers of stochastic steps, any mix.
+            steps: (N,) int64 numbers of stochastic steps, any mix, on the device of the latents.
             embeddings: N rows.
+            guided: what `self.guided` says of all these steps.
         Returns: (N,) float32, nats, mean over C, H, W.
         """
-        timesteps, sample_coef, output_coef, std = self.coefficients(steps, latents.device, latents.dtype)
-        output = self.model_output(unet, latents, timesteps, embeddings)
+        timesteps, sample_coef, output_coef, std = self.coefficients(steps, latents.dtype)
+        output = self.model_output(unet, latents, timesteps, embeddings, guided=guided)
         return gaussian_log_prob(
             output, latents, prev_latents, sample_coef, output_coef, std,
-            guidance_scale=self.guidance_scale, backend=self.backend,
+            guidance_scale=self.guidance_scale if guided else None, backend=self.backend,
         )  # fmt: skip
 
     def weighted_log_prob(
@@ -106,6 +132,7 @@ class Policy:
         steps: torch.Tensor,
         embeddings: TextEmbeddings,
         *,
+        guided: bool,
         weights: torch.Tensor,
         loss_scale: float = 1.0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,11 +145,11 @@ class Policy:
             loss_scale: what the scalar will be multiplied by before backward. Half-precision gradients are stored multiplied
                 by it, since they may not be representable otherwise.
         """
-        timesteps, sample_coef, output_coef, std = self.coefficients(steps, latents.device, latents.dtype)
-        output = self.model_output(unet, latents, timesteps, embeddings)
+        timesteps, sample_coef, output_coef, std = self.coefficients(steps, latents.dtype)
+        output = self.model_output(unet, latents, timesteps, embeddings, guided=guided)
         log_prob, grad = gaussian_log_prob_and_grad(
             output.detach(), latents, prev_latents, sample_coef, output_coef, std, weights * loss_scale,
-            guidance_scale=self.guidance_scale, backend=self.backend,
+            guidance_scale=self.guidance_scale if guided else None, backend=self.backend,
         )  # fmt: skip
         return _Known.apply(output, grad, (weights * log_prob).sum(), loss_scale), log_prob
 

@@ -40,7 +40,7 @@ def rollout(
     Args:
         embeddings: one row per prompt.
         latent_shape: (C, H, W).
-        batch: trajectories per U-Net call; changes speed only.
+        batch: at most this many trajectories per U-Net call; changes speed only.
     Returns: G * B trajectories of T steps on the embeddings' device.
     """
     device = embeddings.prompt_embeds.device
@@ -50,13 +50,17 @@ def rollout(
     group = torch.arange(rows, device=device) // images_per_prompt
     latents = torch.empty(rows, steps + 1, *latent_shape, dtype=torch.float32, device=device)
     log_probs = torch.empty(rows, steps, dtype=torch.float32, device=device)
-    for start in range(0, rows, batch):
-        part = slice(start, min(start + batch, rows))
-        x = philox_normal(seeds[part], latent_shape, step=0) * policy.transitions.init_noise_sigma
-        latents[part, 0] = x
-        embedding_rows = embeddings.rows(group[part])
+    batches = -(-rows // batch)
+    even = -(-rows // batches)  # of one size, so that nothing recompiles: the last batch repeats rows to fill up
+    for start in range(0, rows, even):
+        part = slice(start, min(start + even, rows))
+        padded = torch.arange(start, start + even, device=device).clamp(max=rows - 1)
+        count = part.stop - start
+        x = philox_normal(seeds[padded], latent_shape, step=0, backend=policy.backend) * policy.transitions.init_noise_sigma
+        latents[part, 0] = x[:count]
+        embedding_rows = embeddings.rows(group[padded])
         for step in range(steps):
-            x, log_probs[part, step] = policy.sample_step(unet, x, step, embedding_rows, seeds[part])
-            latents[part, step + 1] = x
+            x, log_prob = policy.sample_step(unet, x, step, embedding_rows, seeds[padded])
+            latents[part, step + 1], log_probs[part, step] = x[:count], log_prob[:count]
     stochastic = policy.transitions.stochastic.to(device)
-    return Trajectories(prompts, images_per_prompt, embeddings, latents, log_probs[:, stochastic])
+    return Trajectories(prompts, images_per_prompt, embeddings, latents, log_probs[:, stochastic], seeds)
