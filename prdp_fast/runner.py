@@ -32,6 +32,7 @@ from prdp_fast.sampling.transitions import Transitions
 from prdp_fast.settings import Settings
 from prdp_fast.telemetry import Telemetry
 from prdp_fast.update import reference_pass, run_updates
+from prdp_kernels import dispatch
 
 GRID_PROMPTS = 24  # pictures of a sample grid
 COMPARED_PROMPTS = 12  # of the picture that sets before against after
@@ -53,6 +54,7 @@ class Job:
     def prepare(cls, settings: Settings, config_name: str, *, world_size: int, cuda: bool) -> Job:
         """Resolve and check the whole job. Raises: UserError, before anything is loaded."""
         settings.check_ranks(world_size)
+        check_kernels(settings.kernels, cuda)
         evaluation, prompts = settings.evaluation, settings.prompts
         if 0 < evaluation.prompts < world_size:
             raise UserError(f"evaluation.prompts is {evaluation.prompts}, fewer than the {world_size} ranks; raise it or set 0")
@@ -105,6 +107,15 @@ class Job:
 def build_policy(settings: Settings, transitions: Transitions) -> Policy:
     sampler = settings.sampler
     return Policy(transitions, sampler.guidance_scale, settings.kernels, sampler.guidance_interval)
+
+
+def check_kernels(kernels: str, cuda: bool) -> None:
+    """Raises: UserError if the recipe insists on kernels that cannot run here."""
+    if kernels == "triton" and not (dispatch.HAS_TRITON and (cuda or dispatch.interpreted())):
+        raise UserError(
+            f"kernels is 'triton', but {'there is no CUDA device' if dispatch.HAS_TRITON else 'triton is not installed'}; "
+            "set kernels to 'auto', or TRITON_INTERPRET=1 in the environment to run them, slowly, on a CPU"
+        )
 
 
 def check_steps(settings: Settings, transitions: Transitions) -> None:

@@ -22,9 +22,12 @@ SMALL = [
 ]  # fmt: skip
 
 
-def start(output: Path, *arguments: str) -> subprocess.Popen:
+def start(output: Path, *arguments: str, interpret: bool = False) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "prdp_fast/train.py"), *SMALL, "--output", str(output), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env={**os.environ, "TRITON_INTERPRET": str(int(interpret))},
+    )  # fmt: skip
 
 
 def finish(process: subprocess.Popen) -> str:
@@ -64,6 +67,21 @@ def test_a_run_leaves_what_it_promises(whole_run: tuple[Path, str]) -> None:
     assert list((run / "tensorboard").glob("events*"))
     assert {path.name for path in (run / "samples").glob("*.png")} >= {"before.png", "after.png", "before_after.png"}
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["epoch-000004", "epoch-000005"]
+
+
+def test_the_triton_kernels_train_like_the_references(tmp_path: Path) -> None:
+    """A run through every kernel, in Triton's interpreter, has the metrics of the run without."""
+    rows = {}
+    for kernels in ("torch", "triton"):
+        run = tmp_path / kernels
+        small = ["schedule.epochs=2", "evaluation.prompts=0", f"kernels={kernels}"]
+        finish(start(run, *(word for setting in small for word in ("--set", setting)), interpret=kernels == "triton"))
+        rows[kernels] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for reference, kernel in zip(rows["torch"], rows["triton"], strict=True):
+        for name in ("reward", "log_prob", "loss", "grad_norm", "mean_abs_target", "clip_fraction", "pair_accuracy", "pairs"):
+            # float32 rounding, through two updates of AdamW, whose first steps are as long for a small gradient as for a large one
+            assert kernel[name] == pytest.approx(reference[name], rel=1e-3, abs=2e-5), f"epoch {kernel['epoch']}: {name}"
+        assert kernel["drift"] < 1e-4
 
 
 @pytest.mark.parametrize("moment", ["random", "while a checkpoint is written"])
