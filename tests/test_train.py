@@ -79,7 +79,7 @@ def test_the_triton_kernels_train_like_the_references(tmp_path: Path) -> None:
         rows[kernels] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for reference, kernel in zip(rows["torch"], rows["triton"], strict=True):
         for name in ("reward", "log_prob", "loss", "grad_norm", "mean_abs_target", "clip_fraction", "pair_accuracy", "pairs"):
-            # float32 rounding, through two updates of AdamW, whose first steps are as long for a small gradient as for a large one
+            # float32 rounding, through two updates of AdamW, whose first steps are as long for small gradients as for large ones
             assert kernel[name] == pytest.approx(reference[name], rel=1e-3, abs=2e-5), f"epoch {kernel['epoch']}: {name}"
         assert kernel["drift"] < 1e-4
 
