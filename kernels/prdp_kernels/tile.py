@@ -50,12 +50,15 @@ def tile_mask(start, pixels, CHANNELS: tl.constexpr, FLAT: tl.constexpr, C_BLOCK
 
 @triton.jit
 def tile_pointers(row_ptr, start, c_stride, p_stride, FLAT: tl.constexpr, C_BLOCK: tl.constexpr, P_BLOCK: tl.constexpr):
-    """Pointers to that tile. `start` is int64 and joins the scalar pointer: offsets inside a tile fit 32 bits."""
+    """Pointers to that tile. `start` is int64 and joins the scalar pointer: offsets inside a tile fit 32 bits, or are int64."""
     if FLAT:
         return row_ptr + start + tl.arange(0, P_BLOCK)
     else:
         channel = tl.arange(0, C_BLOCK)[:, None].to(tl.int64)
-        return row_ptr + start * p_stride + channel * c_stride + (tl.arange(0, P_BLOCK) * p_stride)[None, :]
+        pixel = tl.arange(0, P_BLOCK)
+        if P_BLOCK * p_stride > 2**31:  # of a view that has pixels as its slowest dimension
+            pixel = pixel.to(tl.int64)
+        return row_ptr + start * p_stride + channel * c_stride + (pixel * p_stride)[None, :]
 
 
 @triton.jit
