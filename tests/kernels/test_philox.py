@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from properties import given, settings, st
 
 from prdp_kernels import derive_seeds, philox_normal
 from prdp_kernels.philox import reference

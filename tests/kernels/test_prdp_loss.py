@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from properties import example, given, settings, st
 
 from prdp_kernels import prdp_loss, prdp_loss_and_grad
 

@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from properties import given, settings, st
 
 from prdp_kernels import denoise_step, gaussian_log_prob, philox_normal
 from prdp_kernels.gaussian_log_prob import reference
