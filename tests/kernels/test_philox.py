@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from compare import DEVICE
 from properties import given, settings, st
 
 from prdp_kernels import derive_seeds, philox_normal
@@ -114,9 +115,14 @@ def kolmogorov(z):
     return math.sqrt(n) * max((rank[1:] - cdf).max().item(), (cdf - rank[:-1]).max().item())
 
 
-def test_statistics():
+# (seeds, elements of a row): the interpreter of Triton takes its time for every row, little for what is in it.
+@pytest.mark.parametrize(("backend", "rows", "size"), [("torch", 128, 256), ("triton", 16, 2048)])
+def test_statistics(backend, rows, size):
     """Of consecutive seeds and steps, which is how a careless counter would show."""
-    z = torch.stack([philox_normal(torch.arange(-64, 64), (4, 8, 8), step=s).reshape(128, 256) for s in range(4)]).double()
+    if backend == "triton":
+        pytest.importorskip("triton")
+    seeds = torch.arange(-rows // 2, rows // 2, device=DEVICE if backend == "triton" else "cpu")
+    z = torch.stack([philox_normal(seeds, (size,), step=s, backend=backend).cpu() for s in range(4)]).double()
     n = z.numel()
     # Moments within 4 standard errors: var(z) = 1, var(z^2) = 2, var(z^3) = 15, var(z^4) = 96.
     for power, mean, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):

@@ -1,5 +1,6 @@
-"""prdp_loss and prdp_loss_and_grad against the oracle, exact rational arithmetic, and each other."""
+"""prdp_loss and prdp_loss_and_grad, with torch and with Triton, against the oracle, rational arithmetic, and each other."""
 
+import importlib.util
 import json
 import math
 from fractions import Fraction
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from compare import DEVICE
 from properties import example, given, settings, st
 
 from prdp_kernels import prdp_loss, prdp_loss_and_grad
@@ -30,18 +32,29 @@ def oracle(name):
     return args, options, loss, grad
 
 
-def by_autograd(args, options):
+def by_autograd(args, options, backend="torch"):
     log_probs = args[0].clone().requires_grad_()
-    loss = prdp_loss(log_probs, *args[1:], **options)
+    loss = prdp_loss(log_probs, *args[1:], **options, backend=backend)
     (grad,) = torch.autograd.grad(loss, log_probs)
     return loss.detach(), grad
 
 
-def by_closed_form(args, options):
-    return prdp_loss_and_grad(*args, **options)[:2]
+def by_closed_form(args, options, backend="torch"):
+    return prdp_loss_and_grad(*args, **options, backend=backend)[:2]
 
 
-BOTH = pytest.mark.parametrize("evaluate", [by_autograd, by_closed_form])
+def by_triton_autograd(args, options):
+    return tuple(x.cpu() for x in by_autograd([x.to(DEVICE) for x in args], options, "triton"))
+
+
+def by_triton(args, options):
+    return tuple(x.cpu() for x in by_closed_form([x.to(DEVICE) for x in args], options, "triton"))
+
+
+EVERY = [by_autograd, by_closed_form]
+if importlib.util.find_spec("triton"):
+    EVERY += [by_triton_autograd, by_triton]
+EVERY_WAY = pytest.mark.parametrize("evaluate", EVERY)
 
 
 def exact(args, clip_range, kl_weight):
@@ -80,7 +93,7 @@ def close(got, expected, relative):
     torch.testing.assert_close(got.double(), expected, rtol=relative, atol=relative * expected.abs().max().item())
 
 
-@BOTH
+@EVERY_WAY
 @pytest.mark.parametrize("name", INDEX)
 def test_float64_equals_the_oracle(name, evaluate):
     args, options, loss, grad = oracle(name)
@@ -90,7 +103,7 @@ def test_float64_equals_the_oracle(name, evaluate):
     close(got_grad, grad, 1e-10)
 
 
-@BOTH
+@EVERY_WAY
 @pytest.mark.parametrize("name", INDEX)
 def test_float32_is_exact_for_its_inputs(name, evaluate):
     """One rounding at the end: 2^-24 relative, here with room for the float64 arithmetic before it."""
@@ -128,7 +141,7 @@ def test_float32_is_near_the_oracle():
         weight = pair / pair.sum((1, 2)).clamp(min=1).reshape(-1, 1, 1) / groups
 
         args32 = [x.float() for x in args]
-        for got_loss, got_grad in (by_autograd(args32, options), by_closed_form(args32, options)):
+        for got_loss, got_grad in (evaluate(args32, options) for evaluate in EVERY):
             largest = torch.maximum(u.abs(), uc.abs())
             bound = (weight * (2 * largest * error + error**2)).sum() + 2 * half * loss
             assert (got_loss - loss).abs() <= bound, name
@@ -178,7 +191,7 @@ ON_THE_EDGE = (
 )
 
 
-@BOTH
+@EVERY_WAY
 @settings(deadline=None, max_examples=150)
 @given(problem=problems())
 @example(problem=ON_THE_EDGE)
@@ -224,7 +237,7 @@ def test_gradient_through_micro_batches():
     close(parameter.grad, expected, 1e-12)
 
 
-@BOTH
+@EVERY_WAY
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_better_images_are_made_likelier(evaluate, dtype):
     log_probs = torch.zeros(1, 3, 4, dtype=dtype)
@@ -243,7 +256,7 @@ def test_descent_reaches_the_target():
     torch.testing.assert_close(mean - mean[:, :1], rewards / 2, atol=1e-5, rtol=0)
 
 
-@BOTH
+@EVERY_WAY
 def test_clipping_stops_a_step_that_went_far_enough(evaluate):
     """The winner is 0.3 above its snapshot, the clip allows 0.1: the pessimistic branch has nothing left to push at it."""
     old, ref = torch.zeros(1, 2, 1), torch.zeros(1, 2, 1)
@@ -254,7 +267,7 @@ def test_clipping_stops_a_step_that_went_far_enough(evaluate):
     assert loss.item() == pytest.approx(0.49) and grad[0, 0, 0].item() == pytest.approx(-1.4)
 
 
-@BOTH
+@EVERY_WAY
 def test_clipping_survives_a_tiny_beta(evaluate):
     """u = 1e5 and a clipped excess of 1e-5: in float32 both branches round to the same number, and the step would go on."""
     log_probs = torch.tensor([[[1.1e-5], [0.0]]])
@@ -263,7 +276,7 @@ def test_clipping_survives_a_tiny_beta(evaluate):
     assert grad[0, 0, 0] == 0 and grad[0, 1, 0].item() == pytest.approx(2e5)
 
 
-@BOTH
+@EVERY_WAY
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_equal_rewards_contribute_exactly_nothing(evaluate, dtype):
     args = example_batch(dtype=dtype)
@@ -278,7 +291,7 @@ def test_equal_rewards_contribute_exactly_nothing(evaluate, dtype):
     assert loss == 0 and (grad == 0).all()
 
 
-@BOTH
+@EVERY_WAY
 @pytest.mark.parametrize("images", [1, 2])
 def test_groups_too_small_for_a_pair(evaluate, images):
     args = example_batch(2, images, 3)
@@ -287,7 +300,7 @@ def test_groups_too_small_for_a_pair(evaluate, images):
     assert loss == 0 and (grad == 0).all()
 
 
-@BOTH
+@EVERY_WAY
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_non_finite_reward_removes_its_image(evaluate, bad):
     args = example_batch(1)
@@ -303,7 +316,7 @@ def test_non_finite_reward_removes_its_image(evaluate, bad):
     assert prdp_loss_and_grad(*args, **OPTIONS)[2]["dropped_images"] == 1
 
 
-@BOTH
+@EVERY_WAY
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_nan_log_prob_of_a_kept_image_shows(evaluate, which):
     args = example_batch(2)
@@ -315,7 +328,7 @@ def test_nan_log_prob_of_a_kept_image_shows(evaluate, which):
     assert loss.isfinite() and (grad[1] == 0).all()
 
 
-@BOTH
+@EVERY_WAY
 def test_permuting_images_and_groups(evaluate):
     args, order = example_batch(), [4, 2, 0, 5, 1, 3]
     loss, grad = evaluate(args, OPTIONS)

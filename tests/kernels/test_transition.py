@@ -1,11 +1,13 @@
 """gaussian_log_prob and denoise_step against ddpo-pytorch's DDIM step, finite differences and each other."""
 
+import importlib.util
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from compare import DEVICE
 from properties import given, settings, st
 
 from prdp_kernels import denoise_step, gaussian_log_prob, philox_normal
@@ -38,29 +40,36 @@ def oracle(prediction, steps, precision):
 
 
 CASES = [(p, t, prec) for p in ("epsilon", "v_prediction") for t in (10, 50) for prec in ("f64", "f32")]
+BACKENDS = ["torch", "triton"] if importlib.util.find_spec("triton") else ["torch"]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("prediction", "steps", "precision"), CASES)
-def test_log_prob_and_gradient_equal_ddpo(prediction, steps, precision):
+def test_log_prob_and_gradient_equal_ddpo(prediction, steps, precision, backend):
     case = oracle(prediction, steps, precision)
+    where = DEVICE if backend == "triton" else "cpu"
     tolerance = {"f64": 1e-12, "f32": 1e-5}[precision]
-    m = case["model_output"].clone().requires_grad_()
-    mean = reference.transition_mean(m, case["x_t"], *case["coefficients"][:2], None)
-    log_prob = gaussian_log_prob(m, case["x_t"], case["x_prev"], *case["coefficients"])
+    m = case["model_output"].clone().to(where).requires_grad_()
+    mean = reference.transition_mean(case["model_output"], case["x_t"], *case["coefficients"][:2], None)
+    arguments = (x.to(where) for x in (case["x_t"], case["x_prev"], *case["coefficients"]))
+    log_prob = gaussian_log_prob(m, *arguments, backend=backend)
     log_prob.sum().backward()
     assert log_prob.dtype == case["log_prob"].dtype
     torch.testing.assert_close(case["coefficients"][2], case["std"], atol=tolerance, rtol=0)
     torch.testing.assert_close(mean, case["mean"], atol=tolerance, rtol=0)
-    torch.testing.assert_close(log_prob, case["log_prob"], atol=tolerance, rtol=0)
-    torch.testing.assert_close(m.grad, case["grad_model_output"], atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(log_prob.cpu(), case["log_prob"], atol=tolerance, rtol=0)
+    torch.testing.assert_close(m.grad.cpu(), case["grad_model_output"], atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("prediction", "steps", "precision"), CASES)
-def test_step_equals_ddpo_with_its_noise(prediction, steps, precision):
+def test_step_equals_ddpo_with_its_noise(prediction, steps, precision, backend):
     case = oracle(prediction, steps, precision)
+    where = DEVICE if backend == "triton" else "cpu"
     tolerance = {"f64": 1e-12, "f32": 1e-5}[precision]
     noise = (case["x_prev"] - case["mean"]) / case["std"].reshape(-1, 1, 1, 1)
-    prev, log_prob = denoise_step(case["model_output"], case["x_t"], *case["coefficients"], noise=noise)
+    arguments = (x.to(where) for x in (case["model_output"], case["x_t"], *case["coefficients"]))
+    prev, log_prob = (x.cpu() for x in denoise_step(*arguments, noise=noise.to(where), backend=backend))
     torch.testing.assert_close(prev, case["x_prev"], atol=tolerance, rtol=0)
     torch.testing.assert_close(log_prob, case["log_prob"], atol=tolerance, rtol=0)
 
