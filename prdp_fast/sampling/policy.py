@@ -14,7 +14,7 @@ from torch import nn
 
 from prdp_fast.records import TextEmbeddings
 from prdp_fast.sampling.transitions import Transitions
-from prdp_kernels import denoise_step, gaussian_log_prob, gaussian_log_prob_and_grad
+from prdp_kernels import denoise_step, gaussian_log_prob, gaussian_log_prob_and_grad, philox_normal
 
 Backend = Literal["auto", "triton", "torch"]
 
@@ -82,10 +82,30 @@ class Policy:
             timesteps = torch.cat([timesteps, timesteps])
         return unet(model_input, timesteps, encoder_hidden_states=prompt_embeds, return_dict=False)[0]
 
+    def noise(self, seeds: torch.Tensor, latent_shape: tuple[int, ...]) -> torch.Tensor | None:
+        """(N, T + 1, C, H, W) float32, all the noise of N trajectories, x_T's first; None where the step makes its own.
+
+        Triton's step makes noise in registers. The reference spends a hundred small operations a call, which cost as much for
+        one step as for all of them.
+        """
+        if self.backend == "triton" or (self.backend == "auto" and seeds.is_cuda):
+            return None
+        count = len(self.transitions) + 1
+        steps = torch.arange(count, device=seeds.device).repeat(len(seeds))
+        drawn = philox_normal(seeds.repeat_interleave(count), latent_shape, step=steps, backend=self.backend)
+        return drawn.view(len(seeds), count, *latent_shape)
+
     def sample_step(
-        self, unet: nn.Module, latents: torch.Tensor, step: int, embeddings: TextEmbeddings, seeds: torch.Tensor
+        self,
+        unet: nn.Module,
+        latents: torch.Tensor,
+        step: int,
+        embeddings: TextEmbeddings,
+        seeds: torch.Tensor,
+        noise: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take step number `step` with Philox noise keyed by (seeds, step + 1); step 0 of the key is x_T itself.
+        """Take step number `step` with Philox noise keyed by (seeds, step + 1), given as `noise` or made here; step 0 of the key
+        is x_T itself.
 
         Returns: x_{t-1} (N, C, H, W) float32 and its log-prob (N,) float32 nats, 0 for a deterministic step.
         """
@@ -95,7 +115,8 @@ class Policy:
         output = self.model_output(unet, latents, timesteps, embeddings, guided=guided)
         return denoise_step(
             output, latents, sample_coef, output_coef, std,
-            seeds=seeds, step=step + 1, guidance_scale=self.guidance_scale if guided else None, backend=self.backend,
+            noise=noise, seeds=seeds if noise is None else None, step=step + 1,
+            guidance_scale=self.guidance_scale if guided else None, backend=self.backend,
         )  # fmt: skip
 
     def log_prob(

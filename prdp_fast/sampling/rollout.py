@@ -56,11 +56,14 @@ def rollout(
         part = slice(start, min(start + even, rows))
         padded = torch.arange(start, start + even, device=device).clamp(max=rows - 1)
         count = part.stop - start
-        x = philox_normal(seeds[padded], latent_shape, step=0, backend=policy.backend) * policy.transitions.init_noise_sigma
+        noise = policy.noise(seeds[padded], latent_shape)
+        first = philox_normal(seeds[padded], latent_shape, step=0, backend=policy.backend) if noise is None else noise[:, 0]
+        x = first * policy.transitions.init_noise_sigma
         latents[part, 0] = x[:count]
         embedding_rows = embeddings.rows(group[padded])
         for step in range(steps):
-            x, log_prob = policy.sample_step(unet, x, step, embedding_rows, seeds[padded])
+            given = None if noise is None else noise[:, step + 1]
+            x, log_prob = policy.sample_step(unet, x, step, embedding_rows, seeds[padded], given)
             latents[part, step + 1], log_probs[part, step] = x[:count], log_prob[:count]
     stochastic = policy.transitions.stochastic.to(device)
     return Trajectories(prompts, images_per_prompt, embeddings, latents, log_probs[:, stochastic], seeds)
