@@ -56,24 +56,33 @@ def resources(cubin: bytes) -> dict[str, int]:
     }
 
 
-def accesses(ptx: str) -> dict[str, list[int]]:
-    """Bits of every global load and store of tensors, in the order of the code; a load of one number a row is left out.
+def accesses(ptx: str) -> dict[str, list[Any]]:
+    """Bits of the global loads and stores of every loop, in the order of the code, and of all of them; no others.
 
-    Scalars are read by every thread through one address and written by one: they show as plain 32- or 64-bit accesses outside
-    the loop over the tiles, so only code between the loop's label and its branch is read, or everything if there is no loop.
+    Numbers that a program reads or writes once (coefficients, results) are plain 32- or 64-bit accesses outside loops. Of the
+    rest, partial sums of other programs are known by their cache modifier, .cg, and listed apart: a thread reads one or none.
     """
     labels = {m.group(1): m.start() for m in re.finditer(r"^(\$L__BB\d+_\d+):", ptx, re.M)}
-    loops = [
-        (labels[m.group(1)], m.start()) for m in re.finditer(r"bra(?:\.uni)?\s+(\$L__BB\d+_\d+);", ptx)
-        if m.group(1) in labels and labels[m.group(1)] < m.start()
-    ]  # fmt: skip
-    body = "".join(ptx[start:end] for start, end in loops) if loops else ptx
-    bits: dict[str, list[int]] = {"loads": [], "stores": []}
-    for kind, modifiers in re.findall(r"\b(ld|st)\.global([.\w:]*)", body):
-        vector = re.search(r"\.v(\d)", modifiers)
-        width = int(re.search(r"\.[bfsu](\d+)", modifiers).group(1))  # type: ignore[union-attr]
-        bits["loads" if kind == "ld" else "stores"].append(width * (int(vector.group(1)) if vector else 1))
-    return bits
+    ends: dict[int, int] = {}  # of the loop that begins there: its last branch back
+    for branch in re.finditer(r"bra(?:\.uni)?\s+(\$L__BB\d+_\d+);", ptx):
+        begin = labels.get(branch.group(1), len(ptx))
+        if begin < branch.start():
+            ends[begin] = branch.start()
+    found: dict[str, list[Any]] = {"loads": [], "stores": [], "partials": [], "loops": []}
+    for start, end in sorted(ends.items()) or [(0, len(ptx))]:
+        loop: dict[str, list[int]] = {"loads": [], "stores": []}
+        for kind, modifiers in re.findall(r"\b(ld|st)\.global([.\w:]*)", ptx[start:end]):
+            vector = re.search(r"\.v(\d)", modifiers)
+            bits = int(re.search(r"\.[bfsu](\d+)", modifiers).group(1))  # type: ignore[union-attr]
+            bits *= int(vector.group(1)) if vector else 1
+            if ".cg" in modifiers:
+                found["partials"].append(bits)
+            else:
+                loop["loads" if kind == "ld" else "stores"].append(bits)
+        found["loops"].append(loop)
+        for name, widths in loop.items():
+            found[name] += widths
+    return found
 
 
 def cases() -> Iterator[tuple[str, Any, Callable[[], Any]]]:

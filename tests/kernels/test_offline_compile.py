@@ -1,0 +1,111 @@
+"""What the compiler makes of the kernels, for GPUs that need not be there: no spills, wide loads and stores."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from compare import INTERPRETED
+
+triton = pytest.importorskip("triton")
+
+KNOWN = ("3.6.", "3.7.")  # offline.py calls parts of Triton that have no stable interface
+CAPABILITIES = (80, 90, 100)
+TOOLS = [Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name for name in ("ptxas", "cuobjdump")]
+
+if not triton.__version__.startswith(KNOWN):
+    pytest.skip(f"offline.py knows Triton {' and '.join(KNOWN)}x, not {triton.__version__}", allow_module_level=True)
+if missing := [str(tool) for tool in TOOLS if not tool.exists()]:
+    pytest.skip(f"Triton came without {', '.join(missing)}", allow_module_level=True)
+if not INTERPRETED:
+    pytest.skip(
+        "the compiler's output does not depend on the device: this runs where the tests run on a CPU", allow_module_level=True
+    )
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """One a case and architecture."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    command = [sys.executable, str(Path(__file__).with_name("offline.py")), *map(str, CAPABILITIES)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    for row in found:
+        print(f"{row['case']:<36} sm_{row['sm']:<4} {row['registers']:>4} registers  {summary(row)}")
+    return found
+
+
+def summary(row) -> str:
+    widths = {kind: sorted(set(row[kind]), reverse=True) for kind in ("loads", "stores")}
+    return "  ".join(f"{kind} of {', '.join(map(str, found))} bits" for kind, found in widths.items() if found)
+
+
+def fail_with(faults: list[str]) -> None:
+    assert not faults, "\n".join(faults)
+
+
+def test_every_kernel_is_compiled_for_every_architecture(rows):
+    cases = {row["case"] for row in rows}
+    assert {(row["case"], row["sm"]) for row in rows} == {(case, sm) for case in cases for sm in CAPABILITIES}
+    kernels = {"log_prob_kernel", "denoise_step_kernel", "philox_normal_kernel", "prdp_loss_kernel"}
+    assert {row["kernel"] for row in rows} == kernels
+    # 255 is what a thread may have; fewer than 16 would be no kernel of ours.
+    fail_with(
+        [f"{row['case']} sm_{row['sm']}: {row['registers']} registers" for row in rows if not 16 <= row["registers"] <= 255]
+    )
+
+
+def test_nothing_spills(rows):
+    fail_with(
+        [
+            f"{row['case']} sm_{row['sm']}: {row['stack']} bytes of stack, {row['local']} of local memory"
+            for row in rows
+            if row["stack"] or row["local"]
+        ]
+    )
+
+
+def is_transition(row) -> bool:
+    return row["kernel"] != "prdp_loss_kernel"
+
+
+def test_contiguous_transitions_move_128_bits_at_a_time(rows):
+    """All tensors, half-precision ones too; only sizes that are odd are left out, which have no such alignment."""
+    some = [row for row in rows if is_transition(row) and "odd" not in row["case"] and "planes" not in row["case"]]
+    assert len(some) >= 15 * len(CAPABILITIES)
+    for row in some:
+        narrow = [width for width in row["loads"] + row["stores"] if width != 128]
+        assert not narrow, f"{row['case']} sm_{row['sm']}: accesses of {narrow} bits, in loops {row['loops']}"
+        writes = row["kernel"] != "log_prob_kernel" or "grad" in row["case"]
+        assert bool(row["stores"]) == writes, f"{row['case']} sm_{row['sm']}: {len(row['stores'])} stores in its loops"
+        reads = row["kernel"] != "philox_normal_kernel"
+        assert len(row["loads"]) >= 3 * reads, f"{row['case']} sm_{row['sm']}: {len(row['loads'])} loads in its loops"
+
+
+def test_mixed_layouts_move_at_least_64_bits_at_a_time(rows):
+    """Channels-last bf16: the four channels of a pixel."""
+    some = [row for row in rows if "planes" in row["case"] and "odd" not in row["case"]]
+    assert len(some) >= 2 * len(CAPABILITIES)
+    for row in some:
+        narrow = [width for width in row["loads"] + row["stores"] if width < 64]
+        assert not narrow, f"{row['case']} sm_{row['sm']}: accesses of {narrow} bits"
+
+
+def test_the_loss_reads_and_writes_steps_in_pairs_and_fours(rows):
+    """The first loop reads three log-probs, the last reads two and writes the gradient. The one between them, over pairs, reads
+    a number an image from the cache."""
+    some = [row for row in rows if row["kernel"] == "prdp_loss_kernel"]
+    assert len(some) >= 3 * len(CAPABILITIES)
+    for row in some:
+        where = f"{row['case']} sm_{row['sm']}"
+        means, _, gradient, *_ = row["loops"]
+        assert means["loads"] and gradient["loads"] and gradient["stores"] and not means["stores"], f"{where}: {row['loops']}"
+        wanted = 128 if row["case"].endswith("1000") else 64  # 50 steps: rows begin at multiples of two numbers
+        widths = means["loads"] + gradient["loads"] + gradient["stores"]
+        assert set(widths) == {wanted}, f"{where}: accesses of {sorted(set(widths))} bits, expected {wanted}"
