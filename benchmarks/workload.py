@@ -79,6 +79,12 @@ def random_unet(preset: str) -> nn.Module:
     return _WithSize(unet) if preset == "sdxl" else unet
 
 
+def _even(rows: int, most: int) -> tuple[int, int]:
+    """(calls, rows a call): as the engine cuts them."""
+    calls = -(-rows // most)
+    return calls, -(-rows // calls)
+
+
 @dataclass
 class Workload:
     """One epoch, phase by phase. Every method but `bare_*` is the engine's own code."""
@@ -191,9 +197,9 @@ class Workload:
         return x, torch.full((rows,), 500, device=embeds.device), embeds[torch.arange(rows, device=embeds.device) % len(embeds)]
 
     def bare_forward(self, unet: nn.Module, trajectory_steps: int, guided: bool, batch: int) -> Call:
-        """`trajectory_steps` rows in calls of `batch`, without gradients."""
-        x, t, e = self._rows(batch * (2 if guided else 1))
-        calls = -(-trajectory_steps // batch)
+        """`trajectory_steps` rows in calls of at most `batch`, without gradients."""
+        calls, even = _even(trajectory_steps, batch)
+        x, t, e = self._rows(even * (2 if guided else 1))
 
         @torch.no_grad()
         def run() -> None:
@@ -204,8 +210,9 @@ class Workload:
 
     def bare_forward_backward(self, unet: nn.Module, trajectory_steps: int, guided: bool) -> Call:
         """The same with a given gradient at the output, on a module whose weights have gradients."""
-        x, t, e = self._rows(self.micro_batch * (2 if guided else 1))
-        calls, grad = -(-trajectory_steps // self.micro_batch), torch.randn_like(x)
+        calls, even = _even(trajectory_steps, self.micro_batch)
+        x, t, e = self._rows(even * (2 if guided else 1))
+        grad = torch.randn_like(x)
 
         def run() -> None:
             for _ in range(calls):
