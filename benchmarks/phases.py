@@ -117,7 +117,7 @@ def profile(workload: Workload, rounds: int = 5) -> Profile:
         # name: (phase, its bare calls, U-Net rows, forwards a row costs)
         "rollout": (
             workload.rollout,
-            workload.bare_forward(workload.reference_unet, n * steps, guided, workload.rollout_batch),
+            workload.bare_forward(workload.reference_unet, n, guided, workload.rollout_batch, repeat=steps),
             n * policy.evaluations(torch.arange(steps)), 1,
         ),
         "reference": (

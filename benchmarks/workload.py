@@ -196,21 +196,21 @@ class Workload:
         x = torch.randn(rows, *self.latent_shape, device=embeds.device, dtype=embeds.dtype)
         return x, torch.full((rows,), 500, device=embeds.device), embeds[torch.arange(rows, device=embeds.device) % len(embeds)]
 
-    def bare_forward(self, unet: nn.Module, trajectory_steps: int, guided: bool, batch: int) -> Call:
-        """`trajectory_steps` rows in calls of at most `batch`, without gradients."""
-        calls, even = _even(trajectory_steps, batch)
+    def bare_forward(self, unet: nn.Module, latents: int, guided: bool, batch: int, repeat: int = 1) -> Call:
+        """This many latents in calls of at most `batch`, `repeat` times, without gradients."""
+        calls, even = _even(latents, batch)
         x, t, e = self._rows(even * (2 if guided else 1))
 
         @torch.no_grad()
         def run() -> None:
-            for _ in range(calls):
+            for _ in range(calls * repeat):
                 unet(x, t, encoder_hidden_states=e, return_dict=False)
 
         return run
 
-    def bare_forward_backward(self, unet: nn.Module, trajectory_steps: int, guided: bool) -> Call:
+    def bare_forward_backward(self, unet: nn.Module, latents: int, guided: bool) -> Call:
         """The same with a given gradient at the output, on a module whose weights have gradients."""
-        calls, even = _even(trajectory_steps, self.micro_batch)
+        calls, even = _even(latents, self.micro_batch)
         x, t, e = self._rows(even * (2 if guided else 1))
         grad = torch.randn_like(x)
 
