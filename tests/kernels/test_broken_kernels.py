@@ -1,0 +1,226 @@
+"""The tests of the kernels notice: a kernel that is broken in one place fails some of them, and by a comparison, not a crash."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from compare import INTERPRETED
+
+pytest.importorskip("triton")
+if not INTERPRETED:
+    pytest.skip(
+        "breaks are shown once, where the tests run on a CPU: compiling all of them takes minutes", allow_module_level=True
+    )
+
+HERE = Path(__file__).parent
+PACKAGE = HERE.parents[1] / "kernels" / "prdp_kernels"
+
+# Small pieces of the suite, by what they look at; each runs for less than a second.
+TRANSITION = [
+    "test_triton_transition.py::test_contiguous[odd-5.0-mean]",
+    "test_triton_transition.py::test_contiguous[two programs, one short-None-sum]",
+    "test_triton_transition.py::test_channels_last_output[odd-5.0]",
+    "test_triton_transition.py::test_dtypes[torch.float32-torch.float32]",
+]
+STEP = [
+    "test_triton_transition.py::test_seeds_are_philox_noise[(3, 5, 7)]",
+    "test_triton_transition.py::test_deterministic_rows[torch.float32-mean]",
+    "test_triton_transition.py::test_log_prob_of_a_step_has_the_bits_of_its_evaluation[mean-5.0-contiguous]",
+]
+NOISE = [
+    "test_triton_philox.py::test_equals_the_reference[(3, 5, 7)]",
+    "test_triton_philox.py::test_blocks_beyond_32_bits[4-17179869188-True-17179869184]",
+    "test_triton_transition.py::test_noise_does_not_depend_on_the_layout[channels_last]",
+]
+LOSS = [
+    "test_triton_loss.py::test_stats_keys_and_values",
+    "test_triton_loss.py::test_clip_edge_passes_its_gradient",
+    "test_triton_loss.py::test_sizes[3-3-7]",
+    "test_triton_loss.py::test_sizes[1-17-50]",
+    "test_triton_loss.py::test_the_branch_at_the_paper_s_beta_and_epsilon",
+    "test_triton_loss.py::test_removed_images[nan]",
+]
+WRITTEN = "test_triton_memory.py::test_all_of_the_output_and_nothing_else_is_written"
+ARRIVALS = [f"{WRITTEN}[loss (3, 5, 7)]", f"{WRITTEN}[log_prob (16385,) contiguous]"]
+
+TILE, LOG_PROB, DENOISE = "tile.py", "gaussian_log_prob/kernel.py", "denoise_step/kernel.py"
+PHILOX, PRDP, LAYOUT = "philox/kernel.py", "prdp_loss/kernel.py", "layout.py"
+
+
+class Break(NamedTuple):
+    """One piece of text for another, in one file; `tests` then fail."""
+
+    file: str
+    right: str
+    wrong: str
+    tests: list[str]
+
+
+BREAKS = {
+    "the residual has the other sign": Break(LOG_PROB, "grad = r * slope", "grad = -r * slope", TRANSITION),
+    "a coefficient has the other sign": Break(
+        TILE, "fma(-sample_coef, sample, prev_sample)", "fma(sample_coef, sample, prev_sample)", TRANSITION
+    ),
+    "guidance takes its halves the other way round": Break(
+        TILE, "fma(scale, cond - output, output)", "fma(scale, output - cond, cond)", TRANSITION
+    ),
+    "the unconditional half gets the whole gradient": Break(LOG_PROB, "((1.0 - scale) * grad)", "(grad)", TRANSITION),
+    "the conditional half gets no factor": Break(LOG_PROB, "(scale * grad)", "(grad)", TRANSITION),
+    "the last tile is left out where it is not full": Break(
+        TILE, "tl.cdiv(pixels - first, P_BLOCK)", "(pixels - first) // P_BLOCK", TRANSITION
+    ),
+    "a program walks one tile of its four": Break(
+        LOG_PROB, "range(tiles_left(first, pixels, P_BLOCK, TILES))", "range(1)",
+        ["test_triton_transition.py::test_contiguous[four tiles, one short-None-mean]"],
+    ),
+    "noise past the end of the row counts": Break(
+        DENOISE, "noise = tl.where(mask, noise, 0.0)", "noise = tl.where(mask, noise, noise)", STEP
+    ),
+    "stores go past the end of the row": Break(
+        DENOISE, "tl.store(prev_at, prev_sample, mask=mask)", "tl.store(prev_at, prev_sample, mask=mask | True)",
+        [f"{WRITTEN}[step by noise (3, 5, 7) contiguous]"],
+    ),
+    "the gradient is half precision before it is scaled": Break(
+        LOG_PROB, "grad = r * slope", "grad = (r * slope).to(tl.float16).to(COMPUTE)", TRANSITION
+    ),
+    "squares add up in half precision": Break(
+        LOG_PROB, "squares = fma(z, z, squares)", "squares = fma(z, z, squares).to(tl.float16).to(COMPUTE)", TRANSITION
+    ),
+    "log std is dropped": Break(TILE, "tl.log(std).to(tl.float64) + ", "0 * std.to(tl.float64) + ", TRANSITION),
+    "the residual is not divided by std": Break(LOG_PROB, "z = r * inverse_std", "z = r", TRANSITION),
+    "the gradient is divided by std once": Break(
+        LOG_PROB, "output_coef * inverse_std * inverse_std", "output_coef * inverse_std", TRANSITION
+    ),
+    "the reciprocal is the guess it starts from, at half precision": Break(
+        TILE, "    y = 1.0 / x\n", "    return (1.0 / x).to(tl.float16).to(x.dtype)\n    y = 1.0 / x\n", TRANSITION
+    ),
+    "mean is sum and sum is mean": Break(TILE, "    if MEAN:\n", "    if not MEAN:\n", TRANSITION),
+    "the mean's gradient is the sum's": Break(
+        LOG_PROB, "slope = slope / size.to(COMPUTE)", "slope = slope / 1.0", TRANSITION
+    ),
+    "the last program writes its own sum": Break(
+        TILE, "write_log_prob(total, std", "write_log_prob(squares.to(tl.float64), std", TRANSITION
+    ),
+    "the last program but one finishes a row": Break(TILE, "if arrived == splits - 1:", "if arrived == splits - 2:", ARRIVALS),
+    "arrivals are not put back": Break(TILE, "tl.store(arrived_ptr + row, 0)", "tl.store(arrived_ptr + row, splits)", ARRIVALS),
+    "arrivals of the loss are not put back": Break(PRDP, "tl.store(arrived_ptr, 0)", "tl.store(arrived_ptr, groups)", ARRIVALS),
+    "channels-last is read as if it were contiguous": Break(
+        LAYOUT, "alike = all(s == strides[0] for s in strides)", "alike = True",
+        ["test_triton_transition.py::test_layouts[contiguous]", *TRANSITION],
+    ),
+    "noise is numbered by memory": Break(
+        LAYOUT, "(not in_order and is_dense(tensors[0]))", "is_dense(tensors[0])",
+        ["test_triton_transition.py::test_all_channels_last_rows_are_not_numbered_by_memory"],
+    ),
+    "offsets inside a tile wrap at 32 bits": Break(
+        TILE, "pixel = pixel.to(tl.int64)", "pixel = pixel.to(tl.int32)",
+        ["test_triton_transition.py::test_offsets_beyond_32_bits[1048576-1-2097152-1-2048]"],
+    ),
+    "the step adds noise without std": Break(DENOISE, "std * noise", "noise", STEP),
+    "a deterministic row gets a log-prob": Break(DENOISE, "std, std == 0, log_prob_ptr", "std, False, log_prob_ptr", STEP),
+    "the step's log-prob is that of the noise": Break(
+        DENOISE, "z = residual(prev_sample, sample, output, sample_coef, output_coef) * inverse_std", "z = noise",
+        ["test_triton_transition.py::test_log_prob_of_a_step_has_the_bits_of_its_evaluation[mean-5.0-contiguous]"],
+    ),
+    "the noise has another key": Break(
+        PHILOX, "tl.philox(seed, block_low", "tl.philox(seed ^ (1 << 32), block_low", NOISE
+    ),
+    "Philox has nine rounds": Break(PHILOX, "zero + step, c3)", "zero + step, c3, 9)", NOISE),
+    "the counter has one word": Break(PHILOX, "zero + block_high", "zero", NOISE),
+    "the step is not in the counter": Break(PHILOX, "zero + step, c3", "zero, c3", NOISE),
+    "sin and cos change places": Break(PHILOX, "return radius * c, radius * s", "return radius * s, radius * c", NOISE),
+    "the third quarter of the circle has the wrong sign": Break(PHILOX, "((n & 2) == 2, -s, s)", "((n & 2) == 2, s, s)", NOISE),
+    "words of a block change places": Break(
+        PHILOX, "        return tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), (P_BLOCK,))",
+        "        return tl.reshape(tl.join(tl.join(n0, n1), tl.join(n2, n3)), (P_BLOCK,))", NOISE,
+    ),
+    "nothing is clipped": Break(
+        PRDP, "excesses += tl.where(tl.abs(delta) <= clip, 0.0,", "excesses += tl.where(tl.abs(delta) <= clip + 1e9, 0.0,", LOSS
+    ),
+    "the clip passes its gradient outside": Break(
+        PRDP, "tl.where(tl.abs(delta) > clip, 0.0, through_inside[:, None])", "through_inside[:, None]", LOSS
+    ),
+    "the clip's edge passes no gradient": Break(
+        PRDP, "tl.where(tl.abs(delta) > clip, 0.0, through", "tl.where(tl.abs(delta) >= clip, 0.0, through", LOSS
+    ),
+    "pairs have the other sign": Break(PRDP, "target = difference / kl_weight", "target = -difference / kl_weight", LOSS),
+    "the smaller branch is taken": Break(PRDP, "(2 * u + shift) <= 0) == 0", "(2 * u + shift) <= 0) != 0", LOSS),
+    "branches are compared by their squares, in float32": Break(
+        PRDP, "clipped = (shift * (2 * u + shift) <= 0) == 0",
+        "clipped = ((u + shift) * (u + shift)).to(tl.float32) > (u * u).to(tl.float32)", LOSS,
+    ),
+    "the mean over steps is a sum": Break(
+        PRDP, "log_ratio = tl.sum(log_ratios, 1) / count", "log_ratio = tl.sum(log_ratios, 1)", LOSS
+    ),
+    "the gradient is not divided by the steps": Break(
+        PRDP, "through_all *= 2 * weight / count", "through_all *= 2 * weight", LOSS
+    ),
+    "removed images are in pairs": Break(
+        PRDP, "both = kept[:, None] & other_kept[None, :]", "both = (kept[:, None] | True) & (other_kept[None, :] | True)", LOSS
+    ),
+    "only the first sixteen images are in pairs": Break(
+        PRDP, "for first in range(0, images, OTHERS)", "for first in range(0, 1)", LOSS
+    ),
+    "the weight forgets the groups": Break(PRDP, "1.0 / (groups * tl.maximum", "1.0 / (1.0 * tl.maximum", LOSS),
+    "statistics change places": Break(PRDP, "tl.store(row + 5, tl.sum(clipped_pairs))", "tl.store(row + 5, tl.sum(right))", LOSS),
+    "statistics are off by one": Break(PRDP, "tl.store(stats_ptr + column - 1,", "tl.store(stats_ptr + (column + 6) % 8,", LOSS),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def server():
+    """Asks run_broken.py: (folder of kernels, tests) -> (exit status, output)."""
+    command = [sys.executable, str(HERE / "run_broken.py")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=dict(os.environ)) as process:
+
+        def ask(kernels: Path, tests: list[str]) -> tuple[int, str]:
+            request = {"kernels": str(kernels), "tests": [f"tests/kernels/{test}" for test in tests]}
+            print(json.dumps(request), file=process.stdin, flush=True)
+            line = process.stdout.readline()
+            assert line, "run_broken.py ended"
+            answer = json.loads(line)
+            return answer["status"], answer["output"]
+
+        yield ask
+        process.stdin.close()
+        process.wait(timeout=60)
+
+
+@pytest.fixture
+def copy(tmp_path):
+    shutil.copytree(PACKAGE, tmp_path / "prdp_kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def test_a_copy_that_is_not_broken_passes(server, copy):
+    status, output = server(copy, sorted({test for broken in BREAKS.values() for test in broken.tests}))
+    assert status == 0, output[-4000:]
+
+
+def test_the_copy_is_what_runs(server, copy):
+    """And not the repository's own kernels, with which every break below would pass for none."""
+    (copy / "prdp_kernels" / "tile.py").write_text("raise RuntimeError('the copy')\n")
+    status, output = server(copy, TRANSITION[:1])
+    assert status != 0 and "the copy" in output
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_a_break_is_noticed(name, server, copy):
+    broken = BREAKS[name]
+    file = copy / "prdp_kernels" / broken.file
+    text = file.read_text()
+    assert text.count(broken.right) == 1, f"{broken.file} has {broken.right!r} {text.count(broken.right)} times: mend this test"
+    file.write_text(text.replace(broken.right, broken.wrong))
+    status, output = server(copy, broken.tests)
+    assert status == 1, f"no test noticed that {name}" if status == 0 else output[-4000:]
+    assert re.search(r"^E +(assert |AssertionError)", output, re.M), f"{name}: fails without a comparison\n{output[-4000:]}"
+    crashes = [error for error in re.findall(r"^E +(?:\w+\.)*(\w+Error)\b", output, re.M) if error != "AssertionError"]
+    assert not crashes, f"{name}: fails by {', '.join(crashes)}, not by a comparison\n{output[-4000:]}"
