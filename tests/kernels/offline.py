@@ -85,6 +85,16 @@ def accesses(ptx: str) -> dict[str, list[Any]]:
     return found
 
 
+def summation(ttgir: str) -> str | None:
+    """How the elements of a tile lie in the threads that add them up, which decides the order of the sum; None without one."""
+    for operand in re.findall(r'"tt\.reduce"\((%\w+)\)', ttgir):
+        source = re.search(rf"{operand} = tt\.reshape .* : tensor<([^,>]*), (#\w+)>", ttgir)
+        if source:
+            layout = re.search(rf"^{source.group(2)} = (#.*)$", ttgir, re.M)
+            return f"{source.group(1)} {layout.group(1)}" if layout else None
+    return None
+
+
 def cases() -> Iterator[tuple[str, Any, Callable[[], Any]]]:
     """(name, the module that launches, the call). Sizes decide tiles and alignment; values do not matter."""
 
@@ -148,7 +158,9 @@ def report(capabilities: list[int]) -> Iterator[dict[str, Any]]:
         for capability in capabilities:
             compiled = compile_for(GPUTarget("cuda", capability, 32), fn, args, kwargs)
             row = {"case": name, "kernel": kernel_name, "sm": capability, "warps": kwargs["num_warps"]}
-            yield row | resources(compiled.asm["cubin"]) | accesses(compiled.asm["ptx"])
+            yield (
+                row | resources(compiled.asm["cubin"]) | accesses(compiled.asm["ptx"]) | {"sum": summation(compiled.asm["ttgir"])}
+            )
 
 
 class _Recorder:

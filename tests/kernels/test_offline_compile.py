@@ -88,6 +88,16 @@ def test_contiguous_transitions_move_128_bits_at_a_time(rows):
         assert len(row["loads"]) >= 3 * reads, f"{row['case']} sm_{row['sm']}: {len(row['loads'])} loads in its loops"
 
 
+def test_log_probs_of_the_same_row_add_up_in_the_same_order(rows):
+    """That of a step, of its evaluation and of the evaluation with its gradient have the same bits only if their sums do."""
+    for what in ("bf16 guided", "bf16", "fp16 guided", "fp32 guided", "bf16 guided planes", "bf16 guided 4x8x8"):
+        for sm in CAPABILITIES:
+            cases = {f"{kind} {what}" for kind in ("log_prob", "log_prob+grad", "step philox", "step noise")}
+            orders = {row["case"]: row["sum"] for row in rows if row["case"] in cases and row["sm"] == sm}
+            assert len(orders) >= 2 and all(orders.values()), f"{what} sm_{sm}: {orders}"
+            assert len(set(orders.values())) == 1, f"{what} sm_{sm}: sums in different orders: {orders}"
+
+
 def test_mixed_layouts_move_at_least_64_bits_at_a_time(rows):
     """Channels-last bf16: the four channels of a pixel."""
     some = [row for row in rows if "planes" in row["case"] and "odd" not in row["case"]]

@@ -125,7 +125,8 @@ def check_everything(case: Transition) -> None:
     check_step(case, noise, step(case, noise=noise))
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
+# On a GPU every variant of a kernel takes a fifth of a second to compile: there, some combinations stand for all of them.
+@pytest.mark.parametrize("reduction", ["mean", "sum"] if INTERPRETED else ["mean"])
 @pytest.mark.parametrize("guidance_scale", [None, 5.0])
 @pytest.mark.parametrize("shape", FLAT.values(), ids=FLAT)
 def test_contiguous(shape, guidance_scale, reduction):
@@ -164,8 +165,11 @@ def test_layouts(of_output):
     case = transition(2, (3, 4, 6), guidance_scale=3.0)
     noise, names = noise_like(case.sample), list(LAYOUTS)
     plain_grad, (plain_prev, _) = log_prob_and_backward(case)[1], step(case, noise=noise)
+    first = names.index(of_output)
     for i, of_sample in enumerate(names):
-        of_prev = names[(i + names.index(of_output)) % len(names)]  # every pair of layouts, and every triple somewhere
+        if not INTERPRETED and (i + first) % 3:
+            continue
+        of_prev = names[(i + first) % len(names)]  # on a CPU every pair of layouts comes up
         moved = replace(
             case,
             model_output=LAYOUTS[of_output](case.model_output),
@@ -436,7 +440,7 @@ def transitions(draw):
     return replace(case, **{name: LAYOUTS[how](getattr(case, name)) for name, how in layouts.items()})
 
 
-@settings(deadline=None, max_examples=40, derandomize=True)
+@settings(deadline=None, max_examples=40 if INTERPRETED else 8, derandomize=True)
 @given(transitions())
 def test_any_transition(case):
     # The bound of each element is its own; a tensor that is all cancellation has no small relative RMS error.
