@@ -15,3 +15,7 @@ class UserError(ValueError):
 
 class RewardError(UserError):
     """A reward got what it cannot score, or gave back what is no score."""
+
+
+class OneRankError(UserError):
+    """Found by one rank alone, while the others may be waiting for it in a collective: it speaks for itself and leaves."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ from typing import Any
 import torch
 
 from prdp_fast import checkpoint as checkpoints
-from prdp_fast import reporting, zero
+from prdp_fast import cost, memory, reporting, zero
 from prdp_fast.errors import RewardError, UserError
 from prdp_fast.evaluation import Evaluation, compare, evaluate
 from prdp_fast.files import write_json
 from prdp_fast.models.pipeline import Pipeline, load_scheduler
+from prdp_fast.models.shapes import Shapes
 from prdp_fast.models.text import TextEncoder
 from prdp_fast.objectives import build_objective
 from prdp_fast.prompts.stream import PromptSet, PromptStream
@@ -86,22 +87,57 @@ class Job:
 
     def forwards_per_epoch(self) -> dict[str, int]:
         """U-Net rows of one epoch over all ranks, on the fast path (DESIGN: rollout 2T, reference 2T, update K 2T)."""
-        schedule = self.settings.schedule
-        images = schedule.prompts_per_epoch * schedule.images_per_prompt
+        return {name: round(phase.forward) for name, phase in self.epoch_rows().items()}
+
+    def epoch_rows(self) -> dict[str, cost.PhaseRows]:
         policy = build_policy(self.settings, self.transitions)
-        stochastic = self.transitions.stochastic
-        every = policy.evaluations(stochastic)
+        return cost.epoch_rows(self.settings.schedule, policy, needs_reference=self.needs_reference)
 
-        def subset(steps: int | None) -> float:
-            """Of the steps' evaluations, on average over the draws: the strata are even, so each step is as likely."""
-            return every if steps is None else every * min(steps, len(stochastic)) / len(stochastic)
+    @property
+    def needs_reference(self) -> bool:
+        return build_objective(self.settings.objective).needs_reference
 
-        updates, needs_reference = schedule.updates_per_epoch, build_objective(self.settings.objective).needs_reference
-        return {
-            "rollout": images * policy.evaluations(torch.arange(len(self.transitions))),
-            "reference": round(images * subset(schedule.reference_timesteps) * needs_reference),
-            "update": round(images * (subset(schedule.update_timesteps) + every * 2 * (updates - 1))),
-        }
+    def dry_run(self, device_name: str | None) -> list[str]:
+        """What an epoch costs and a rank holds, line by line, from configurations alone. Nothing is loaded.
+
+        Args: device_name: of the GPU, whose peak may be known; None on a CPU.
+        """
+        settings, schedule, cuda = self.settings, self.settings.schedule, device_name is not None
+        recompute = settings.performance.activation_checkpointing
+        shapes = Shapes.load(settings.model.pretrained)
+        peak = cost.device_peak(device_name, self.config.dtype) if device_name else None
+        lines = cost.describe(
+            self.epoch_rows(), cost.unet_flop(shapes), recompute=recompute, peak=peak, gpus=self.world_size
+        )  # fmt: skip
+        job = self.footprint(shapes, cuda=cuda)
+        job = replace(job, activations=memory.fake_activations(shapes, self.config.dtype, checkpointing=recompute))
+        available = memory.free_bytes(torch.device("cuda" if cuda else "cpu"), zero.launched_local_ranks())
+        size, about = schedule.micro_batch, ""
+        if size == "auto":
+            most = self.rows_per_update if cuda else min(self.rows_per_update, memory.CPU_MICRO_BATCH)
+            size, about = memory.choose_micro_batch(job, available, most=most), "auto, about "
+        plan = memory.plan_memory(replace(job, micro_batch=size))
+        each = " (2 U-Net rows each with guidance)" if job.evaluations == 2 else ""
+        lines.append(
+            f"one update of a rank: {self.rows_per_update} rows (trajectory, timestep){each}, "
+            f"micro-batch {about}{size}: {-(-self.rows_per_update // size)} backward passes"
+        )
+        verdict = "fits" if plan.fits(available) else "may not fit"
+        return [*lines, plan.table(), f"  {verdict}: {memory.human(available)} free on this machine's {'GPU' if cuda else 'CPU'}"]
+
+    def footprint(self, shapes: Shapes, *, cuda: bool, micro_batch: int = 1) -> memory.Footprint:
+        """What the job holds; activations are still to be measured."""
+        return memory.Footprint.of(
+            self.settings, self.config, shapes, memory.Activations(0), micro_batch, world_size=self.world_size,
+            needs_reference=self.needs_reference, cuda=cuda,
+        )  # fmt: skip
+
+    @property
+    def rows_per_update(self) -> int:
+        """Of one rank: more in a micro-batch there never are."""
+        schedule, stochastic = self.settings.schedule, len(self.transitions.stochastic)
+        images = schedule.prompts_per_epoch * schedule.images_per_prompt // self.world_size
+        return images * min(schedule.update_timesteps or stochastic, stochastic)
 
 
 def build_policy(settings: Settings, transitions: Transitions) -> Policy:
@@ -143,6 +179,7 @@ class Progress:
     images: int = 0
     wall_s: float = 0.0
     last_drift: float | None = None
+    micro_batch: int | None = None  # what it came down to, chosen or halved
     unet_forwards: dict[str, int] = field(default_factory=lambda: {"rollout": 0, "reference": 0, "update": 0})
 
 
@@ -159,6 +196,18 @@ def train(job: Job, output: Path, device: torch.device) -> dict[str, Any]:
     objective = build_objective(settings.objective, settings.kernels)
     reference = pipeline.reference_unet(job.config.dtype) if objective.needs_reference else None
     performance = settings.performance
+    if performance.activation_checkpointing:
+        pipeline.unet.enable_gradient_checkpointing()
+    store = checkpoints.Checkpoints(output, keep=settings.checkpoint.keep, is_main=is_main, barrier=zero.barrier)
+    latest = store.latest()
+    progress = Progress(**checkpoints.read_state(latest)) if latest else Progress()
+    shapes = Shapes.load(settings.model.pretrained)
+    # A resumed job keeps its micro-batch, whatever is free now: another one would round differently.
+    wanted = progress.micro_batch or (None if schedule.micro_batch == "auto" else schedule.micro_batch)
+    progress.micro_batch, plan, available = memory.fit(
+        job.footprint(shapes, cuda=device.type == "cuda"), pipeline.unet, shapes, wanted=wanted, most=job.rows_per_update,
+        local_ranks=zero.launched_local_ranks(), agree=lambda size: zero.all_reduce([size], "min")[0],
+    )  # fmt: skip
     engine = zero.ZeroEngine(pipeline.unet, settings.optimizer, job.config, device, performance.coalesce_gradients)
     # On a CPU the rewards would take the U-Net's own cores.
     scorer = BackgroundScores(
@@ -167,12 +216,8 @@ def train(job: Job, output: Path, device: torch.device) -> dict[str, Any]:
     stream = PromptStream(
         job.train_prompts, seed=settings.seed, prompts_per_epoch=schedule.prompts_per_epoch, rank=rank, world_size=world_size
     )
-    store = checkpoints.Checkpoints(output, keep=settings.checkpoint.keep, is_main=is_main, barrier=zero.barrier)
-    progress = Progress()
-    latest = store.latest()
     if latest:
         engine.load(latest)
-        progress = Progress(**checkpoints.read_state(latest))
     started = time.monotonic() - progress.wall_s
 
     def save() -> None:
@@ -195,6 +240,11 @@ def train(job: Job, output: Path, device: torch.device) -> dict[str, Any]:
 
     telemetry_files = Telemetry(output if is_main else None, total_epochs=schedule.epochs, first_epoch=progress.epoch)
     with telemetry_files as telemetry, contextlib.closing(scorer):
+        telemetry.message(plan.table())
+        if schedule.micro_batch == "auto":
+            telemetry.message(f"schedule.micro_batch auto: {progress.micro_batch}")
+        if not plan.fits(available):
+            telemetry.message(f"that may not fit: {memory.human(available)} is free, and a tenth should stay so")
         if latest:
             telemetry.message(f"continuing after epoch {progress.epoch} from {latest.name}")
         before = load_or_run(output / "evaluation_before.pt", lambda: evaluate_sets(list(job.evaluation_prompts)), is_main)
@@ -226,7 +276,7 @@ def train(job: Job, output: Path, device: torch.device) -> dict[str, Any]:
             if reference is not None and engine.updates > 0:  # before the first update the policy is the reference
                 with telemetry.phase("reference"):
                     reference_rows = reference_pass(
-                        policy, reference, trajectories, schedule.micro_batch, schedule.reference_timesteps
+                        policy, reference, trajectories, progress.micro_batch, schedule.reference_timesteps
                     )  # fmt: skip
             try:
                 with telemetry.phase("reward"), agree_on_rewards():
@@ -237,9 +287,10 @@ def train(job: Job, output: Path, device: torch.device) -> dict[str, Any]:
             with telemetry.phase("update"):
                 report = run_updates(
                     policy, engine, objective, trajectories, scores.total, reference=reference_rows,
-                    updates=schedule.updates_per_epoch, micro_batch=schedule.micro_batch, last_drift=progress.last_drift,
-                    reduce=zero.all_reduce, timesteps=schedule.update_timesteps,
+                    updates=schedule.updates_per_epoch, micro_batch=progress.micro_batch, last_drift=progress.last_drift,
+                    reduce=zero.all_reduce, timesteps=schedule.update_timesteps, say=telemetry.message,
                 )  # fmt: skip
+            progress.micro_batch = report.micro_batch
 
             count = len(images) * world_size
             progress.epoch, progress.images = epoch + 1, progress.images + count

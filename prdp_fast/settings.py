@@ -31,6 +31,12 @@ def _switch(value: Any) -> Any:
 Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)]
 
 
+def _micro_batch(value: Any) -> Any:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise ValueError(f"{value!r}; expected a whole number of rows, at least 1, or auto")
+
+
 class ModelSettings(Section):
     pretrained: str = Field("tiny", description="'tiny' (embedded), a diffusers directory, or a hub id")
 
@@ -106,7 +112,9 @@ class ScheduleSettings(Section):
     updates_per_epoch: int = Field(1, ge=1, description="K")
     prompts_per_epoch: int = Field(64, ge=1, description="N, over all ranks")
     images_per_prompt: int = Field(8, ge=2, description="B; pairs need two")
-    micro_batch: int = Field(16, ge=1, description="(trajectory, timestep) rows of one backward; changes memory and speed only")
+    micro_batch: Annotated[int | Literal["auto"], BeforeValidator(_micro_batch)] = Field(
+        16, description="(trajectory, timestep) rows of one backward; memory and speed only. auto: as many as fit"
+    )
     update_timesteps: int | None = Field(
         None,
         ge=1,

@@ -29,7 +29,7 @@ os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _lo
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
-from prdp_fast.errors import UserError
+from prdp_fast.errors import OneRankError, UserError
 from prdp_fast.settings import find_recipe, load_recipe
 
 
@@ -71,8 +71,7 @@ def launch(args: argparse.Namespace) -> int:
     if args.dry_run:
         if zero.launched_rank() == 0:
             print(json.dumps({"output": str(output)} | job.record(), indent=2))
-            for phase, rows in job.forwards_per_epoch().items():
-                print(f"U-Net rows per epoch, {phase}: {rows}")
+            print(*job.dry_run(torch.cuda.get_device_name() if torch.cuda.is_available() else None), sep="\n")
         return 0
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -97,6 +96,11 @@ def launch(args: argparse.Namespace) -> int:
             if summary["evaluation"]:
                 reporting.final_table(summary)
             print(output, flush=True)
+    except OneRankError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        if world_size > 1:
+            os._exit(2)  # the others wait in a collective, and taking leave of them properly would wait too
+        return 2
     finally:
         zero.shutdown_distributed()
     return 0

@@ -14,11 +14,13 @@ import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from prdp_fast.memory import halve_on_oom
 from prdp_fast.objectives import Objective, ObjectiveInput
 from prdp_fast.records import Trajectories
 from prdp_fast.sampling.policy import Policy
@@ -36,7 +38,10 @@ class TrainingEngine(Protocol):
     @property
     def unet(self) -> nn.Module: ...
     def set_scale(self, max_weight: float) -> None: ...
+    @property
+    def local_passes(self) -> bool: ...
     def accumulating(self) -> contextlib.AbstractContextManager[None]: ...
+    def discard_gradients(self) -> None: ...
     def backward(self, loss: torch.Tensor, *, last: bool) -> None: ...
     def step(self) -> Any: ...
 
@@ -59,6 +64,7 @@ class UpdateReport:
     unet_rows: int = 0
     free_first_pass: bool = True
     skipped_updates: int = 0
+    micro_batch: int = 0  # what it was in the end: half of what was asked for, if that was too much for the memory
 
     @property
     def drift(self) -> float:
@@ -165,6 +171,7 @@ def run_updates(
     last_drift: float | None,
     reduce: Callable[[list[float], str], list[float]],
     timesteps: int | None = None,
+    say: Callable[[str], None] = print,
 ) -> UpdateReport:
     """K updates on one epoch's trajectories.
 
@@ -174,6 +181,7 @@ def run_updates(
         last_drift: `UpdateReport.drift` of the epoch before; None (first epoch) runs pass (1) to measure it, if it could matter.
         reduce: `zero.all_reduce`; ranks must agree on the loss scale and on the number of forwards.
         timesteps: backpropagate this many steps of each trajectory, one of each stratum; for K = 1 only.
+        say: tells the user a line: that a micro-batch was too large for the memory, say.
     """
     report = UpdateReport()
     sampled = trajectories.log_probs
@@ -224,9 +232,15 @@ def run_updates(
             output = objective(inputs(log_probs, old))
         weights = output.weights.reshape(sampled.shape) * strata_sizes
         engine.set_scale(reduce([float(weights.abs().max())], "max")[0])
+        attempt = partial(
+            gradient_pass, policy, engine.unet, trajectories, weights, backward=engine.backward, loss_scale=engine.scale,
+            chosen=chosen,
+        )  # fmt: skip
         with engine.accumulating():
-            trained = gradient_pass(
-                policy, engine.unet, trajectories, weights, micro_batch, engine.backward, engine.scale, chosen
+            # A halved micro-batch stays: old and new log-probs must have one batch geometry.
+            trained, micro_batch = halve_on_oom(
+                attempt, micro_batch, clear=engine.discard_gradients, recoverable=engine.local_passes, say=say,
+                any_rank=lambda failed: reduce([float(failed)], "max")[0] > 0,
             )  # fmt: skip
         report.unet_rows += unet_rows if chosen is None else policy.evaluations(stochastic[chosen.flatten()])
         if old is None:
@@ -249,6 +263,7 @@ def run_updates(
         report.metrics["grad_norm"] = result.grad_norm
     if reference is not None and reference.error:
         report.metrics["reference_weight_error"] = objective.weight_error(inputs(sampled, sampled), reference.error / 2)
+    report.micro_batch = micro_batch
     report.metrics["drift"] = report.drift
     report.metrics["skipped_updates"] = float(report.skipped_updates)
     return report

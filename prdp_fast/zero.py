@@ -42,6 +42,11 @@ def launched_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def launched_local_ranks() -> int:
+    """Ranks of this job that share this machine."""
+    return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "1")
+
+
 def launched_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
@@ -134,19 +139,18 @@ def resolve_config(name: str, settings: Settings, *, world_size: int, stochastic
 
     schedule, optimizer = settings.schedule, settings.optimizer
     trajectories = schedule.prompts_per_epoch * schedule.images_per_prompt
-    accumulation = math.ceil(trajectories * stochastic_steps / world_size / schedule.micro_batch)
-    settle(
-        config,
-        "train_batch_size",
-        schedule.micro_batch * accumulation * world_size,
-        "schedule (rows of one update over all ranks)",
-    )
-    config["train_micro_batch_size_per_gpu"] = settle(
-        config, "train_micro_batch_size_per_gpu", schedule.micro_batch, "schedule.micro_batch"
-    )
-    config["gradient_accumulation_steps"] = settle(
-        config, "gradient_accumulation_steps", accumulation, "schedule (prompts x images x steps / ranks / micro_batch)"
-    )
+    # DeepSpeed wants numbers, and uses them for nothing here: every update says which backward is its last. So "auto", which is
+    # found when the job starts, is 1 to DeepSpeed, and the job's record does not depend on the memory that happened to be free.
+    micro_batch = 1 if schedule.micro_batch == "auto" else schedule.micro_batch
+    accumulation = math.ceil(trajectories * stochastic_steps / world_size / micro_batch)
+    for key, value, recipe_key in (
+        ("train_batch_size", micro_batch * accumulation * world_size, "schedule (rows of one update over all ranks)"),
+        ("train_micro_batch_size_per_gpu", micro_batch, "schedule.micro_batch"),
+        ("gradient_accumulation_steps", accumulation, "schedule (prompts x images x steps / ranks / micro_batch)"),
+    ):
+        settle(config, key, "auto" if schedule.micro_batch == "auto" else value, recipe_key)
+        if key != "train_batch_size":
+            config[key] = value
     # DeepSpeed clips at 1.0 when nothing is said, so it is always said.
     config["gradient_clipping"] = settle(config, "gradient_clipping", optimizer.max_grad_norm, "optimizer.max_grad_norm")
     config.setdefault("steps_per_print", 1_000_000_000)
@@ -307,19 +311,39 @@ class ZeroEngine:
     def _optimizer_unscales(self) -> bool:
         return hasattr(self.engine.optimizer, "override_loss_scale")
 
+    @property
+    def local_passes(self) -> bool:
+        """Whether no rank waits for another inside a forward or backward: `accumulating` reduces gradients on leaving.
+
+        Not at stage 3, where every layer gathers its weights, nor at stage 2 where each backward scatters its gradients.
+        """
+        return self.config.stage < 2 or (self.config.stage == 2 and self.coalesce)
+
     @contextlib.contextmanager
     def accumulating(self) -> Iterator[None]:
-        """Around the backward passes of one update: where gradients are coalesced, ranks reduce them once, on leaving."""
-        if not self.coalesce:
+        """Around the backward passes of one update. With `local_passes`, ranks reduce the gradients once, on leaving."""
+        if self.coalesce:
+            with self.engine.coalesce_grad_reduction():
+                yield
+        elif self.local_passes:  # stages 0 and 1 reduce once in any case, otherwise inside the last backward
+            with self.engine.no_sync():
+                yield
+            self.engine.set_gradient_accumulation_boundary(True)
+            self.engine.allreduce_gradients()
+        else:
             yield
-            return
-        with self.engine.coalesce_grad_reduction():
-            yield
-        self.engine.set_gradient_accumulation_boundary(True)  # the block restores what it found: "not the last backward"
+        self.engine.set_gradient_accumulation_boundary(True)  # `coalesce_grad_reduction` restores "not the last backward"
+
+    def discard_gradients(self) -> None:
+        """Forget what the update's backwards have added so far, one that was interrupted included. Only with `local_passes`."""
+        optimizer = self.engine.optimizer
+        if hasattr(optimizer, "exit_backward"):
+            optimizer.exit_backward()  # which an interrupted backward has not reached; otherwise it does nothing
+        optimizer.zero_grad()
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
-        """Add the gradient of `loss`; `last` marks the update's final micro-batch, where ranks average."""
-        self.engine.set_gradient_accumulation_boundary(last)
+        """Add the gradient of `loss`; `last` marks the update's final micro-batch, where ranks average, if not on leaving."""
+        self.engine.set_gradient_accumulation_boundary(last and not self.local_passes)
         self.engine.backward(loss if self._optimizer_unscales else loss * self.scale, scale_wrt_gas=False)
 
     def step(self) -> StepResult:

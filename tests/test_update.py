@@ -27,6 +27,7 @@ class PlainEngine:
     learning_rate: float = 1e-3
     scale: float = 1.0
     gradients: list[list[torch.Tensor]] = field(default_factory=list)
+    local_passes: bool = True
 
     def __post_init__(self) -> None:
         self.unet.requires_grad_(True)
@@ -37,6 +38,9 @@ class PlainEngine:
 
     def accumulating(self):
         return contextlib.nullcontext()
+
+    def discard_gradients(self) -> None:
+        self.optimizer.zero_grad()
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         loss.backward()
