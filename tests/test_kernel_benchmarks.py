@@ -387,6 +387,41 @@ def test_rows_survive_the_way_through_the_file(tmp_path):
     assert gpu_check.read_lines(tmp_path / "none")[0] == {}
 
 
+@pytest.mark.parametrize(
+    ("parts", "expected", "detail"),
+    [
+        ([(0, "x\n3 passed, 1 skipped in 2s"), (0, "4 passed in 1s")], "passed", "7 passed, 1 skipped"),
+        ([(0, "3 passed in 2s"), (1, "1 failed, 2 passed in 1s")], "failed", "5 passed, 1 failed"),
+        ([(0, "3 passed in 2s"), (2, "1 error in 1s")], "failed", "3 passed, 1 error"),
+        ([(0, "3 passed in 2s"), (None, "...")], "timed out", "1 of 2 runs did not end; the others: 3 passed"),
+        ([(1, "No module named pytest")], "failed", "No module named pytest"),
+        ([(0, "5 skipped in 1s")], "failed", "5 skipped"),
+    ],
+)
+def test_outcome_of_the_kernel_tests(parts, expected: str, detail: str) -> None:
+    assert gpu_check.judge_tests(parts, 1.0) == Step(expected, detail, 1.0)
+
+
+def test_shares_of_the_kernel_tests_are_all_of_them() -> None:
+    def collected(share: str) -> list[str]:
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "--collect-only",
+            "-p",
+            "no:cacheprovider",
+            "tests/kernels/test_philox.py",
+        ]
+        done = subprocess.run(
+            command, cwd=gpu_check.ROOT, capture_output=True, text=True, check=True, env={**os.environ, "PRDP_TEST_SHARE": share}
+        )
+        return [line for line in done.stdout.splitlines() if "::" in line]
+
+    assert sorted(collected("0/2") + collected("1/2")) == sorted(collected("0/1"))
+
+
 def test_a_run_stops_at_its_budget_and_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(timing, "copy_bandwidth", lambda stopwatch: 1.0)
     lines, ops = tmp_path / "rows.jsonl", kernel_cases.operators("torch")
