@@ -22,11 +22,11 @@ CASES = [
 ]
 
 
-def run_case(name: str, precision: str, device) -> dict[str, float | bool]:
+def run_case(name: str, precision: str, device) -> dict[str, float | bool | None]:
     import torch
     import torch.distributed as dist
 
-    from prdp_fast import zero
+    from prdp_fast import memory, zero
     from prdp_fast.settings import OptimizerSettings, load_recipe
 
     settings = load_recipe("smoke", ["schedule.prompts_per_epoch=2"])
@@ -53,6 +53,36 @@ def run_case(name: str, precision: str, device) -> dict[str, float | bool]:
     def weights():
         return engine.full_state_dict()["weight"].clone()
 
+    def restart_error() -> float:
+        """The last rank runs out of memory in its sixth backward, when that has added its gradient; every rank starts again."""
+        attempts: list[int] = []
+
+        def run_out(parameter: torch.Tensor) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        def attempt(size: int) -> None:
+            attempts.append(size)
+            for number in range(16):
+                hook = None
+                if len(attempts) == 1 and number == 5 and dist.get_rank() == dist.get_world_size() - 1:
+                    hook = layer.weight.register_post_accumulate_grad_hook(run_out)
+                try:
+                    engine.backward((engine.unet(x).float() * 3.0).sum(), last=number == 15)
+                finally:
+                    if hook:
+                        hook.remove()
+
+        engine.set_scale(3.0)
+        with engine.accumulating():
+            memory.halve_on_oom(
+                attempt, 2, clear=engine.discard_gradients, recoverable=engine.local_passes, say=lambda line: None,
+                any_rank=lambda failed: zero.all_reduce([float(failed)], "max")[0] > 0,
+            )  # fmt: skip
+        assert attempts == [2, 1], attempts
+        ratio = engine.step().grad_norm / (3.0 * 16 * mean_x * math.sqrt(WIDTH))
+        again = update(3.0, 16).grad_norm / (3.0 * 16 * mean_x * math.sqrt(WIDTH))
+        return max(abs(ratio - 1), abs(again - 1))
+
     before = weights()
     poisoned = update(1.0, 16, poison=True)
     after_poison = weights()
@@ -63,6 +93,7 @@ def run_case(name: str, precision: str, device) -> dict[str, float | bool]:
     ]
     after = weights()
     return {
+        "restart_error": restart_error() if engine.local_passes else None,
         "poison_applied": poisoned.applied,
         "poison_moved": float((after_poison - before).abs().max()),
         "worst_norm_ratio_error": max(abs(ratio - 1) for ratio in norms),

@@ -54,6 +54,9 @@ def test_unknown_key_names_file_section_and_nearest(capsys, recipe: Path) -> Non
         ("sampler.guidance_scale=0.5", ["guidance_scale 0.5"]),
         ("sampler.num_inference_steps=1001", ["num_inference_steps is 1001", "1 to 1000"]),
         ("sampler.num_inference_steps=ten", ["num_inference_steps", "'ten'"]),
+        ("schedule.micro_batch=0", ["schedule.micro_batch: 0", "at least 1, or auto"]),
+        ("schedule.micro_batch=many", ["schedule.micro_batch: 'many'", "or auto"]),
+        ("performance.activation_checkpointing=maybe", ["activation_checkpointing", "'maybe'"]),
         ("schedule.images_per_prompt=1", ["images_per_prompt is 1"]),
         ("schedule.prompts_per_epoch=200000", ["200000", "134276"]),
         ("objective.name=ppo", ["'ppo'", "'prdp', 'ddpo'"]),
@@ -132,7 +135,23 @@ def test_deepspeed_values_that_agree_are_accepted(capsys, tmp_path: Path) -> Non
     path.write_text(json.dumps(config))
     assert train.main(["--recipe", "smoke", "--config", str(path), "--dry-run", "--output", str(tmp_path / "out")]) == 0
     assert not (tmp_path / "out").exists()
-    assert "U-Net rows per epoch" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "U-Net rows per epoch" in printed and "an epoch: " in printed and "at the worst moment" in printed
+
+
+def test_auto_micro_batch_leaves_the_record_alone_and_refuses_a_number(capsys, tmp_path: Path) -> None:
+    arguments = ["--recipe", "smoke", "--set", "schedule.micro_batch=auto"]
+    assert train.main([*arguments, "--dry-run", "--output", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    record = json.loads(printed[: printed.rindex("\n}\n") + 3])
+    assert record["recipe"]["schedule"]["micro_batch"] == "auto"
+    assert record["deepspeed"]["train_micro_batch_size_per_gpu"] == 1
+    # 4 prompts x 4 images x 3 stochastic steps of 4
+    assert "one update of a rank: 48 rows" in printed and "micro-batch auto, about 48: 1 backward" in printed
+    config = json.loads((ROOT / "configs" / "zero2.json").read_text()) | {"train_micro_batch_size_per_gpu": 7}
+    (tmp_path / "mine.json").write_text(json.dumps(config))
+    line = refused(capsys, *arguments, "--config", str(tmp_path / "mine.json"))
+    assert "train_micro_batch_size_per_gpu is 7" in line and "schedule.micro_batch makes it auto" in line
 
 
 @pytest.fixture

@@ -32,5 +32,11 @@ def test_gradients(results: dict[str, dict], name: str, precision: str) -> None:
     tolerance = 2**-7 if precision == "bfloat16" else 1e-5
     assert BACKWARDS > 300
     assert case["worst_norm_ratio_error"] < tolerance
+    # Out of memory on one rank in the middle of an update: begun again, nothing is counted twice. Not tried where ranks
+    # communicate in every backward.
+    if name in ("zero0", "zero1") or (name, precision) == ("zero2", "float32"):
+        assert case["restart_error"] < tolerance
+    else:
+        assert case["restart_error"] is None
     # Three AdamW steps of one constant gradient: each moves every weight by the learning rate, downhill.
     assert case["step"] == pytest.approx(-3e-2, rel=0.02)
