@@ -14,10 +14,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.timing import Timing
 from benchmarks.workload import Workload
+from prdp_fast.cost import unet_flop
+from prdp_fast.models.shapes import Shapes
 
 PEAK_SIZE = {"cpu": 1024, "cuda": 8192}  # of the square matrix product that measures the peak
 
@@ -91,14 +92,6 @@ def peak_tflop_per_s(device: torch.device, dtype: torch.dtype, rounds: int = 7) 
     return 2 * n**3 / best * 1e-9
 
 
-def forward_tflop(workload: Workload) -> float:
-    """Of one U-Net row, attention included, counted on the operations that run."""
-    x, t, e = workload._rows(1)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        workload.reference_unet(x, t, encoder_hidden_states=e, return_dict=False)
-    return counter.get_total_flops() * 1e-12
-
-
 def profile(workload: Workload, rounds: int = 5) -> Profile:
     """Every phase and its bare calls, `rounds` times in turn."""
     device = workload.embeddings.prompt_embeds.device
@@ -153,7 +146,8 @@ def profile(workload: Workload, rounds: int = 5) -> Profile:
                     samples.setdefault((name, kind), []).append(value)
 
     dtype = workload.embeddings.prompt_embeds.dtype
-    peak, per_row = peak_tflop_per_s(device, dtype), forward_tflop(workload)
+    shapes = Shapes(dict(workload.reference_unet.config), workload.embeddings.prompt_embeds.shape[1])
+    peak, per_row = peak_tflop_per_s(device, dtype), 1e-12 * unet_flop(shapes)
     result = Profile(
         workload.preset, device_name(device), str(dtype).removeprefix("torch."), workload.images, steps, peak
     )  # fmt: skip
