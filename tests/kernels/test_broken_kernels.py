@@ -179,7 +179,8 @@ BREAKS = {
 def server():
     """Asks run_broken.py: (folder of kernels, tests) -> (exit status, output)."""
     command = [sys.executable, str(HERE / "run_broken.py")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=dict(os.environ)) as process:
+    env = {name: value for name, value in os.environ.items() if name != "PRDP_TEST_SHARE"}  # of the selected tests, all
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as process:
 
         def ask(kernels: Path, tests: list[str]) -> tuple[int, str]:
             request = {"kernels": str(kernels), "tests": [f"tests/kernels/{test}" for test in tests]}

@@ -191,7 +191,7 @@ ON_THE_EDGE = (
 )
 
 
-@EVERY_WAY
+@pytest.mark.parametrize("evaluate", [e for e in EVERY if e is not by_triton_autograd])  # the same launch as by_triton
 @settings(deadline=None, max_examples=150)
 @given(problem=problems())
 @example(problem=ON_THE_EDGE)

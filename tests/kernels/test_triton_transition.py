@@ -36,6 +36,9 @@ import triton.language as tl  # noqa: E402
 
 from prdp_kernels.tile import tile_pointers  # noqa: E402
 
+# Where a kernel makes infinity or NaN, a GPU says nothing, and NumPy, which computes for the interpreter, warns.
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+
 # By what decides how a row is cut: one tile with and without an edge, several tiles, several programs, the last of them short.
 FLAT = {
     "one element": (1,),
