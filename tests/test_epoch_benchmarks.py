@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_model import small_embeddings, small_policy, small_unet
 
 from benchmarks.phases import Phase, Profile, table
+from benchmarks.plain_ddpo import PlainDdpo, log_prob_of
 from benchmarks.timing import Timing
 from benchmarks.workload import PARAMETERS, UNETS, random_unet
+from prdp_fast.records import Prompt, Scores
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -77,3 +80,40 @@ def test_an_unknown_setting_is_one_line(tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert result.returncode == 2
     assert "error: recipe tiny.yaml: unknown key 'epoch' under 'schedule'" in result.stderr and "Traceback" not in result.stderr
+
+
+# The opponent does the same work
+
+
+def test_the_plain_trainer_has_the_same_log_probs() -> None:
+    from prdp_kernels import gaussian_log_prob
+
+    g = torch.Generator().manual_seed(0)
+    m, x, previous = (torch.randn(3, 4, 4, 4, generator=g) for _ in range(3))
+    one = torch.ones(3)
+    expected = gaussian_log_prob(m, x, previous, 0.9 * one, -0.3 * one, 0.4 * one)
+    torch.testing.assert_close(log_prob_of(previous, 0.9 * x - 0.3 * m, torch.tensor(0.4)), expected)
+
+
+def test_the_plain_trainer_calls_the_unet_as_often_as_the_engine() -> None:
+    class Pipeline:
+        latent_shape = (4, 4, 4)
+
+        def decode(self, latents: torch.Tensor) -> torch.Tensor:
+            return torch.zeros(len(latents), 3, 8, 8, dtype=torch.uint8)
+
+    class Rewards:
+        def score(self, images: torch.Tensor, *_: object) -> Scores:
+            return Scores(torch.arange(len(images), dtype=torch.float32), {}, {})
+
+    unet, policy = small_unet(0), small_policy(steps=3)
+    before = [parameter.clone() for parameter in unet.parameters()]
+    widths: list[int] = []
+    unet.register_forward_pre_hook(lambda module, args: widths.append(len(args[0])))
+    trainer = PlainDdpo(unet, Pipeline(), policy.transitions, Rewards(), guidance_scale=3.0, batch=4)  # type: ignore[arg-type]
+    embeddings = small_embeddings(2)
+    prompts = [Prompt(i, f"prompt {i}", {}) for i in range(2)]
+    images = trainer.epoch(prompts, 3, embeddings.prompt_embeds, embeddings.negative_prompt_embeds)
+    assert len(images) == 6
+    assert sum(widths) == 6 * (policy.evaluations(torch.arange(3)) + policy.evaluations(policy.transitions.stochastic))
+    assert any(not torch.equal(a, b) for a, b in zip(before, unet.parameters(), strict=True))

@@ -45,7 +45,7 @@ def choose(op: str, backend: str, *tensors: torch.Tensor, reference: F, triton: 
         return triton if not elsewhere and HAS_TRITON else reference
     if not HAS_TRITON:
         raise RuntimeError(f"{op}: backend='triton' needs the package triton, which is not installed; use backend='torch'")
-    if elsewhere and not interpreted():
+    if elsewhere and not torch.compiler.is_compiling() and not interpreted():
         raise RuntimeError(
             f"{op}: backend='triton' needs CUDA tensors, got {elsewhere[0]}; use backend='torch', or start Python with "
             "TRITON_INTERPRET=1 to run the kernels, slowly, on a CPU"
@@ -53,7 +53,6 @@ def choose(op: str, backend: str, *tensors: torch.Tensor, reference: F, triton: 
     return triton
 
 
-@torch.compiler.assume_constant_result
 def interpreted() -> bool:
     """Whether Triton kernels run in its CPU interpreter."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
