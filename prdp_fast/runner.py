@@ -6,6 +6,7 @@ prompts -> embeddings -> rollout -> rewards -> reference log-probs -> weights ->
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,9 @@ from prdp_fast import cost, memory, reporting, zero
 from prdp_fast.errors import RewardError, UserError
 from prdp_fast.evaluation import Evaluation, compare, evaluate
 from prdp_fast.files import write_json
+from prdp_fast.models.acceleration import Acceleration, Ranks, UNets, accelerate
 from prdp_fast.models.pipeline import Pipeline, load_scheduler
+from prdp_fast.models.process import choose_fused_optimizer, prepare_process
 from prdp_fast.models.shapes import Shapes
 from prdp_fast.models.text import TextEncoder
 from prdp_fast.objectives import build_objective
@@ -35,6 +38,7 @@ from prdp_fast.telemetry import Telemetry
 from prdp_fast.update import reference_pass, run_updates
 from prdp_kernels import dispatch
 
+ACCELERATION = "acceleration.json"  # of a run directory: what was chosen when it first started
 GRID_PROMPTS = 24  # pictures of a sample grid
 COMPARED_PROMPTS = 12  # of the picture that sets before against after
 
@@ -190,12 +194,14 @@ def train(job: Job, output: Path, device: torch.device) -> dict[str, Any]:
     is_main = rank == 0
 
     # Build.
+    performance = settings.performance
+    process = prepare_process(performance, device, job.config.dtype)
+    fused = choose_fused_optimizer(performance.fused_optimizer, device, job.config.offloads_optimizer)
     pipeline = Pipeline.load(settings.model.pretrained, device, frozen_dtype=job.config.dtype)
     text = TextEncoder(pipeline, job.config.dtype)
     policy = build_policy(settings, job.transitions)
     objective = build_objective(settings.objective, settings.kernels)
     reference = pipeline.reference_unet(job.config.dtype) if objective.needs_reference else None
-    performance = settings.performance
     if performance.activation_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
     store = checkpoints.Checkpoints(output, keep=settings.checkpoint.keep, is_main=is_main, barrier=zero.barrier)
@@ -208,7 +214,11 @@ def train(job: Job, output: Path, device: torch.device) -> dict[str, Any]:
         job.footprint(shapes, cuda=device.type == "cuda"), pipeline.unet, shapes, wanted=wanted, most=job.rows_per_update,
         local_ranks=zero.launched_local_ranks(), agree=lambda size: zero.all_reduce([size], "min")[0],
     )  # fmt: skip
-    engine = zero.ZeroEngine(pipeline.unet, settings.optimizer, job.config, device, performance.coalesce_gradients)
+    engine = zero.ZeroEngine(
+        pipeline.unet, settings.optimizer, job.config, device, performance.coalesce_gradients, fused.value == "on"
+    )  # fmt: skip
+    speed = speed_up(job, engine, reference, shapes, progress.micro_batch, device, output / ACCELERATION)
+    speed.decisions |= process | {"fused_optimizer": fused}
     # On a CPU the rewards would take the U-Net's own cores.
     scorer = BackgroundScores(
         performance.background_rewards == "on" or (performance.background_rewards == "auto" and device.type != "cpu")
@@ -241,6 +251,9 @@ def train(job: Job, output: Path, device: torch.device) -> dict[str, Any]:
     telemetry_files = Telemetry(output if is_main else None, total_epochs=schedule.epochs, first_epoch=progress.epoch)
     with telemetry_files as telemetry, contextlib.closing(scorer):
         telemetry.message(plan.table())
+        telemetry.message(str(speed))
+        if is_main and not (output / ACCELERATION).exists():
+            write_json(output / ACCELERATION, speed.record())
         if schedule.micro_batch == "auto":
             telemetry.message(f"schedule.micro_batch auto: {progress.micro_batch}")
         if not plan.fits(available):
@@ -353,6 +366,31 @@ def agree_on_rewards() -> Iterator[None]:
     messages = [message for message in zero.gather_objects(None if fault is None else str(fault)) if message]
     if messages:
         raise RewardError(messages[0]) from fault
+
+
+def speed_up(
+    job: Job,
+    engine: zero.ZeroEngine,
+    reference: torch.nn.Module | None,
+    shapes: Shapes,
+    micro_batch: int,
+    device: torch.device,
+    path: Path,
+) -> Acceleration:
+    """Make the job's U-Nets cheaper, as the run chose when it first started if it did."""
+    sampler = job.settings.sampler
+    images = job.settings.schedule.prompts_per_epoch * job.settings.schedule.images_per_prompt // job.world_size
+    evaluations = 1 if sampler.guidance_scale is None else 2
+    remembered = json.loads(path.read_text()) if path.exists() else None
+    speed = accelerate(
+        UNets(engine.engine.module, engine.gathered, reference), job.settings.performance, shapes,
+        train_rows=min(micro_batch, job.rows_per_update) * evaluations,
+        sample_rows=min(sampler.rollout_batch, images) * evaluations,
+        stage=job.config.stage, device=device, dtype=job.config.dtype, remembered=remembered,
+        ranks=Ranks(zero.launched_rank(), zero.gather_objects),
+    )  # fmt: skip
+    engine.sampling_view = speed.sampling_view
+    return speed
 
 
 def load_or_run(path: Path, run: Callable[[], dict[str, Evaluation]], is_main: bool) -> dict[str, Evaluation]:

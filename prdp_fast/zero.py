@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,10 @@ class ZeroConfig:
     values: dict[str, Any]  # what deepspeed.initialize is given
     stage: int
     dtype: torch.dtype  # of the policy's weights and matrix products
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        return self.values["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
 
 
 def find_config(name: str) -> Path:
@@ -221,6 +225,7 @@ class ZeroEngine:
         config: ZeroConfig,
         device: torch.device,
         coalesce_gradients: str = "auto",
+        fused_optimizer: bool = False,
     ) -> None:
         self.config, self.device, self.dtype = config, device, config.dtype
         self.learning_rate, self.warmup_updates = settings.learning_rate, settings.warmup_updates
@@ -230,14 +235,16 @@ class ZeroEngine:
         self.fp16_headroom, self.fp16_clean = FP16_HEADROOM, 0
 
         # At stage 3 the weights are gathered once per rollout into this copy, not layer by layer at every step.
-        self._gathered = copy.deepcopy(unet).to(self.dtype).requires_grad_(False).eval() if config.stage == 3 else None
+        self.gathered = copy.deepcopy(unet).to(self.dtype).requires_grad_(False).eval() if config.stage == 3 else None
+        # What a rollout calls in place of the U-Net whose weights it samples with: the same, cheaper.
+        self.sampling_view: Callable[[nn.Module], Any] = lambda unet: unet
         unet.requires_grad_(True).train()
         values = copy.deepcopy(config.values)
-        offload = values["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW
-        if offload and device.type == "cuda":
-            optimizer_class = deepspeed.ops.adam.DeepSpeedCPUAdam
-        elif offload:  # without an accelerator the plain optimizer is already on the CPU, and needs no compiler
+        extra = {"fused": True} if fused_optimizer else {}
+        if config.offloads_optimizer and device.type == "cuda":
+            optimizer_class, extra = deepspeed.ops.adam.DeepSpeedCPUAdam, {}  # fused by itself
+        elif config.offloads_optimizer:  # without an accelerator the plain optimizer is already on the CPU, and needs no compiler
             values["zero_force_ds_cpu_optimizer"] = False
         optimizer = optimizer_class(
             unet.parameters(),
@@ -245,6 +252,7 @@ class ZeroEngine:
             betas=settings.betas,
             eps=settings.eps,
             weight_decay=settings.weight_decay,
+            **extra,
         )
         self.engine, *_ = deepspeed.initialize(model=unet, optimizer=optimizer, config=values)
         self.coalesce = self._can_coalesce(coalesce_gradients)
@@ -282,19 +290,19 @@ class ZeroEngine:
         return self.engine
 
     @contextlib.contextmanager
-    def sampling_unet(self) -> Iterator[nn.Module]:
-        """The current weights as a plain module, for inference. No communication inside the block."""
-        if self._gathered is None:
-            yield self.engine.module
+    def sampling_unet(self) -> Iterator[Any]:
+        """The current weights, called as the U-Net is, for inference. No communication inside the block."""
+        if self.gathered is None:
+            yield self.sampling_view(self.engine.module)
             return
-        self._gathered.to(self.device)
+        self.gathered.to(self.device)
         with torch.no_grad():
-            for full, sharded in zip(self._gathered.parameters(), self.engine.module.parameters(), strict=True):
+            for full, sharded in zip(self.gathered.parameters(), self.engine.module.parameters(), strict=True):
                 with deepspeed.zero.GatheredParameters([sharded]):
                     full.copy_(sharded)
-        yield self._gathered
+        yield self.sampling_view(self.gathered)
         if self.device.type == "cuda":
-            self._gathered.to("cpu")  # the update needs the room
+            self.gathered.to("cpu")  # the update needs the room
 
     # At beta 1e-5 the weights of the log-probs are 1e4 and more. A power of two brings them to about 1 for the backward pass,
     # where fp16 would overflow, and is undone before clipping; both are exact.
