@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
+from prdp_fast.models.shapes import Shapes
 from prdp_fast.records import Prompt, TextEmbeddings, Trajectories
 from prdp_fast.sampling.policy import Policy
 from prdp_fast.sampling.rollout import rollout
@@ -27,6 +28,10 @@ def small_unet(seed: int = 0, dtype: torch.dtype = torch.float32) -> UNet2DCondi
         norm_num_groups=4,
     )
     return unet.to(dtype).eval()
+
+
+def small_unet_shapes() -> Shapes:
+    return Shapes(dict(small_unet().config), text_length=6)
 
 
 def small_policy(steps: int = 5, guidance_scale: float | None = 3.0, interval: tuple[int, int] | None = None) -> Policy:

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 REPEATED_BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")
 # All instances of a block share one code object, and each width and resolution is compiled once.
 RECOMPILE_LIMIT = 256
+BACKEND = "inductor"
 
 Forward = Callable[..., Any]
 
@@ -23,9 +24,9 @@ class ForRows:
 
     enabled: ClassVar[bool] = True
 
-    def __init__(self, eager: Forward, rows: Iterable[int], backend: str = "inductor") -> None:
+    def __init__(self, eager: Forward, rows: Iterable[int]) -> None:
         self.eager, self.rows = eager, frozenset(rows)
-        self.compiled = torch.compile(eager, dynamic=False, backend=backend)
+        self.compiled = torch.compile(eager, dynamic=False, backend=BACKEND)
 
     def __call__(self, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         # Inside another compilation the plain forward is what is wanted.
@@ -75,30 +76,30 @@ def raise_recompile_limit() -> None:
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 4 * RECOMPILE_LIMIT)
 
 
-def compile_blocks(unet: nn.Module, rows: Iterable[int], backend: str = "inductor") -> None:
+def compile_blocks(unet: nn.Module, rows: Iterable[int]) -> None:
     for module in unet.modules():
         if type(module).__name__ in REPEATED_BLOCKS:
-            module.forward = ForRows(own_forward(module), rows, backend)  # type: ignore[method-assign]
+            module.forward = ForRows(own_forward(module), rows)  # type: ignore[method-assign]
 
 
-def compile_trained(unet: nn.Module, mode: str, rows: Iterable[int], backend: str = "inductor") -> None:
+def compile_trained(unet: nn.Module, mode: str, rows: Iterable[int]) -> None:
     """Compile in place what DeepSpeed calls. mode: blocks or full."""
     raise_recompile_limit()
     forward = own_forward(unet)
     if mode == "blocks":
-        compile_blocks(unet, rows, backend)
+        compile_blocks(unet, rows)
     else:
-        forward = ForRows(forward, rows, backend)
+        forward = ForRows(forward, rows)
     unet.forward = OneGraph(forward)  # type: ignore[method-assign]
 
 
-def compile_frozen(unet: nn.Module, mode: str, rows: Iterable[int], backend: str = "inductor") -> None:
+def compile_frozen(unet: nn.Module, mode: str, rows: Iterable[int]) -> None:
     """Compile in place a U-Net that is never differentiated."""
     raise_recompile_limit()
     if mode == "blocks":
-        compile_blocks(unet, rows, backend)
+        compile_blocks(unet, rows)
     else:
-        unet.forward = ForRows(own_forward(unet), rows, backend)  # type: ignore[method-assign]
+        unet.forward = ForRows(own_forward(unet), rows)  # type: ignore[method-assign]
 
 
 def undo(unet: nn.Module) -> None:

@@ -126,7 +126,7 @@ class Probe:
 def distance(values: list[Any], expected: list[Any]) -> float:
     """||values - expected|| / ||expected|| over all tensors; 0 for none."""
     squares = [
-        (float((value.float() - other.float()).square().sum()), float(other.float().square().sum()))
+        ((value.detach().float() - other.detach().float()).square().sum().item(), other.detach().float().square().sum().item())
         for value, other in zip(values, expected, strict=True)
         if value is not None and other is not None
     ]
@@ -136,6 +136,7 @@ def distance(values: list[Any], expected: list[Any]) -> float:
 
 
 def first_line(error: BaseException) -> str:
+    error = getattr(error, "inner_exception", error)  # torch's compiler wraps what its backend raised
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
 

@@ -1,0 +1,107 @@
+"""Three updates of a small U-Net at every ZeRO stage, with what makes it cheaper and without; run by test_acceleration.py.
+
+    deepspeed --num_gpus 1 tests/drive_acceleration.py RESULT.json
+
+torch's aot_eager stands in for the compiler: the same capture and the same partition of forward and backward, without C++.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")]
+
+# Stage 3 cannot compile what is trained: its rollout copy and the reference are.
+CASES = {"zero0": "off", "zero1": "blocks", "zero2": "full", "zero3": "full"}
+ROWS, EPS = 4, 1e-4
+
+
+def run_case(name: str, mode: str, device, fast: bool) -> dict:
+    import torch
+    from small_model import SHAPE, small_unet, small_unet_shapes
+
+    from prdp_fast import zero
+    from prdp_fast.models.acceleration import UNets, accelerate
+    from prdp_fast.settings import OptimizerSettings, PerformanceSettings, load_recipe
+
+    settings = load_recipe("smoke", ["schedule.prompts_per_epoch=2", "optimizer.learning_rate=1e-3", f"optimizer.eps={EPS}"])
+    config = zero.resolve_config(name, settings, world_size=1, stochastic_steps=2, cuda=False)
+    unet, reference = small_unet(), small_unet().requires_grad_(False)
+    names = [name for name, _ in unet.named_parameters()]
+    optimizer = OptimizerSettings(learning_rate=1e-3, eps=EPS)
+    engine = zero.ZeroEngine(unet, optimizer, config, device, fused_optimizer=fast)
+    if fast:
+        speed = accelerate(
+            UNets(unet, engine.gathered, reference if config.stage < 2 else None),
+            PerformanceSettings(compile=mode, attention="auto", fuse_qkv="on"),
+            small_unet_shapes(), train_rows=ROWS, sample_rows=ROWS, stage=config.stage, device=device, dtype=config.dtype,
+        )  # fmt: skip
+        engine.sampling_view = speed.sampling_view
+    generator = torch.Generator().manual_seed(5)
+    sample = torch.randn(ROWS, *SHAPE, generator=generator)
+    inputs = {"encoder_hidden_states": torch.randn(ROWS, 6, 16, generator=generator), "return_dict": False}
+    time = torch.arange(ROWS) * 100
+
+    def update() -> float:
+        engine.set_scale(1.0)
+        with engine.accumulating():
+            for last in (False, True):
+                engine.backward(engine.unet(sample, time, **inputs)[0].square().mean(), last=last)
+        return engine.step().grad_norm
+
+    norms = [update()]
+    with tempfile.TemporaryDirectory() as folder:  # the optimizer's state survives a checkpoint, fused or not
+        engine.save(Path(folder))
+        norms.append(update())
+        engine.load(Path(folder))
+    norms.append(update())
+    with torch.no_grad(), engine.sampling_unet() as sampled:
+        rollout = sampled(sample, time, **inputs)[0]
+        trained = engine.unet(sample, time, **inputs)[0]
+        frozen = reference(sample, time, **inputs)[0]
+    state = engine.full_state_dict()
+    return {
+        "norms": norms, "rollout": rollout, "trained": trained, "reference": frozen, "state": state,
+        "names_kept": names == list(state),
+        "decisions": {key: decision.value for key, decision in speed.decisions.items()} if fast else {},
+    }  # fmt: skip
+
+
+def main() -> None:
+    import torch
+
+    from prdp_fast import zero
+    from prdp_fast.models import compiled
+    from prdp_fast.models.probe import distance
+
+    torch.set_num_threads(1)
+    compiled.BACKEND = "aot_eager"
+    device = zero.init_distributed()
+    from small_model import small_unet
+
+    start = small_unet().state_dict()
+    plain = run_case("zero2", "off", device, fast=False)
+
+    def moved(result: dict) -> list:
+        return [value - start[name] for name, value in result["state"].items()]
+
+    results = {}
+    for name, mode in CASES.items():
+        fast = run_case(name, mode, device, fast=True)
+        results[name] = {
+            "norms": [plain["norms"], fast["norms"]],
+            "outputs": {key: distance([fast[key]], [plain[key]]) for key in ("rollout", "trained", "reference")},
+            "moved": distance(moved(fast), moved(plain)),
+            "names_kept": fast["names_kept"],
+            "decisions": fast["decisions"],
+        }
+    Path(sys.argv[-1]).write_text(json.dumps(results))
+    zero.shutdown_distributed()
+
+
+if __name__ == "__main__":
+    main()
