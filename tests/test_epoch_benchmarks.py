@@ -6,19 +6,39 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from small_model import small_embeddings, small_policy, small_unet
 
+from benchmarks import linearity
+from benchmarks.linearity import Line
 from benchmarks.phases import Phase, Profile, table
 from benchmarks.plain_ddpo import PlainDdpo, log_prob_of
+from benchmarks.sizes import resized
 from benchmarks.timing import Timing
-from benchmarks.workload import PARAMETERS, UNETS, random_unet
+from benchmarks.workload import PARAMETERS, UNETS, Workload, random_unet
+from prdp_fast import zero
 from prdp_fast.records import Prompt, Scores
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def workload() -> Iterator[Workload]:
+    """The embedded model, 3 prompts of 2 images, in this process."""
+    before, threads = dict(os.environ), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield Workload.build("tiny", ["schedule.prompts_per_epoch=3", "schedule.images_per_prompt=2"])
+    finally:
+        zero.shutdown_distributed()
+        torch.set_num_threads(threads)
+        os.environ.clear()  # a job of one rank is written into it, which launched tests would inherit
+        os.environ.update(before)
 
 
 @pytest.mark.parametrize("preset", UNETS)
@@ -117,3 +137,49 @@ def test_the_plain_trainer_calls_the_unet_as_often_as_the_engine() -> None:
     assert len(images) == 6
     assert sum(widths) == 6 * (policy.evaluations(torch.arange(3)) + policy.evaluations(policy.transitions.stochastic))
     assert any(not torch.equal(a, b) for a, b in zip(before, unet.parameters(), strict=True))
+
+
+# Cost against sizes
+
+
+def test_a_line_through_known_points() -> None:
+    exact = Line.through([1.0, 2.0, 4.0], [5.0, 7.0, 11.0])
+    assert (exact.intercept, exact.slope, exact.r_squared) == pytest.approx((3.0, 2.0, 1.0))
+    assert exact.worst_residual == pytest.approx(0.0, abs=1e-12)
+    x, y = [1.0, 2.0, 3.0, 5.0], [1.0, 2.5, 2.0, 6.0]
+    line = Line.through(x, y)
+    slope, intercept = np.polyfit(x, y, 1)
+    assert (line.intercept, line.slope) == pytest.approx((intercept, slope))
+    assert line.r_squared == pytest.approx(np.corrcoef(x, y)[0, 1] ** 2)
+    assert line.worst_residual == pytest.approx(max(abs(intercept + slope * np.array(x) - y) / y))
+    with pytest.raises(ValueError, match="at least 3"):
+        Line.through([1.0, 2.0, 2.0], [1.0, 2.0, 2.0])
+
+
+def test_a_resized_job_makes_the_rows_it_should(workload: Workload) -> None:
+    """Counted at the U-Net's door: 2 prompts x 3 images x 7 steps are rolled out, and all that have a density are trained."""
+    small = resized(workload, prompts=2, images_per_prompt=3, steps=7)
+    widths: list[int] = []
+    handle = workload.engine.engine.module.register_forward_pre_hook(lambda module, args: widths.append(len(args[0])))
+    try:
+        trajectories = small.rollout()
+        assert sum(widths) == 2 * 3 * 7
+        small.update(trajectories, torch.arange(6.0), small.reference(trajectories))
+        assert sum(widths) == 2 * 3 * (7 + len(small.policy.transitions.stochastic))
+    finally:
+        handle.remove()
+    assert [prompt.index for prompt in small.prompts] == [prompt.index for prompt in workload.prompts[:2]]
+    assert workload.images == 6 and len(workload.policy.transitions) == 5  # the original is as it was
+    with pytest.raises(ValueError, match="at most 3"):
+        resized(workload, prompts=4)
+
+
+def test_the_cost_of_an_epoch_is_measured_at_every_size(workload: Workload) -> None:
+    base = {"prompts": 1, "images_per_prompt": 2, "steps": 2}
+    values = {"prompts": [1, 2, 3], "steps": [2, 6, 12]}
+    series = linearity.measure(workload, values, base, rounds=1)
+    assert [one.varied for one in series] == ["prompts", "steps"]
+    assert series[1].fixed == {"prompts": 1, "images_per_prompt": 2}
+    assert all(timing.median_ms > 0 for one in series for timing in one.timings)
+    assert series[1].line.slope > 0  # six times the steps take longer, however busy the machine
+    assert "R^2" in linearity.table(series)
