@@ -45,6 +45,7 @@ setup(
     ],
     package_dir={"prdp_kernels": "kernels/prdp_kernels"},
     package_data={"prdp_fast.assets": ["**/*.safetensors", "**/*.json", "**/*.txt"]},
+    entry_points={"console_scripts": ["prdp = prdp_fast.cli:main"]},
     install_requires=CORE,
     extras_require={"gpu": GPU, "rewards": REWARDS, "lora": LORA, "dev": [*DEV, *LORA]},
 )
