@@ -62,24 +62,34 @@ class PlainDdpo:
         rows = [prompt for prompt in prompts for _ in range(images_per_prompt)]
         embeds = embeds.repeat_interleave(images_per_prompt, 0)
         samples, images, scores = [], [], []
-        with torch.no_grad():
-            for start in range(0, len(rows), self.batch):
-                part = slice(start, start + self.batch)
-                latents = torch.randn(len(rows[part]), *self.pipeline.latent_shape)
-                trajectory, log_probs = [latents], []
-                for timestep, a, b, std in self.steps:
-                    mean = a * latents + b * self.noise_pred(latents, timestep, embeds[part], empty)
-                    latents = mean + std * torch.randn_like(mean)
-                    trajectory.append(latents)
-                    log_probs.append(log_prob_of(latents, mean, std) if std > 0 else torch.zeros(len(latents)))
-                pictures = self.pipeline.decode(latents)
-                scored = self.rewards.score(pictures, [row.text for row in rows[part]], [row.metadata for row in rows[part]])
-                samples.append((torch.stack(trajectory, 1), torch.stack(log_probs, 1)))
-                images.append(pictures)
-                scores.append(scored.total)
-        rewards = torch.cat(scores).view(len(prompts), images_per_prompt)
+        for start in range(0, len(rows), self.batch):
+            part = slice(start, start + self.batch)
+            samples.append(self.sample(embeds[part], empty))
+            pictures = self.pipeline.decode(samples[-1][0][:, -1])
+            scored = self.rewards.score(pictures, [row.text for row in rows[part]], [row.metadata for row in rows[part]])
+            images.append(pictures)
+            scores.append(scored.total)
+        self.update(samples, torch.cat(scores).view(len(prompts), images_per_prompt), embeds, empty)
+        return torch.cat(images)
+
+    @torch.no_grad()
+    def sample(self, embeds: torch.Tensor, empty: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """One batch: latents (n, T + 1, C, H, W) and log-probs (n, T)."""
+        latents = torch.randn(len(embeds), *self.pipeline.latent_shape)
+        trajectory, log_probs = [latents], []
+        for timestep, a, b, std in self.steps:
+            mean = a * latents + b * self.noise_pred(latents, timestep, embeds, empty)
+            latents = mean + std * torch.randn_like(mean)
+            trajectory.append(latents)
+            log_probs.append(log_prob_of(latents, mean, std) if std > 0 else torch.zeros(len(latents)))
+        return torch.stack(trajectory, 1), torch.stack(log_probs, 1)
+
+    def update(
+        self, samples: list[tuple[torch.Tensor, torch.Tensor]], rewards: torch.Tensor, embeds: torch.Tensor, empty: torch.Tensor
+    ) -> None:
+        """rewards (G, B), embeds (G * B, L, D): batch by batch, timestep by timestep, then one optimizer step."""
         advantages = ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-8)).flatten()
-        count = sum(float(std) > 0 for *_, std in self.steps) * len(rows)
+        count = sum(float(std) > 0 for *_, std in self.steps) * len(embeds)
         for number, (trajectory, old) in enumerate(samples):
             part = slice(number * self.batch, number * self.batch + len(trajectory))
             for step, (timestep, a, b, std) in enumerate(self.steps):
@@ -94,4 +104,3 @@ class PlainDdpo:
         nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return torch.cat(images)

@@ -17,7 +17,10 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import nn
 
 from prdp_fast import runner, zero
+from prdp_fast.models.acceleration import Acceleration
 from prdp_fast.models.pipeline import Pipeline
+from prdp_fast.models.process import choose_fused_optimizer, prepare_process
+from prdp_fast.models.shapes import Shapes
 from prdp_fast.models.text import TextEncoder
 from prdp_fast.objectives import build_objective
 from prdp_fast.prompts.stream import PromptStream
@@ -101,13 +104,19 @@ class Workload:
     rollout_batch: int
     micro_batch: int
     settings: Any
+    speed: Acceleration
     pipeline: Pipeline | None = None
     text: TextEncoder | None = None
     rewards: Any = None
 
     @classmethod
-    def build(cls, preset: str, overrides: list[str], *, config: str = "zero2.json", epoch: int = 0) -> Workload:
-        """Args: overrides: as for --set, on the recipe `tiny`."""
+    def build(
+        cls, preset: str, overrides: list[str], *, config: str = "zero2.json", epoch: int = 0, prepare: bool = True
+    ) -> Workload:
+        """Args:
+        overrides: as for --set, on the recipe `tiny`.
+        prepare: set what the engine sets for its whole process (memory that stays, TF32).
+        """
         settings = load_recipe("tiny", ["schedule.time_limit_minutes=null", *overrides])
         device = zero.init_distributed()
         job = runner.Job.prepare(settings, config, world_size=1, cuda=device.type == "cuda")
@@ -118,7 +127,7 @@ class Workload:
             pipeline = Pipeline.load("tiny", device, dtype)
             text = TextEncoder(pipeline, dtype)
             unet: nn.Module = pipeline.unet
-            transitions, latent_shape = job.transitions, pipeline.latent_shape
+            transitions, latent_shape, shapes = job.transitions, pipeline.latent_shape, Shapes.load("tiny")
             stream = PromptStream(
                 job.train_prompts, seed=0, prompts_per_epoch=schedule.prompts_per_epoch, rank=0, world_size=1
             )  # fmt: skip
@@ -132,7 +141,8 @@ class Workload:
                 steps_offset=1, prediction_type=PREDICTION[preset],
             )  # fmt: skip
             transitions = Transitions.from_scheduler(scheduler, settings.sampler.num_inference_steps)
-            latent_shape = (4, unet.config.sample_size, unet.config.sample_size)
+            shapes = Shapes(dict(unet.config), TOKENS)
+            latent_shape = shapes.latent_shape
             prompts = [Prompt(i, f"prompt {i}", {}) for i in range(schedule.prompts_per_epoch)]
             width = unet.config.cross_attention_dim
             embeddings = TextEmbeddings(
@@ -141,10 +151,18 @@ class Workload:
             )
         policy = runner.build_policy(settings, transitions)
         reference = copy.deepcopy(unet).to(dtype).requires_grad_(False).eval()
-        engine = zero.ZeroEngine(unet, settings.optimizer, job.config, device, settings.performance.coalesce_gradients)
+        performance = settings.performance
+        process = prepare_process(performance, device, dtype) if prepare else {}
+        fused = choose_fused_optimizer(performance.fused_optimizer, device, job.config.offloads_optimizer)
+        engine = zero.ZeroEngine(
+            unet, settings.optimizer, job.config, device, performance.coalesce_gradients, fused.value == "on"
+        )  # fmt: skip
+        micro_batch = schedule.micro_batch if isinstance(schedule.micro_batch, int) else job.rows_per_update
+        speed = runner.speed_up(job, engine, reference, shapes, micro_batch, device)
+        speed.decisions |= process | {"fused_optimizer": fused}
         return cls(
             preset, policy, engine, reference, build_objective(settings.objective, settings.kernels), embeddings, prompts,
-            schedule.images_per_prompt, latent_shape, settings.sampler.rollout_batch, schedule.micro_batch, settings,
+            schedule.images_per_prompt, latent_shape, settings.sampler.rollout_batch, micro_batch, settings, speed,
             pipeline, text, job.rewards if preset == "tiny" else None,
         )  # fmt: skip
 

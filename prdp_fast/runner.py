@@ -375,13 +375,13 @@ def speed_up(
     shapes: Shapes,
     micro_batch: int,
     device: torch.device,
-    path: Path,
+    path: Path | None = None,
 ) -> Acceleration:
-    """Make the job's U-Nets cheaper, as the run chose when it first started if it did."""
+    """Make the job's U-Nets cheaper. path: of the run's record, whose choices are kept if it exists."""
     sampler = job.settings.sampler
     images = job.settings.schedule.prompts_per_epoch * job.settings.schedule.images_per_prompt // job.world_size
     evaluations = 1 if sampler.guidance_scale is None else 2
-    remembered = json.loads(path.read_text()) if path.exists() else None
+    remembered = json.loads(path.read_text()) if path and path.exists() else None
     speed = accelerate(
         UNets(engine.engine.module, engine.gathered, reference), job.settings.performance, shapes,
         train_rows=min(micro_batch, job.rows_per_update) * evaluations,
