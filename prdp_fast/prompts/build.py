@@ -109,7 +109,8 @@ def write_shards(prompts: Iterable[Prompt], directory: str | Path, name: str, *,
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     shards: list[ShardEntry] = []
-    seen: set[int] = set()
+    total = 0
+    seen: dict[int, int] = {}  # indices as bits, 1,024 to an entry: a million prompts of one set in a third of a megabyte
     remaining = iter(prompts)
     while chunk := list(itertools.islice(remaining, shard_size)):
         for prompt in chunk:
@@ -117,13 +118,15 @@ def write_shards(prompts: Iterable[Prompt], directory: str | Path, name: str, *,
                 raise UserError(
                     f"prompt {prompt.index} of set {name!r} is empty; every prompt needs a text, remove it or fill it in"
                 )
-            if prompt.index in seen:
+            page, bit = divmod(prompt.index, 1024)
+            if seen.get(page, 0) >> bit & 1:
                 raise UserError(
                     f"prompt index {prompt.index} occurs twice in set {name!r}; indices key the noise, make them distinct"
                 )
             if not prompt.metadata.keys().isdisjoint(("text", "index")):
                 raise UserError(f"prompt {prompt.index} of set {name!r} has 'text' or 'index' in its metadata; rename that field")
-            seen.add(prompt.index)
+            seen[page] = seen.get(page, 0) | 1 << bit
+        total += len(chunk)
         buffer = io.BytesIO()
         # No file name and no time in the header: the bytes depend on the prompts alone.
         with gzip.GzipFile(filename="", mode="wb", compresslevel=GZIP_LEVEL, fileobj=buffer, mtime=0) as stream:
@@ -132,7 +135,7 @@ def write_shards(prompts: Iterable[Prompt], directory: str | Path, name: str, *,
         file = f"{name}-{len(shards):05d}.tar.gz"
         (directory / file).write_bytes(data)
         shards.append(ShardEntry(file=file, count=len(chunk), bytes=len(data), sha256=hashlib.sha256(data).hexdigest()))
-    return SetEntry(total=len(seen), shards=shards)
+    return SetEntry(total=total, shards=shards)
 
 
 def write_index(directory: str | Path, sets: dict[str, SetEntry], version: str) -> Path:

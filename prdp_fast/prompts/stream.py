@@ -23,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from webdataset import tariterators
@@ -34,11 +35,11 @@ from prdp_fast.records import Prompt
 EMBEDDED = "scenes"  # the source name of the drawn world
 CHECKED_AT_OPEN = 64_000_000  # bytes: smaller sets have their digests checked before any work starts
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # pipe:, https:, s3:, file:
-_UNREADABLE = (OSError, EOFError, tarfile.TarError, zlib.error, ValueError, KeyError, AssertionError)
+UNREADABLE = (OSError, EOFError, tarfile.TarError, zlib.error, ValueError, KeyError, AssertionError)
 
 
 def _decode_shard(path: Path) -> list[Prompt]:
-    """Raises: one of `_UNREADABLE`."""
+    """Raises: one of UNREADABLE."""
     data = path.read_bytes()
     if data[:2] == b"\x1f\x8b":
         data = gzip.decompress(data)  # as a whole, so that the checksum at the end is checked
@@ -47,12 +48,16 @@ def _decode_shard(path: Path) -> list[Prompt]:
     )
     prompts = []
     for sample in tariterators.group_by_keys(files):
-        record = json.loads(sample["json"])
-        text, index = (record.pop(field, None) if isinstance(record, dict) else None for field in ("text", "index"))
-        if not isinstance(text, str) or not text.strip() or type(index) is not int or index < 0:
-            raise ValueError(f'member {sample["__key__"]}.json: expected a non-empty "text" and an "index" from 0')
-        prompts.append(Prompt(index, text, record))
+        prompts.append(prompt_of(json.loads(sample["json"]), f"{sample['__key__']}.json"))
     return prompts
+
+
+def prompt_of(record: Any, member: str) -> Prompt:
+    """The prompt in a decoded tar member. Raises: ValueError naming the member if it is none."""
+    text, index = (record.pop(field, None) if isinstance(record, dict) else None for field in ("text", "index"))
+    if not isinstance(text, str) or not text.strip() or type(index) is not int or index < 0:
+        raise ValueError(f'member {member}: expected a non-empty "text" and an "index" from 0')
+    return Prompt(index, text, record)
 
 
 def _permutation(n: int, seed: int, *key: int) -> np.ndarray:
@@ -166,7 +171,7 @@ class PromptSet:
         path, expected = self._path(number), self._shards[number].count
         try:
             prompts = _decode_shard(path)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             raise UserError(f"prompt shard {path} cannot be read ({type(error).__name__}: {error}); {self._advice}") from error
         if len(prompts) != expected:
             raise UserError(f"prompt shard {path} holds {len(prompts)} prompts, {INDEX} says {expected}; {self._advice}")
