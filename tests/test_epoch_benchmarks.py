@@ -14,10 +14,11 @@ import pytest
 import torch
 from small_model import small_embeddings, small_policy, small_unet
 
-from benchmarks import linearity
+from benchmarks import linearity, memory_flatness
 from benchmarks.linearity import Line
 from benchmarks.phases import Phase, Profile, table
 from benchmarks.plain_ddpo import PlainDdpo, log_prob_of
+from benchmarks.resident import can_measure, peak_over_baseline
 from benchmarks.sizes import resized
 from benchmarks.timing import Timing
 from benchmarks.workload import PARAMETERS, UNETS, Workload, random_unet
@@ -183,3 +184,39 @@ def test_the_cost_of_an_epoch_is_measured_at_every_size(workload: Workload) -> N
     assert all(timing.median_ms > 0 for one in series for timing in one.timings)
     assert series[1].line.slope > 0  # six times the steps take longer, however busy the machine
     assert "R^2" in linearity.table(series)
+
+
+# Memory
+
+
+def test_the_peak_over_a_baseline_is_what_a_call_held() -> None:
+    device, size = torch.device("cpu"), 64 * 2**20
+    assert can_measure(device)
+    held = torch.ones(size // 4)  # there before: not the call's
+    for count in (1, 3):  # the kernel's account lags by some pages a thread
+        held_at_once = peak_over_baseline(lambda count=count: [torch.ones(size // 4) for _ in range(count)], device)
+        assert 0.95 * count * size < held_at_once < (count + 0.2) * size
+    assert peak_over_baseline(lambda: held.sum(), device) < 0.2 * size
+
+
+@pytest.mark.slow
+def test_memory_of_an_update_is_flat_in_the_number_of_steps() -> None:
+    """Each in a process of its own. Were the steps of a trajectory in one graph, four times as many would take four times the
+    memory of one micro-batch."""
+    rows = [memory_flatness.in_own_process(["--update-at", str(steps)]) for steps in (3, 11)]
+    assert rows[1]["trajectories"] == rows[0]["trajectories"] * 3  # T + 1 latents
+    assert memory_flatness.growth([row["tensors"] for row in rows]) < 0.02
+    assert memory_flatness.growth([row["peak"] for row in rows]) < 0.5
+    assert rows[0]["tensors"] > 10 * rows[1]["trajectories"]  # it is activations that were measured
+    assert "3.67 times the steps" in memory_flatness.table(rows, [])
+
+
+def test_memory_of_the_prompt_stream_is_flat_in_the_number_of_prompts(tmp_path: Path) -> None:
+    rows = []
+    for count in (25_000, 100_000):
+        on_disk = memory_flatness.build_prompts(tmp_path / str(count), count)
+        rows.append(memory_flatness.in_own_process(["--stream-of", str(tmp_path / str(count))]) | {"on_disk": on_disk})
+    assert [row["prompts"] for row in rows] == [25_000, 100_000]
+    assert all(row["drawn"] == memory_flatness.EPOCHS * memory_flatness.PROMPTS_PER_EPOCH for row in rows)
+    assert memory_flatness.growth([row["peak"] for row in rows]) < 0.5  # all of it in memory would be four times as much
+    assert "4 times the prompts" in memory_flatness.table([], rows)

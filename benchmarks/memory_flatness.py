@@ -1,0 +1,191 @@
+"""Memory that must not grow: of an update with the number of steps, of the prompt stream with the number of prompts.
+
+    python benchmarks/memory_flatness.py [--preset sd14] [--steps 10 50 200] [--prompts 100000 1000000] [--output FILE.json]
+
+Every number comes from a process of its own. An update is measured over what is there when it starts, the epoch's trajectories
+among it: those are data, grow with the steps, and their size is stated. The rows of a micro-batch are the same at every length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run by path
+    _root = Path(__file__).resolve().parent.parent
+    sys.path[0] = str(_root)
+    sys.path.insert(1, str(_root / "kernels"))
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+import torch
+
+from benchmarks.provenance import arguments_of, provenance, result_file
+from benchmarks.resident import MIB, peak_over_baseline
+from prdp_fast.errors import UserError
+from prdp_fast.files import write_json
+from prdp_fast.prompts import PromptSet, PromptStream, write_index, write_shards
+from prdp_fast.records import Prompt
+
+STEPS = [10, 50, 200]
+PROMPTS = [100_000, 1_000_000]
+PROMPTS_PER_EPOCH, EPOCHS = 64, 30  # of the stream: that many epochs, spread over the whole set
+# Of the update. Trajectories are as many as rows in a micro-batch, so that it has this many rows at any number of steps.
+MICRO_BATCH, IMAGES_PER_PROMPT = 16, 4
+UPDATES = 3  # pages of a process come and go by a few MiB for reasons of the C library's own
+
+
+# ------------------------------------------------------------------------------------------------------ in a process of its own
+def update_memory(preset: str, steps: int, config: str, overrides: list[str]) -> dict[str, Any]:
+    """Bytes of one update at T steps, the median of `UPDATES`, after one that makes the optimizer's state and loads libraries."""
+    from benchmarks.workload import PARAMETERS, Workload
+    from prdp_fast import memory, zero
+
+    sizes = [
+        f"sampler.num_inference_steps={steps}", f"schedule.prompts_per_epoch={MICRO_BATCH // IMAGES_PER_PROMPT}",
+        f"schedule.images_per_prompt={IMAGES_PER_PROMPT}", f"schedule.micro_batch={MICRO_BATCH}",
+        f"sampler.rollout_batch={MICRO_BATCH}",
+    ]  # fmt: skip
+    # DeepSpeed's buffer for gradients takes 2 GB whatever the model's size, most of it never written to: here it is the model's.
+    values = json.loads(zero.find_config(config).read_text())
+    values.setdefault("zero_optimization", {})["reduce_bucket_size"] = PARAMETERS[preset]
+    try:
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / Path(config).name
+            path.write_text(json.dumps(values))
+            workload = Workload.build(preset, [*sizes, *overrides], config=str(path))
+        trajectories = workload.rollout()
+        reference = workload.reference(trajectories)
+        rewards = torch.arange(workload.images, dtype=torch.float32)
+        device = trajectories.latents.device
+
+        def update() -> None:
+            workload.update(trajectories, rewards, reference)
+
+        update()
+        peaks = [peak_over_baseline(update, device) for _ in range(UPDATES)]
+        found = {"steps": steps, "trajectories": trajectories.latents.nbytes, "peak": statistics.median(peaks), "peaks": peaks}
+        # Of a CPU's tensors an exact count beside its pages; on CUDA the peak is that already.
+        found["tensors"] = found["peak"] if device.type == "cuda" else memory.peak_bytes(update, workload.engine.engine.module)
+        return found
+    finally:
+        zero.shutdown_distributed()
+
+
+def stream_memory(directory: Path, epochs: int) -> dict[str, int]:
+    """Bytes that opening a prompt set and drawing `epochs` epochs all over it takes."""
+    found = {}
+
+    def draw() -> None:
+        prompt_set = PromptSet.open(directory, "train")
+        stream = PromptStream(prompt_set, seed=0, prompts_per_epoch=PROMPTS_PER_EPOCH)
+        every = max(1, len(prompt_set) // PROMPTS_PER_EPOCH // epochs)
+        drawn = sum(len(stream.epoch(number * every)) for number in range(epochs))
+        found.update(prompts=len(prompt_set), shards=len(prompt_set.counts), drawn=drawn)
+
+    return {"peak": peak_over_baseline(draw, torch.device("cpu")), **found}
+
+
+# ---------------------------------------------------------------------------------------------------------------- the whole
+def made_up_prompts(count: int) -> Iterator[Prompt]:
+    """Different texts of the length that people write, one after the other: never a list of them."""
+    for number in range(count):
+        text = f"a photograph of object {number} beside object {number * 7919 % count}, soft light, detailed, 35 mm film"
+        yield Prompt(number, text, {"set": "made up"})
+
+
+def build_prompts(directory: Path, count: int) -> int:
+    """Write a prompt set of `count` prompts. Returns: its bytes on disk."""
+    entry = write_shards(made_up_prompts(count), directory, "train")
+    write_index(directory, {"train": entry}, f"made-up-{count}")
+    return sum(shard.bytes for shard in entry.shards)
+
+
+def in_own_process(arguments: list[str]) -> dict[str, Any]:
+    """The JSON that this script prints last when it is run with `arguments`. Raises: UserError with its own last line."""
+    command = [sys.executable, str(Path(__file__).resolve()), *arguments]
+    # The C library then gives a large tensor's pages back when it is freed: what is resident is what is held, not what once was.
+    exact = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | exact)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        raise UserError((lines[-1] if lines else f"{arguments} ended with status {done.returncode}").removeprefix("error: "))
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def growth(sizes: list[int]) -> float:
+    """The largest over the smallest, less one."""
+    return max(sizes) / min(sizes) - 1 if min(sizes) > 0 else float("nan")
+
+
+def table(updates: list[dict[str, Any]], streams: list[dict[str, Any]]) -> str:
+    lines = []
+    if updates:
+        lines.append(f"{'steps':>9} {'trajectories MiB':>17} {'update MiB':>11} {'its tensors MiB':>16}")
+        for row in updates:
+            trajectories, peak, tensors = (row[key] / MIB for key in ("trajectories", "peak", "tensors"))
+            lines.append(f"{row['steps']:>9} {trajectories:>17.2f} {peak:>11.1f} {tensors:>16.2f}")
+        longer = max(row["steps"] for row in updates) / min(row["steps"] for row in updates)
+        by_page, by_tensor = (growth([row[key] for row in updates]) for key in ("peak", "tensors"))
+        lines.append(f"{longer:.3g} times the steps: memory varies by {by_page:.1%}, tensors by {by_tensor:.2%}")
+    if streams:
+        lines.append(f"{'prompts':>9} {'on disk MiB':>17} {'stream MiB':>11} {'shards':>16}")
+        for row in streams:
+            lines.append(f"{row['prompts']:>9} {row['on_disk'] / MIB:>17.1f} {row['peak'] / MIB:>11.1f} {row['shards']:>16}")
+        more = max(row["prompts"] for row in streams) / min(row["prompts"] for row in streams)
+        lines.append(f"{more:.3g} times the prompts: memory varies by {growth([row['peak'] for row in streams]):.1%}")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--steps", type=int, nargs="*", default=STEPS, metavar="T")
+    parser.add_argument("--prompts", type=int, nargs="*", default=PROMPTS, metavar="N", help=f"at least {PROMPTS_PER_EPOCH}")
+    parser.add_argument("--config", default="zero2.json", help="DeepSpeed JSON, as for training")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE")
+    parser.add_argument("--update-at", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--stream-of", type=Path, help=argparse.SUPPRESS)
+    result_file(parser)
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    try:
+        if args.update_at is not None:
+            print(json.dumps(update_memory(args.preset, args.update_at, args.config, args.overrides)))
+            return 0
+        if args.stream_of is not None:
+            print(json.dumps(stream_memory(args.stream_of, EPOCHS)))
+            return 0
+        job = ["--preset", args.preset, "--config", args.config, *(f"--set={override}" for override in args.overrides)]
+        updates = [in_own_process([*job, "--update-at", str(steps)]) for steps in args.steps]
+        streams = []
+        for count in args.prompts:
+            with tempfile.TemporaryDirectory() as directory:
+                start = time.perf_counter()
+                on_disk = build_prompts(Path(directory), count)
+                built = time.perf_counter() - start
+                streams.append(in_own_process(["--stream-of", directory]) | {"on_disk": on_disk, "build_seconds": built})
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if args.output:
+        origin = provenance(__file__, arguments_of(arguments))
+        job_of = {"preset": args.preset, "micro_batch": MICRO_BATCH, "trajectories": MICRO_BATCH}
+        write_json(args.output, origin | {"unit": "bytes", "job": job_of, "updates": updates, "streams": streams})
+    print(table(updates, streams))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
