@@ -136,6 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
     result_file(parser)
     args = parser.parse_args(arguments)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    origin = provenance(__file__, arguments_of(arguments)) if args.output else {}  # of what runs, so at the start
     values = {name: getattr(args, name) for name in VALUES}
     for name, chosen in values.items():
         if len(set(chosen)) < 3 or min(chosen) < 2:
@@ -154,7 +155,6 @@ def main(arguments: list[str] | None = None) -> int:
         zero.shutdown_distributed()
     device = device_name(workload.embeddings.prompt_embeds.device)
     if args.output:
-        origin = provenance(__file__, arguments_of(arguments))
         write_json(args.output, origin | {"device": device, "rounds": args.rounds, "series": [asdict(one) for one in series]})
     print(f"an epoch of the embedded model on {device}, median of {args.rounds} rounds\n{table(series)}")
     return 0

@@ -160,6 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
     result_file(parser)
     args = parser.parse_args(arguments)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    origin = provenance(__file__, arguments_of(arguments)) if args.output else {}  # of what runs, so at the start
     try:
         if args.update_at is not None:
             print(json.dumps(update_memory(args.preset, args.update_at, args.config, args.overrides)))
@@ -180,7 +181,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if args.output:
-        origin = provenance(__file__, arguments_of(arguments))
         job_of = {"preset": args.preset, "micro_batch": MICRO_BATCH, "trajectories": MICRO_BATCH}
         write_json(args.output, origin | {"unit": "bytes", "job": job_of, "updates": updates, "streams": streams})
     print(table(updates, streams))
