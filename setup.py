@@ -30,6 +30,7 @@ CORE = [
 GPU = ["xformers>=0.0.35"]
 REWARDS: list[str] = []  # the packages of individual rewards, imported on first use
 LORA = ["peft>=0.18"]
+DATA = ["pyarrow>=15", "datasets>=3"]  # `prdp shards build` from parquet files and hub data sets, imported on first use
 DEV = ["hypothesis", "mypy", "pytest>=8.1", "pytest-benchmark", "ruff", "scipy", "types-PyYAML"]
 
 setup(
@@ -47,5 +48,5 @@ setup(
     package_data={"prdp_fast.assets": ["**/*.safetensors", "**/*.json", "**/*.txt"]},
     entry_points={"console_scripts": ["prdp = prdp_fast.cli:main"]},
     install_requires=CORE,
-    extras_require={"gpu": GPU, "rewards": REWARDS, "lora": LORA, "dev": [*DEV, *LORA]},
+    extras_require={"gpu": GPU, "rewards": REWARDS, "lora": LORA, "data": DATA, "dev": [*DEV, *LORA, *DATA]},
 )

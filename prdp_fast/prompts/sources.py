@@ -104,7 +104,7 @@ class Source(NamedTuple):
         files = sorted(path for path in directory.rglob("*") if path.name.endswith(endings) and path.is_file())
         named = self.split or ("train" if self.kind == "pickapic" else None)
         if named:
-            files = [path for path in files if path.name.startswith((f"{named}-", f"{named}.")) or path.parent.name == of_kind]
+            files = [path for path in files if path.name.startswith((f"{named}-", f"{named}.")) or path.parent.name == named]
         if not files:
             of_split = f" of split {named!r}" if named else ""
             raise UserError(f"prompt input {directory} holds no *{endings[0]} file{of_split}; give another --input or --split")
