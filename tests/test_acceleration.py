@@ -88,6 +88,24 @@ def test_attention_is_the_same_by_every_kernel(name, fused):
         assert distance(fast[1:], plain[1:]) < TOLERANCE
 
 
+def test_a_compiler_sees_through_math():
+    """Torch's own kernel is opaque to it; so is the dispatcher's, which asks for the math kernel while it runs."""
+    seen: dict[str, set[str]] = {}
+
+    def record(graph, example_inputs):
+        seen[name] |= {str(node.target) for node in graph.graph.nodes}
+        return graph
+
+    for name in ("sdpa", "math"):
+        seen[name] = set()
+        unet = small_unet()
+        attention.set_attention(unet, name)
+        torch._dynamo.reset()
+        outputs(unet, gradients=False, call=torch.compile(unet, backend=record))
+    assert any("scaled_dot_product" in target for target in seen["sdpa"])
+    assert not any("scaled_dot_product" in target for target in seen["math"]) and seen["math"]
+
+
 def test_fusing_reads_copies_and_can_be_undone():
     unet = small_unet().requires_grad_(False)
     names = list(unet.state_dict())
