@@ -108,6 +108,7 @@ class Workload:
     pipeline: Pipeline | None = None
     text: TextEncoder | None = None
     rewards: Any = None
+    stream: PromptStream | None = None
 
     @classmethod
     def build(
@@ -121,7 +122,7 @@ class Workload:
         device = zero.init_distributed()
         job = runner.Job.prepare(settings, config, world_size=1, cuda=device.type == "cuda")
         schedule, dtype = settings.schedule, job.config.dtype
-        pipeline = text = None
+        pipeline = text = stream = None
         torch.manual_seed(0)
         if preset == "tiny":
             pipeline = Pipeline.load("tiny", device, dtype)
@@ -163,7 +164,7 @@ class Workload:
         return cls(
             preset, policy, engine, reference, build_objective(settings.objective, settings.kernels), embeddings, prompts,
             schedule.images_per_prompt, latent_shape, settings.sampler.rollout_batch, micro_batch, settings, speed,
-            pipeline, text, job.rewards if preset == "tiny" else None,
+            pipeline, text, job.rewards if preset == "tiny" else None, stream,
         )  # fmt: skip
 
     @property
