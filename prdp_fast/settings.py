@@ -72,7 +72,7 @@ class SamplerSettings(Section):
 
 
 class PromptSettings(Section):
-    source: str = Field("scenes", description="'scenes' (embedded world), a shard directory, or a .txt file")
+    source: str = Field("scenes", description="'scenes' (embedded world), 'animals' (45), a shard directory, or a .txt file")
     train: str = Field("train", description="name of the set that is trained on")
     seen: str = Field("seen_eval", description="evaluation set of prompts that training may draw")
     unseen: str = Field("unseen_eval", description="evaluation set of prompts that training never draws")

@@ -29,6 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 
 from prdp_fast import scenes
 from prdp_fast.errors import UserError
+from prdp_fast.prompts import animals
 from prdp_fast.records import Prompt
 
 FORMAT = 1  # of the shards and the index; part of every version, so that a cache never outlives a change
@@ -205,6 +206,22 @@ def build_scene_shards(directory: str | Path) -> Path:
     return write_index(directory, entries, scenes_version())
 
 
+# --------------------------------------------------------------------------------------------------------------- animals
+def animals_version() -> str:
+    """Format and a digest of the prompts: any change of the lists or the template makes new shards."""
+    texts = {name: [prompt.text for prompt in prompts] for name, prompts in animals.animal_sets().items()}
+    return f"{FORMAT}-{hashlib.blake2b(json.dumps(texts).encode(), digest_size=4).hexdigest()}"
+
+
+def build_animal_shards(directory: str | Path) -> Path:
+    """Write the 45 animals of the papers, and 45 unseen ones. Returns: the path of index.json."""
+    entries = {
+        name: write_shards(sorted(prompts, key=lambda prompt: _order(prompt.text, b"animals")), directory, name)
+        for name, prompts in animals.animal_sets().items()
+    }
+    return write_index(directory, entries, animals_version())
+
+
 # ------------------------------------------------------------------------------------------------------------ text files
 def _read_bytes(txt_file: Path) -> bytes:
     try:
@@ -299,6 +316,16 @@ def ensure_scene_shards(cache_dir: str | Path | None = None) -> Path:
     """
     root = default_cache_dir() if cache_dir is None else Path(cache_dir)
     return _ensure(root / "prompts" / f"scenes-{scenes_version()}", build_scene_shards)
+
+
+def ensure_animal_shards(cache_dir: str | Path | None = None) -> Path:
+    """The shards of the animals, built on first use.
+
+    Returns: the path of index.json in `cache_dir/prompts/animals-<version>`.
+    Raises: UserError if the cache cannot be written.
+    """
+    root = default_cache_dir() if cache_dir is None else Path(cache_dir)
+    return _ensure(root / "prompts" / f"animals-{animals_version()}", build_animal_shards)
 
 
 def ensure_text_shards(txt_file: str | Path, cache_dir: str | Path | None = None) -> Path:

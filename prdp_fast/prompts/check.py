@@ -107,7 +107,7 @@ def verify(directory: str | Path) -> list[str]:
 
     Checked: files against the index (presence, bytes, SHA-256, number of prompts), archives and their members, indices and texts
     that occur twice in a set, prompts of unseen sets in `train`, prompts of seen sets that `train` lacks, shards that no index
-    names. Texts are compared without case and white space. Memory: a shard, and 16 bytes a prompt.
+    names. Texts are compared without case and white space. Memory: a shard, and some 50 bytes a prompt.
 
     Raises: UserError if there is no index at all.
     """

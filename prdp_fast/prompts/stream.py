@@ -29,11 +29,13 @@ import numpy as np
 from webdataset import tariterators
 
 from prdp_fast.errors import UserError
-from prdp_fast.prompts.build import INDEX, SetEntry, ShardEntry, ensure_scene_shards, ensure_text_shards, read_index
+from prdp_fast.prompts import build
+from prdp_fast.prompts.build import INDEX, SetEntry, ShardEntry, ensure_text_shards, read_index
 from prdp_fast.records import Prompt
 
-EMBEDDED = "scenes"  # the source name of the drawn world
+SHIPPED = ("scenes", "animals")  # sources known by name: the drawn world; the papers' 45 animals
 CHECKED_AT_OPEN = 64_000_000  # bytes: smaller sets have their digests checked before any work starts
+_NAMED = " or ".join(f'"{name}"' for name in SHIPPED)
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # pipe:, https:, s3:, file:
 UNREADABLE = (OSError, EOFError, tarfile.TarError, zlib.error, ValueError, KeyError, AssertionError)
 
@@ -92,8 +94,8 @@ class PromptSet:
         """Open a prompt set and check that its files are there and, below 64 MB, that they are undamaged.
 
         Args:
-            source: "scenes" (the embedded world), a directory that holds index.json, or a .txt file of one prompt a line.
-                "scenes" and text files are built into the cache on first use.
+            source: "scenes" (the embedded world), "animals" (the papers' 45), a directory that holds index.json, or a .txt file
+                of one prompt a line. Named sources and text files are built into the cache on first use.
             name: of the set, e.g. "train"; a text file has "train" only.
             limit: keep this many prompts at most, always the same ones.
         Raises: UserError in one line naming the file at fault and the next move.
@@ -101,12 +103,12 @@ class PromptSet:
         source = str(source)
         path = Path(source).expanduser()
         cached = True
-        if source == EMBEDDED:
-            index_path = ensure_scene_shards()
+        if source in SHIPPED:
+            index_path = build.ensure_scene_shards() if source == "scenes" else build.ensure_animal_shards()
         elif _SCHEME.match(source):
             raise UserError(
-                f'prompt source {source!r} is a URL; expected "scenes", a directory or a .txt file on this machine; '
-                "download it first"
+                f"prompt source {source!r} is a URL; expected {_NAMED}, a directory or a .txt file on this machine; "
+                "download it first, or build a directory from it with 'prdp shards build'"
             )
         elif path.suffix == ".txt":
             index_path = ensure_text_shards(path)
@@ -115,7 +117,7 @@ class PromptSet:
         else:
             problem = "is neither a directory nor a .txt file" if path.exists() else "does not exist"
             raise UserError(
-                f'prompt source {source!r} {problem}; expected "scenes", a directory that holds {INDEX}, or a .txt file'
+                f"prompt source {source!r} {problem}; expected {_NAMED}, a directory that holds {INDEX}, or a .txt file"
             )
         directory = index_path.parent
         sets = read_index(index_path).sets
