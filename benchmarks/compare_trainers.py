@@ -6,13 +6,15 @@ python benchmarks/compare_trainers.py --set schedule.prompts_per_epoch=4 --round
 Each contestant is a process of its own, with its own settings of the C library, of torch and of the compiler, as a user would run
 it; they take turns, one phase at a time, while the others sleep, and a round's ratios are taken within the round.
 
-    plain DDPO   benchmarks/plain_ddpo.py: the usual loop of the field
+    plain DDPO   benchmarks/plain_ddpo.py: the usual loop of the field, in the batches of ddpo-pytorch's full finetuning
+                 (config/dgx.py): 8 are sampled, 4 trained at a time
+    plain large  the same loop in the engine's own batches, the best there is for it here
     eager        the engine's loop with everything under `performance` off, and the process as Python starts it
     engine       the engine as it is meant: compiled, freed memory kept, the rest measured at start; equal U-Net rows
     engine PRDP  the same with the objective it is for: reference log-probs on top
     subsets      PRDP with random timesteps for update and reference; fewer U-Net rows, the same gradient in expectation
 
-Rows are equal in the first three: text, rollout, decoding, reward, gradient pass, optimizer step.
+Rows are equal in the first four: text, rollout, decoding, reward, gradient pass, optimizer step.
 """
 
 from __future__ import annotations
@@ -48,6 +50,7 @@ from prdp_fast import zero
 from prdp_fast.errors import UserError
 from prdp_fast.files import write_json
 
+BASELINES = ("eager", "plain DDPO", "plain large")
 PHASES = ("rollout", "update", "epoch")
 EAGER = (
     "performance={attention: sdpa, compile: 'off', cuda_graphs: 'off', channels_last: 'off', fuse_qkv: 'off', tf32: 'off', "
@@ -61,12 +64,13 @@ class Contestant:
     """What a process is to be."""
 
     overrides: tuple[str, ...]
-    plain: bool = False  # the plain trainer instead of the engine
+    plain: tuple[int, int] | None = None  # the plain trainer instead of the engine; rows it samples and trains at a time
     as_started: bool = False  # leave the process as Python starts it
 
 
 CONTESTANTS = {
-    "plain DDPO": Contestant((EAGER, DDPO), plain=True, as_started=True),
+    "plain DDPO": Contestant((EAGER, DDPO), plain=(8, 4), as_started=True),
+    "plain large": Contestant((EAGER, DDPO), plain=(64, 64), as_started=True),
     "eager": Contestant((EAGER, DDPO), as_started=True),
     "engine": Contestant(("performance.compile=full", DDPO)),
     "engine PRDP": Contestant(("performance.compile=full",)),
@@ -79,7 +83,7 @@ def phases_of(contestant: Contestant, overrides: list[str]) -> tuple[dict[str, C
     workload = Workload.build("tiny", [*contestant.overrides, *overrides], prepare=not contestant.as_started)
     assert workload.pipeline is not None and workload.text is not None
     rewards = torch.rand(workload.images, generator=torch.Generator().manual_seed(0))
-    if not contestant.plain:
+    if contestant.plain is None:
         trajectories = workload.rollout()
         reference = workload.reference(trajectories) if workload.objective.needs_reference else None
         return {
@@ -90,7 +94,7 @@ def phases_of(contestant: Contestant, overrides: list[str]) -> tuple[dict[str, C
     text, prompts, count = workload.text, workload.prompts, workload.images_per_prompt
     plain = PlainDdpo(
         copy.deepcopy(workload.reference_unet), workload.pipeline, workload.policy.transitions, workload.rewards,
-        guidance_scale=workload.policy.guidance_scale, batch=workload.micro_batch,
+        guidance_scale=workload.policy.guidance_scale, batch=contestant.plain[0], train_batch=contestant.plain[1],
     )  # fmt: skip
     embeds, empty = workload.embeddings.prompt_embeds.repeat_interleave(count, 0), workload.embeddings.negative_prompt_embeds
 
@@ -167,7 +171,7 @@ class Comparison:
 
 
 def compare(names: list[str], overrides: list[str], rounds: int) -> dict[str, Comparison]:
-    """Every contestant against "eager", and against "plain DDPO", by baseline, from the same rounds."""
+    """Every contestant against each of BASELINES, from the same rounds."""
     with ExitStack() as stack:
         started = {name: stack.enter_context(process(name, overrides)) for name in names}
         samples: dict[str, dict[str, list[float]]] = {name: {phase: [] for phase in PHASES} for name in names}
@@ -190,7 +194,7 @@ def compare(names: list[str], overrides: list[str], rounds: int) -> dict[str, Co
     count = images.pop()
     return {
         baseline: Comparison(count, rounds, baseline, milliseconds, against(baseline))
-        for baseline in ("eager", "plain DDPO") if baseline in names
+        for baseline in BASELINES if baseline in names
     }  # fmt: skip
 
 

@@ -37,11 +37,13 @@ class PlainDdpo:
         *,
         guidance_scale: float | None,
         batch: int,
+        train_batch: int | None = None,
         learning_rate: float = 6e-5,
         clip_range: float = 1e-4,
     ) -> None:
         self.unet, self.pipeline, self.rewards = unet.requires_grad_(True), pipeline, rewards
         self.guidance_scale, self.batch, self.clip_range = guidance_scale, batch, clip_range
+        self.train_batch = train_batch or batch  # of the update; `batch` samples
         self.steps = [
             (int(t), float(a), float(b), torch.tensor(float(s)))
             for t, a, b, s in zip(
@@ -90,8 +92,10 @@ class PlainDdpo:
         """rewards (G, B), embeds (G * B, L, D): batch by batch, timestep by timestep, then one optimizer step."""
         advantages = ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-8)).flatten()
         count = sum(float(std) > 0 for *_, std in self.steps) * len(embeds)
-        for number, (trajectory, old) in enumerate(samples):
-            part = slice(number * self.batch, number * self.batch + len(trajectory))
+        trajectories, old_log_probs = (torch.cat(tensors) for tensors in zip(*samples, strict=True))
+        for start in range(0, len(embeds), self.train_batch):
+            part = slice(start, start + self.train_batch)
+            trajectory, old = trajectories[part], old_log_probs[part]
             for step, (timestep, a, b, std) in enumerate(self.steps):
                 if std == 0:
                     continue
