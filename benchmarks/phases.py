@@ -15,8 +15,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.resident import MIB, can_measure, peak_during
 from benchmarks.timing import Timing
-from benchmarks.workload import Workload
+from benchmarks.traffic import Traffic, count_traffic
+from benchmarks.workload import Call, Workload
+from prdp_fast import zero
 from prdp_fast.cost import unet_flop
 from prdp_fast.models.shapes import Shapes
 
@@ -36,7 +39,11 @@ class Phase:
     tflop: float = 0.0  # of those rows; a backward counts twice its forward
     tflop_per_s: float = 0.0
     share_of_peak: float = 0.0
-    peak_memory_mib: float | None = None  # CUDA only
+    # The most there was at once, weights and all: of the device's tensors on CUDA, of the process's resident pages elsewhere.
+    peak_memory_mib: float | None = None
+    sent_bytes: float = 0.0  # by one rank to the others, in collectives taken for rings
+    collective_bytes: int = 0  # of the tensors those worked on
+    collectives: dict[str, int] = field(default_factory=dict)  # how often each was called
 
 
 @dataclass
@@ -48,6 +55,7 @@ class Profile:
     steps: int
     peak_tflop_per_s: float
     phases: list[Phase] = field(default_factory=list)
+    ranks: int = 1
 
     @property
     def bare_ms(self) -> float:
@@ -92,71 +100,106 @@ def peak_tflop_per_s(device: torch.device, dtype: torch.dtype, rounds: int = 7) 
     return 2 * n**3 / best * 1e-9
 
 
-def profile(workload: Workload, rounds: int = 5) -> Profile:
-    """Every phase and its bare calls, `rounds` times in turn."""
-    device = workload.embeddings.prompt_embeds.device
+@dataclass(frozen=True)
+class PhaseCalls:
+    """What a phase does, and what of it can be done bare."""
+
+    run: Call
+    bare: Call | None = None  # its U-Net calls alone: same rows, same mode
+    unet_rows: int = 0
+    forwards: int = 1  # that a row costs: a backward counts for two
+
+
+def phase_calls(workload: Workload) -> dict[str, PhaseCalls]:
+    """The phases of an epoch of `workload`, each ready to be run over and over on trajectories that are drawn here."""
     policy, stochastic = workload.policy, workload.policy.transitions.stochastic
-    guided = bool(policy.guided.any())
-    steps = len(policy.transitions)
+    guided, steps = bool(policy.guided.any()), len(policy.transitions)
     trajectories = workload.rollout()
     rewards = torch.rand(workload.images, generator=torch.Generator().manual_seed(0))
-    images = workload.decode(trajectories) if workload.pipeline else None
     reference = workload.reference(trajectories)
     # The policy's calls in the policy's own mode, on a module that no sharding touches.
     plain = copy.deepcopy(workload.reference_unet).requires_grad_(True).train()
 
     n, density = workload.images, workload.images * len(stochastic)
-    calls: dict[str, tuple[Callable[[], object], Callable[[], object] | None, int, int]] = {
-        # name: (phase, its bare calls, U-Net rows, forwards a row costs)
-        "rollout": (
+    calls = {
+        "rollout": PhaseCalls(
             workload.rollout,
             workload.bare_forward(workload.reference_unet, n, guided, workload.rollout_batch, repeat=steps),
-            n * policy.evaluations(torch.arange(steps)), 1,
+            n * policy.evaluations(torch.arange(steps)),
         ),
-        "reference": (
+        "reference": PhaseCalls(
             lambda: workload.reference(trajectories),
             workload.bare_forward(workload.reference_unet, density, guided, workload.micro_batch),
-            n * policy.evaluations(stochastic), 1,
+            n * policy.evaluations(stochastic),
         ),
-        "update": (
+        "update": PhaseCalls(
             lambda: workload.update(trajectories, rewards, reference),
             workload.bare_forward_backward(plain, density, guided),
-            n * policy.evaluations(stochastic), 3,
+            n * policy.evaluations(stochastic),
+            forwards=3,
         ),
-    }  # fmt: skip
-    if workload.text is not None and images is not None:
-        calls["text"] = (lambda: workload.text.encode(workload.prompts), None, 0, 0)  # type: ignore[union-attr]
-        calls["decode"] = (lambda: workload.decode(trajectories), None, 0, 0)
-        calls["reward"] = (lambda: workload.score(images), None, 0, 0)
+    }
+    text = workload.text
+    if text is not None:
+        images = workload.decode(trajectories)
+        calls["text"] = PhaseCalls(lambda: text.encode(workload.prompts))
+        calls["decode"] = PhaseCalls(lambda: workload.decode(trajectories))
+        calls["reward"] = PhaseCalls(lambda: workload.score(images))
+    return calls
 
+
+def tflop_per_row(workload: Workload) -> float:
+    """Of one forward of the workload's U-Net."""
+    shapes = Shapes(dict(workload.reference_unet.config), workload.embeddings.prompt_embeds.shape[1])
+    return 1e-12 * unet_flop(shapes)
+
+
+def profile(workload: Workload, rounds: int = 5) -> Profile:
+    """Every phase and its bare calls, `rounds` times in turn; then each once more for its memory, and for what it sends.
+
+    Every rank of a job calls it. Ranks wait for each other before each call, so that none is charged for another's delay.
+    """
+    device, ranks = workload.embeddings.prompt_embeds.device, zero.launched_world_size()
+    calls = phase_calls(workload)
     watch = stopwatch(device)
+
+    def together(call: Call) -> float:
+        if ranks > 1:
+            zero.barrier()
+        return watch(call)
+
+    dtype = workload.embeddings.prompt_embeds.dtype
+    peak = 0.0  # the best of many times between the phases: a busy neighbour slows those, and must not slow this alone
     samples: dict[tuple[str, str], list[float]] = {}
-    memory: dict[str, float] = {}
     for round_number in range(-1, rounds):  # the first round warms up
-        for name, (run, bare, _, _) in calls.items():
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-            taken = {"phase": watch(run)}
-            if device.type == "cuda":
-                memory[name] = torch.cuda.max_memory_allocated(device) / 2**20
-            if bare is not None:
-                taken["bare"] = watch(bare)
+        for name, phase_call in calls.items():
+            peak = max(peak, peak_tflop_per_s(device, dtype, rounds=3))
+            taken = {"phase": together(phase_call.run)}
+            if phase_call.bare is not None:
+                taken["bare"] = together(phase_call.bare)
             if round_number >= 0:
                 for kind, value in taken.items():
                     samples.setdefault((name, kind), []).append(value)
+    memory = {name: peak_during(one.run, device) / MIB for name, one in calls.items()} if can_measure(device) else {}
+    traffic: dict[str, Traffic] = {}
+    for name, phase_call in calls.items():  # last: code that was compiled may not be, with somebody watching its operators
+        with count_traffic() as traffic[name]:
+            phase_call.run()
 
-    dtype = workload.embeddings.prompt_embeds.dtype
-    shapes = Shapes(dict(workload.reference_unet.config), workload.embeddings.prompt_embeds.shape[1])
-    peak, per_row = peak_tflop_per_s(device, dtype), 1e-12 * unet_flop(shapes)
+    per_row = tflop_per_row(workload)
     result = Profile(
-        workload.preset, device_name(device), str(dtype).removeprefix("torch."), workload.images, steps, peak
+        workload.preset, device_name(device), str(dtype).removeprefix("torch."), workload.images,
+        len(workload.policy.transitions), peak, ranks=ranks,
     )  # fmt: skip
-    for name, (_, bare, rows, forwards) in calls.items():
+    for name, phase_call in calls.items():
         timing = Timing.of(samples[name, "phase"])
-        tflop = rows * forwards * per_row
+        tflop = phase_call.unet_rows * phase_call.forwards * per_row
         rate = tflop / (timing.median_ms * 1e-3)
-        phase = Phase(name, timing, None, None, None, rows, tflop, rate, rate / peak, memory.get(name))
-        if bare is not None:
+        phase = Phase(
+            name, timing, None, None, None, phase_call.unet_rows, tflop, rate, rate / peak, memory.get(name),
+            traffic[name].sent, traffic[name].whole, traffic[name].calls,
+        )  # fmt: skip
+        if phase_call.bare is not None:
             pairs = zip(samples[name, "phase"], samples[name, "bare"], strict=True)
             ratios = Timing.of([one / other for one, other in pairs])
             phase.bare, phase.overhead = Timing.of(samples[name, "bare"]), ratios.median_ms
@@ -172,17 +215,23 @@ def device_name(device: torch.device) -> str:
 def table(profile: Profile) -> str:
     """The profile as text."""
     head = f"{profile.preset} on {profile.device}, {profile.dtype}: {profile.images} images, {profile.steps} steps"
+    if profile.ranks > 1:
+        head += f", on each of {profile.ranks} ranks"
     lines = [
         f"{head}; matrix product {1e3 * profile.peak_tflop_per_s:.0f} GFLOP/s",
         f"{'phase':<10} {'ms':>10} {'spread':>8} {'/ bare U-Net':>15} "
-        f"{'U-Net rows':>11} {'GFLOP':>9} {'GFLOP/s':>9} {'of peak':>8}",
+        f"{'U-Net rows':>11} {'GFLOP':>9} {'GFLOP/s':>9} {'of peak':>8} {'peak MiB':>9} {'sent MiB':>9}",
     ]
     for p in profile.phases:
         overhead = f"{p.overhead:.3f} ({p.overhead_spread:.3f})" if p.overhead else ""
         work = (
-            f"{p.unet_rows:>11} {1e3 * p.tflop:>9.1f} {1e3 * p.tflop_per_s:>9.1f} {p.share_of_peak:>7.0%}" if p.unet_rows else ""
+            f"{p.unet_rows:>11} {1e3 * p.tflop:>9.1f} {1e3 * p.tflop_per_s:>9.1f} {p.share_of_peak:>8.0%}" if p.unet_rows else ""
         )
-        lines.append(f"{p.name:<10} {p.timing.median_ms:>10.1f} {p.timing.iqr_ms:>8.1f} {overhead:>15} {work}")
+        memory = "" if p.peak_memory_mib is None else f"{p.peak_memory_mib:.0f}"
+        lines.append(
+            f"{p.name:<10} {p.timing.median_ms:>10.1f} {p.timing.iqr_ms:>8.1f} {overhead:>15} {work:<40} "
+            f"{memory:>9} {p.sent_bytes / MIB:>9.2f}"
+        )
     total = statistics.fsum(p.timing.median_ms for p in profile.phases)
     lines.append(f"{'epoch':<10} {total:>10.1f} {'':>8} {profile.epoch_overhead:>15.3f}   {profile.images_per_s:.1f} images/s")
     return "\n".join(lines)

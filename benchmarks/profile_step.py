@@ -1,8 +1,9 @@
-"""Where the time of an epoch goes: seconds, U-Net work and its share of the machine's peak, phase by phase.
+"""Where an epoch goes, phase by phase: seconds, U-Net work and its share of the machine's peak, memory, bytes to other ranks.
 
 python benchmarks/profile_step.py                                   # the embedded model, here
 python benchmarks/profile_step.py --preset sd14 --set schedule.prompts_per_epoch=4 --output profile.json --chart profile.png
 python benchmarks/profile_step.py --trace trace.json                # one epoch for chrome://tracing or Perfetto
+deepspeed --num_gpus 2 benchmarks/profile_step.py                   # a rank's share of the prompts, and what it sends
 """
 
 from __future__ import annotations
@@ -24,11 +25,19 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 import torch
 
-from benchmarks.phases import Profile, profile, table
+from benchmarks.phases import Phase, Profile, profile, table
+from benchmarks.resident import MIB
+from benchmarks.sizes import share_of_rank
 from benchmarks.workload import UNETS, Workload
 from prdp_fast import zero
 from prdp_fast.errors import UserError
 from prdp_fast.files import write_json
+
+
+def annotation(phase: Phase) -> str:
+    """What a phase's bar has beside it."""
+    peak = [] if phase.peak_memory_mib is None else [f"peak {phase.peak_memory_mib:.0f} MiB"]
+    return ", ".join(peak + [f"{phase.sent_bytes / MIB:.1f} MiB sent"] * bool(phase.sent_bytes))
 
 
 def chart(result: Profile, path: Path) -> None:
@@ -40,11 +49,13 @@ def chart(result: Profile, path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 3), layout="constrained")
     names = [phase.name for phase in result.phases]
-    axes.barh(names, [phase.timing.median_ms / 1e3 for phase in result.phases], color="#c9d7e8", label="phase")
+    bars = axes.barh(names, [phase.timing.median_ms / 1e3 for phase in result.phases], color="#c9d7e8", label="phase")
     axes.barh(
         names, [phase.bare.median_ms / 1e3 if phase.bare else 0 for phase in result.phases], color="#2f6299", height=0.4,
         label="its U-Net calls alone",
     )  # fmt: skip
+    axes.bar_label(bars, labels=[annotation(phase) for phase in result.phases], padding=4, fontsize=8, color="#555555")
+    axes.margins(x=0.3)  # room for those
     axes.invert_yaxis()
     axes.set_xlabel(f"seconds an epoch of {result.images} images ({result.preset}, {result.device})")
     axes.legend(frameon=False)
@@ -61,20 +72,27 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="JSON")
     parser.add_argument("--chart", type=Path, help="PNG")
     parser.add_argument("--trace", type=Path, help="torch.profiler trace of one epoch")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's own
     args = parser.parse_args(arguments)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     try:
         workload = Workload.build(args.preset, args.overrides, config=args.config)
+        rank, ranks = zero.launched_rank(), zero.launched_world_size()
+        if ranks > 1:
+            workload = share_of_rank(workload, rank, ranks)
         if args.trace:
             with torch.profiler.profile() as trace:
                 workload.epoch()
-            trace.export_chrome_trace(str(args.trace))
+            if rank == 0:
+                trace.export_chrome_trace(str(args.trace))
         result = profile(workload, args.rounds)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:
         zero.shutdown_distributed()
+    if rank > 0:
+        return 0
     if args.output:
         write_json(args.output, result.as_dict())
     if args.chart:

@@ -33,20 +33,30 @@ def _give_back_freed() -> None:
         return  # another C library than glibc: what it keeps is not known
 
 
+def peak_during(call: Callable[[], object], device: torch.device) -> int:
+    """The most bytes held during a call, what was there before included: see `peak_over_baseline`."""
+    return _before_and_peak(call, device)[1]
+
+
 def peak_over_baseline(call: Callable[[], object], device: torch.device) -> int:
     """Bytes. On CUDA those that tensors took; on a CPU resident pages, and so also libraries' workspaces and code first used.
 
     Raises: OSError where there is no way to know (see `can_measure`).
     """
+    before, peak = _before_and_peak(call, device)
+    return max(0, peak - before)
+
+
+def _before_and_peak(call: Callable[[], object], device: torch.device) -> tuple[int, int]:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         call()
         torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        return before, torch.cuda.max_memory_allocated(device)
     _give_back_freed()
     _CLEAR.write_text("5")  # sets VmHWM back to what is resident now
     before = _kibibytes("VmRSS")
     call()
-    return 1024 * max(0, _kibibytes("VmHWM") - before)
+    return 1024 * before, 1024 * _kibibytes("VmHWM")

@@ -40,3 +40,13 @@ def resized(
         embeddings=TextEmbeddings(embeddings.prompt_embeds[part], embeddings.negative_prompt_embeds),
         images_per_prompt=images_per_prompt or workload.images_per_prompt,
     )
+
+
+def share_of_rank(workload: Workload, rank: int, ranks: int) -> Workload:
+    """This rank's part of a workload that was built with the prompts of all ranks.
+
+    Raises: UserError if they do not divide.
+    """
+    workload.settings.check_ranks(ranks)
+    each = len(workload.prompts) // ranks
+    return resized(workload, prompts=slice(rank * each, (rank + 1) * each))

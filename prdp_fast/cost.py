@@ -128,7 +128,7 @@ class Prediction:
 
 
 # Phases whose work is divided among the ranks; the rest (a checkpoint, the start of an epoch) is the same on each.
-DIVIDED = frozenset({"rollout", "decode", "reward", "reference", "update"})
+DIVIDED = frozenset({"text", "rollout", "decode", "reward", "reference", "update"})
 
 
 def predict_epoch(
@@ -145,16 +145,18 @@ def predict_epoch(
     coalesced: bool = False,
     gradient_bytes: float | None = None,
     overlap: float = 0.0,
+    max_live: int = 1_000_000_000,
 ) -> Prediction:
     """Epoch time on `gpus` GPUs, from phases measured on one GPU with the whole epoch's prompts.
 
     A ring moves (n-1)/n of a tensor through each link for a reduce-scatter or an all-gather, and an all-reduce is one of each.
+    What DeepSpeed 0.19.8 sends, as counted by `benchmarks/traffic.py`:
 
         stage 0     gradients all-reduced once an update
-        stage 1, 2  gradients reduce-scattered, the optimizer's new weights all-gathered once an update;
-                    at stage 2 the gradients of every micro-batch, unless they are coalesced
-        stage 3     gradients as at stage 2; the weights are all-gathered for every forward and again for every backward, and
-                    once for the rollout
+        stage 1, 2  gradients all-reduced, where a reduce-scatter would do (a rank drops what it does not keep), the optimizer's
+                    new weights all-gathered once an update; at stage 2 the gradients of every micro-batch, unless coalesced
+        stage 3     gradients reduce-scattered as often as at stage 2; the weights all-gathered for every forward, again for its
+                    backward if they do not stay in between, and once for the rollout
 
     Args:
         phase_seconds: seconds of an epoch by phase, on one GPU. Phases in DIVIDED are divided by `gpus`.
@@ -165,6 +167,7 @@ def predict_epoch(
         first_passes: updates with a pass (1), which at stage 3 gathers weights for each of its forwards; default K - 1.
         gradient_bytes: per parameter, as they cross the link; default as the weights.
         overlap: the share of the communication that hides behind compute, 0 to 1. Nothing is taken for hidden by default.
+        max_live: DeepSpeed's stage3_max_live_parameters, which stay gathered from a forward to its backward.
     """
     compute = sum(seconds / gpus if name in DIVIDED else seconds for name, seconds in phase_seconds.items())
     ring = (gpus - 1) / gpus / bandwidth  # seconds per byte; 0 for one GPU
@@ -175,8 +178,10 @@ def predict_epoch(
     if stage == 0:
         communication = updates * 2 * scatter
     elif stage < 3:
-        communication = updates * (reductions * scatter + gather)
+        communication = updates * (2 * reductions * scatter + gather)
     else:
         passes = updates - 1 if first_passes is None else first_passes
-        communication = updates * (reductions * scatter + 2 * backwards * gather) + passes * backwards * gather + gather
+        again = 1 - min(1.0, max_live / parameters)  # of the weights, gathered a second time
+        gathers = (1 + again) * backwards
+        communication = updates * (reductions * scatter + gathers * gather) + passes * backwards * gather + gather
     return Prediction(compute, communication * (1 - overlap))
