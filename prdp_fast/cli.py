@@ -29,6 +29,7 @@ class Subcommand(NamedTuple):
 
 SUBCOMMANDS = {
     "shards": Subcommand("prdp_fast.prompts.command", "build, describe and verify prompt sets"),
+    "embed": Subcommand("prdp_fast.embed_command", "store the text embeddings of a prompt set"),
     "serve-reward": Subcommand("prdp_fast.rewards.server", "serve a reward over HTTP"),
     "evaluate": Subcommand("prdp_fast.evaluate_command", "score a run or a model on held prompts"),
     "report": Subcommand("prdp_fast.report_command", "table and curves of a run"),

@@ -32,7 +32,7 @@ FLOORS = (
     Floor(frozenset({"prompts", "models", "sampling", "rewards", "objectives"}), apart=True),
     Floor(frozenset({"update", "zero", "cost", "memory", "checkpoint", "telemetry", "reporting", "evaluation", "doctor"})),
     Floor(frozenset({"runner"})),
-    Floor(frozenset({"train", "cli", "report_command"})),
+    Floor(frozenset({"train", "cli", "report_command", "embed_command"})),
 )
 # The script that trains the embedded model: stands beside the house, and nothing leans on it.
 LEAVES = {"assets": frozenset({"scenes", "records", "errors", "rewards"})}

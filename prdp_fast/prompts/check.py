@@ -17,6 +17,7 @@ from webdataset import tariterators
 from prdp_fast.errors import UserError
 from prdp_fast.prompts import clean
 from prdp_fast.prompts.build import INDEX, SetEntry, ShardEntry, read_index
+from prdp_fast.prompts.embeddings import embedding_faults
 from prdp_fast.prompts.stream import UNREADABLE, prompt_of
 from prdp_fast.records import Prompt
 
@@ -107,7 +108,7 @@ def verify(directory: str | Path) -> list[str]:
 
     Checked: files against the index (presence, bytes, SHA-256, number of prompts), archives and their members, indices and texts
     that occur twice in a set, prompts of unseen sets in `train`, prompts of seen sets that `train` lacks, shards that no index
-    names. Texts are compared without case and white space. Memory: a shard, and some 50 bytes a prompt.
+    names, stored embeddings. Texts are compared without case and white space. Memory: a shard, and some 50 bytes a prompt.
 
     Raises: UserError if there is no index at all.
     """
@@ -147,4 +148,4 @@ def verify(directory: str | Path) -> list[str]:
     listed = {shard.file for entry in sets.values() for shard in entry.shards}
     stray = sorted(path.name for path in directory.glob("*.tar*") if path.name not in listed)
     faults += [f"{name}: not in {INDEX}" for name in stray]
-    return faults
+    return faults + embedding_faults(directory)
