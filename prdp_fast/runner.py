@@ -35,7 +35,7 @@ from prdp_fast.sampling.rollout import rollout
 from prdp_fast.sampling.transitions import Transitions
 from prdp_fast.settings import Settings
 from prdp_fast.telemetry import Telemetry
-from prdp_fast.update import reference_pass, run_updates
+from prdp_fast.update import drift_warning, reference_pass, run_updates
 from prdp_kernels import dispatch
 
 ACCELERATION = "acceleration.json"  # of a run directory: what was chosen when it first started
@@ -265,6 +265,7 @@ def train(job: Job, output: Path, device: torch.device) -> dict[str, Any]:
             write_grid(before["unseen"], output / "samples" / "before.png", telemetry, 0)
 
         # Train.
+        told_drift = 0.0
         for epoch in range(progress.epoch, schedule.epochs):
             if schedule.time_limit_minutes is not None:
                 # The slowest clock decides for all ranks.
@@ -308,6 +309,9 @@ def train(job: Job, output: Path, device: torch.device) -> dict[str, Any]:
             count = len(images) * world_size
             progress.epoch, progress.images = epoch + 1, progress.images + count
             progress.last_drift = zero.all_reduce([report.drift], "max")[0]
+            if warning := drift_warning(progress.last_drift, settings.objective.clip_range, told_drift):
+                told_drift = progress.last_drift
+                telemetry.message(f"epoch {epoch}: {warning}")
             progress.unet_forwards["rollout"] += count * policy.evaluations(torch.arange(len(job.transitions)))
             own_rows = [0.0 if reference_rows is None else float(reference_rows.unet_rows), float(report.unet_rows)]
             for name, unet_rows in zip(("reference", "update"), zero.all_reduce(own_rows, "sum"), strict=True):

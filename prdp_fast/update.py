@@ -26,6 +26,8 @@ from prdp_fast.records import Trajectories
 from prdp_fast.sampling.policy import Policy
 from prdp_fast.sampling.rows import REFERENCE_STREAM, UPDATE_STREAM, pack, strata, stratified
 
+# Of the clip range: a drift beyond it is more than rounding, and is told.
+LOUD_DRIFT = 0.1
 # The rollout's log-probs serve as pass (1) of the first update while their error moves the weights by less than this share.
 MAX_WEIGHT_ERROR = 1e-3
 
@@ -69,6 +71,18 @@ class UpdateReport:
     @property
     def drift(self) -> float:
         return 0.0 if self.drift_by_step is None else float(self.drift_by_step.nan_to_num().max())
+
+
+def drift_warning(drift: float, clip_range: float, told: float) -> str | None:
+    """What to tell the user of a drift; None if it is small, or no tenfold of one that was `told` (0: none was)."""
+    if drift <= max(LOUD_DRIFT * clip_range, 10 * told):
+        return None
+    return (
+        f"drift: sampler and trainer disagree by up to {drift:.1e} nats on one step's log-prob, more than a tenth of "
+        f"objective.clip_range ({clip_range:.0e}). Old log-probs come from the trainer, so clipping does not see it; if it is more "
+        "than the rounding of a 16-bit policy (about 1e-5 to 5e-3), look for a U-Net that differs between rollout and update: "
+        "set performance.compile off and performance.attention sdpa to find out"
+    )
 
 
 def _empty_rows(trajectories: Trajectories) -> torch.Tensor:

@@ -12,7 +12,7 @@ from small_model import SHAPE, WIDTH, small_policy, small_trajectories, small_un
 from prdp_fast.objectives import DdpoObjective, ObjectiveInput, PrdpObjective
 from prdp_fast.records import Trajectories
 from prdp_fast.sampling.rows import pack, strata, stratified
-from prdp_fast.update import gradient_pass, log_prob_pass, reference_pass, run_updates
+from prdp_fast.update import drift_warning, gradient_pass, log_prob_pass, reference_pass, run_updates
 from prdp_kernels import prdp_loss
 
 CLIP, BETA = 2e-4, 0.5
@@ -444,3 +444,11 @@ def test_sampler_and_trainer_agree_and_reward_noise_is_what_diffusers_would_add(
     expected = whole_log_probs(policy, unet, trajectories)
     torch.testing.assert_close(trained.double(), expected.double(), rtol=0, atol=1e-5)
     assert trajectories.embeddings.prompt_embeds.shape[-1] == WIDTH
+
+
+def test_a_large_drift_is_told_once() -> None:
+    assert drift_warning(0.9e-5, 1e-4, 0.0) is None
+    first = drift_warning(1.1e-5, 1e-4, 0.0)
+    assert first is not None and "1.1e-05" in first and "clip_range (1e-04)" in first
+    assert drift_warning(9e-5, 1e-4, told=1.1e-5) is None
+    assert drift_warning(1.2e-4, 1e-4, told=1.1e-5) is not None
