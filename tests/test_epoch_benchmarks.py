@@ -93,8 +93,8 @@ def test_profile_step_runs_and_its_numbers_fit_together(tmp_path: Path) -> None:
         assert phase["share_of_peak"] < 1.5  # more would mean a wrong count of either; a busy machine slows one, not both
         assert 100 < phase["peak_memory_mib"] < 10_000  # of a process that has loaded torch and a small model
         assert phase["sent_bytes"] == 0  # there is one rank
-    # What it would send to another: at ZeRO-2 the gradients and the new weights, float32, of 2.4 million parameters.
-    assert phases["update"]["collective_bytes"] >= 2 * 4 * PARAMETERS["tiny"]
+    # DeepSpeed reduces over a single rank as well: float32 gradients of 2.4 million parameters.
+    assert 4 * PARAMETERS["tiny"] <= phases["update"]["collective_bytes"] < 4 * PARAMETERS["tiny"] + 1000
     assert phases["rollout"]["collective_bytes"] == 0
     assert profile["epoch_overhead"] > 0.7  # one round of a few rows, on a busy machine: roughly 1.2
     assert picture.stat().st_size > 5000
