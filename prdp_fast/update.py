@@ -79,9 +79,9 @@ def drift_warning(drift: float, clip_range: float, told: float) -> str | None:
         return None
     return (
         f"drift: sampler and trainer disagree by up to {drift:.1e} nats on one step's log-prob, more than a tenth of "
-        f"objective.clip_range ({clip_range:.0e}). Old log-probs come from the trainer, so clipping does not see it; if it is more "
-        "than the rounding of a 16-bit policy (about 1e-5 to 5e-3), look for a U-Net that differs between rollout and update: "
-        "set performance.compile off and performance.attention sdpa to find out"
+        f"objective.clip_range ({clip_range:.0e}). Clipping does not see it, for old log-probs come from the trainer; but if "
+        "it is more than a 16-bit policy rounds by (1e-5 to 5e-3), rollout and update do not run the same U-Net: "
+        "set performance.compile off and performance.attention sdpa to find out which choice it is"
     )
 
 
