@@ -30,9 +30,10 @@ RANKS ?= $(shell command -v nvidia-smi >/dev/null || { [ "$$(nproc)" -gt 1 ] && 
 train: $(STAMP)
 	@. $(VENV)/bin/activate && deepspeed $(if $(RANKS),--num_gpus $(RANKS)) --log_level warning prdp_fast/train.py --config zero2.json --recipe tiny $(ARGS)
 
-# One thread a process, so that numbers do not depend on the machine and two ranks do not fight over two cores. Never the network.
+# One thread a process, so that numbers do not depend on the machine and two ranks do not fight over two cores; two processes, a
+# file at a time each. Never the network.
 test: $(STAMP)
-	@. $(VENV)/bin/activate && OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 python -m pytest -q $(ARGS)
+	@. $(VENV)/bin/activate && OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 python -m pytest -q -n 2 --dist loadfile $(ARGS)
 
 lint: $(STAMP)
 	@$(VENV)/bin/ruff check .
