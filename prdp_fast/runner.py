@@ -85,6 +85,7 @@ class Job:
         """What identifies the job in its run directory."""
         return {
             "recipe": self.settings.model_dump(mode="json"),
+            "prompts": self.train_prompts.fingerprint,  # a directory may have been rebuilt under the same name
             "deepspeed": self.config.values,
             "world_size": self.world_size,
         }

@@ -89,6 +89,12 @@ class PromptSet:
                 left -= shard.count
         self._cache: OrderedDict[int, list[Prompt]] = OrderedDict()
 
+    @property
+    def fingerprint(self) -> str:
+        """Of what the set holds, so that a run can tell whether its directory was rebuilt; 16 hexadecimal digits."""
+        content = "".join(f"{shard.sha256} {count}\n" for shard, count in zip(self._shards, self.counts, strict=True))
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
     @classmethod
     def open(cls, source: str | Path, name: str, limit: int | None = None) -> PromptSet:
         """Open a prompt set and check that its files are there and, below 64 MB, that they are undamaged.

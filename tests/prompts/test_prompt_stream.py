@@ -259,3 +259,17 @@ def test_members_that_are_not_json_stay_closed(tmp_path: Path) -> None:
     write_index(tmp_path, {"train": entry}, "test")
     assert list(PromptSet.open(tmp_path, "train")) == [Prompt(1, "a", {})]
     assert json.loads((tmp_path / "index.json").read_text())["sets"]["train"]["total"] == 1
+
+
+def test_a_fingerprint_is_of_the_prompts_that_are_used(tmp_path):
+    def build(name: str, texts: list[str]) -> Path:
+        directory = tmp_path / name
+        entry = write_shards([Prompt(i, text, {}) for i, text in enumerate(texts)], directory, "train", shard_size=2)
+        write_index(directory, {"train": entry}, "1-test")
+        return directory
+
+    one, same, other = build("a", ["x", "y", "z"]), build("b", ["x", "y", "z"]), build("c", ["x", "y", "w"])
+    fingerprints = [PromptSet.open(directory, "train").fingerprint for directory in (one, same, other)]
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+    assert PromptSet.open(one, "train", limit=2).fingerprint == PromptSet.open(other, "train", limit=2).fingerprint
+    assert PromptSet.open(one, "train", limit=1).fingerprint != PromptSet.open(one, "train", limit=2).fingerprint
