@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 
 import pytest
 from drive_traffic import BACKWARDS, CASES, LAYERS, WIDTH
 from launching import ROOT, deepspeed_command
 
+from benchmarks.scaling import Launch, conclude, describe
 from prdp_fast.cost import predict_epoch
 
 RANKS, FLOAT32 = 2, 4
@@ -46,3 +48,44 @@ def test_what_an_update_sends_is_what_is_predicted(counted: dict[str, dict], cas
         predicted -= parameters * FLOAT32 / 2  # gathered for the rollout, of which there is none here
     # Norms and flags for overflow cross too: a few bytes, where a whole copy of the gradients is 55 KB.
     assert counted[case]["sent"] == pytest.approx(predicted, abs=64)
+
+
+def job(ranks: int, epochs: list[float], rollout: list[float], update: list[float], reduction: float, sent: float) -> Launch:
+    """Of a million parameters at stage 2, eight micro-batches on one rank."""
+    phases = {"rollout": rollout, "update": update}
+    return Launch(ranks, epochs, phases, 1_000_000, 2, True, 8 // ranks, reduction, sent)
+
+
+def test_the_verdict_on_numbers_made_up() -> None:
+    """4 MB all-reduced between two ranks in 0.1 s is 40 MB/s a link. One epoch of 4 + 6 s is 5 s on each of two, and an update
+    sends the gradients twice over half a ring and the weights once: 6 MB, 0.15 s."""
+    single = [job(1, [10.0, 10.2], [4.0, 4.2], [6.0, 6.0], 0.0, 0.0), job(1, [10.0, 11.0], [3.9, 4.0], [6.0, 6.1], 0.0, 0.0)]
+    several = [job(2, [5.0, 5.2, 5.1], [2.0] * 3, [3.0] * 3, reduction, 6e6) for reduction in (0.09, 0.11)]
+    verdict = conclude(single, several)
+    assert verdict.bandwidth == pytest.approx(40e6)
+    assert verdict.predicted_communication == pytest.approx(0.15)
+    assert verdict.predicted == pytest.approx(5.15)
+    assert (verdict.one_rank, verdict.measured) == (pytest.approx(10.1), 5.1)
+    assert verdict.error == pytest.approx(5.15 / 5.1 - 1)
+    assert verdict.speed_up == pytest.approx(10.1 / 5.1)
+    assert verdict.predicted_bytes == pytest.approx(6e6) == verdict.counted_bytes
+    assert "prediction error: +1.0%" in describe(verdict, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_an_epoch_on_two_ranks_is_predicted_and_measured(tmp_path) -> None:
+    output = tmp_path / "scaling.json"
+    command = [
+        sys.executable, str(ROOT / "benchmarks/scaling.py"), "--launches", "1", "--rounds", "1", "--output", str(output),
+        "--set", "schedule.prompts_per_epoch=2", "--set", "schedule.images_per_prompt=2",
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=400)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    found = json.loads(output.read_text())
+    verdict = found["verdict"]
+    assert [found[name][0]["ranks"] for name in ("one_rank", "several_ranks")] == [1, 2]
+    assert verdict["counted_bytes"] == pytest.approx(verdict["predicted_bytes"], rel=1e-4)
+    assert verdict["measured"] > 0 and 0 < verdict["predicted_communication"] < verdict["predicted"]
+    assert found["machine"]["deepspeed"] and "--launches 1" in found["command"]
+    assert "prediction error" in result.stdout

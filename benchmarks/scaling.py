@@ -1,0 +1,242 @@
+"""How well an epoch on several ranks is predicted from one on a single rank: `prdp_fast.cost.predict_epoch` against the clock.
+
+    python benchmarks/scaling.py [--ranks 2] [--config zero2.json] [--output FILE.json]
+
+Jobs of one rank and of several take turns, each started by the deepspeed launcher. One rank gives the seconds of each phase,
+several the bandwidth of an all-reduce of as many numbers as the model has; from these two the epoch of several is predicted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run by path
+    _root = Path(__file__).resolve().parent.parent
+    sys.path[0] = str(_root)
+    sys.path.insert(1, str(_root / "kernels"))
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+import torch
+
+from benchmarks.provenance import arguments_of, provenance, result_file
+from prdp_fast.cost import predict_epoch
+from prdp_fast.errors import UserError
+from prdp_fast.files import write_json
+
+REDUCTIONS = 9  # all-reduces that are timed
+LAUNCH_SECONDS = 600
+
+
+@dataclass
+class Launch:
+    """One job. Lists have an entry an epoch; seconds of the slowest rank."""
+
+    ranks: int
+    epochs: list[float]
+    phases: dict[str, list[float]]
+    parameters: int
+    stage: int
+    coalesced: bool
+    micro_batches: int  # of an update, on each rank
+    all_reduce: float  # seconds, median, of as many float32 numbers as there are parameters
+    sent: float  # bytes that each rank sends in an epoch's rollout and update
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Seconds of an epoch on several ranks, and how they compare."""
+
+    one_rank: float  # measured
+    predicted: float
+    predicted_communication: float
+    measured: float
+    error: float  # predicted / measured - 1
+    speed_up: float  # one rank's over several's, measured
+    bandwidth: float  # bytes/s of the link, from the all-reduce
+    predicted_bytes: float  # that each rank sends
+    counted_bytes: float
+
+
+def conclude(single: list[Launch], several: list[Launch]) -> Verdict:
+    """From jobs of one rank and jobs of several. Medians over all epochs of all jobs."""
+    one, many = single[0], several[0]
+    n = many.ranks
+    phases = {name: statistics.median(s for launch in single for s in launch.phases[name]) for name in one.phases}
+    seconds = statistics.median(launch.all_reduce for launch in several)
+    bandwidth = 2 * (n - 1) / n * 4 * many.parameters / seconds
+    options: dict[str, Any] = {"micro_batches": one.micro_batches, "coalesced": many.coalesced}
+    prediction = predict_epoch(phases, n, many.stage, many.parameters, 4, bandwidth, **options)
+    measured = statistics.median(s for launch in several for s in launch.epochs)
+    alone = statistics.median(s for launch in single for s in launch.epochs)
+    return Verdict(
+        one_rank=alone,
+        predicted=prediction.seconds,
+        predicted_communication=prediction.communication,
+        measured=measured,
+        error=prediction.seconds / measured - 1,
+        speed_up=alone / measured,
+        bandwidth=bandwidth,
+        predicted_bytes=prediction.communication * bandwidth,
+        counted_bytes=many.sent,
+    )
+
+
+def describe(verdict: Verdict, ranks: int) -> str:
+    return "\n".join(
+        [
+            f"epoch on 1 rank: {verdict.one_rank:.3f} s",
+            f"all-reduce over {ranks} ranks: {verdict.bandwidth / 1e9:.3f} GB/s a link",
+            f"epoch on {ranks} ranks, predicted: {verdict.predicted:.3f} s, "
+            f"of it communication {1e3 * verdict.predicted_communication:.1f} ms",
+            f"epoch on {ranks} ranks, measured: {verdict.measured:.3f} s, {verdict.speed_up:.2f} times one rank's speed",
+            f"prediction error: {verdict.error:+.1%}",
+            f"bytes that each rank sends, predicted: {verdict.predicted_bytes:.0f}, counted: {verdict.counted_bytes:.0f}",
+        ]
+    )
+
+
+# ------------------------------------------------------------------------------------------------- in each rank of a launched job
+def run_rank(config: str, overrides: list[str], rounds: int) -> Launch:
+    """This rank's part of an epoch, `rounds` times after one that warms up."""
+    import torch.distributed as dist
+
+    from benchmarks.phases import stopwatch
+    from benchmarks.sizes import share_of_rank
+    from benchmarks.traffic import count_traffic
+    from benchmarks.workload import Workload
+    from prdp_fast import zero
+
+    workload = Workload.build("tiny", overrides, config=config)
+    rank, ranks = zero.launched_rank(), zero.launched_world_size()
+    workload = share_of_rank(workload, rank, ranks)
+    device = workload.embeddings.prompt_embeds.device
+    watch = stopwatch(device)
+
+    def epoch() -> dict[str, float]:
+        """Seconds of each phase; as in `Workload.epoch`."""
+        taken: dict[str, float] = {}
+
+        def timed(name: str, call: Callable[[], Any]) -> Any:
+            kept: list[Any] = []
+            taken[name] = watch(lambda: kept.append(call())) / 1e3
+            return kept[0]
+
+        text = workload.text
+        assert text is not None
+        workload.embeddings = timed("text", lambda: text.encode(workload.prompts))
+        trajectories = timed("rollout", workload.rollout)
+        images = timed("decode", lambda: workload.decode(trajectories))
+        rewards = timed("reward", lambda: workload.score(images))
+        reference = timed("reference", lambda: workload.reference(trajectories))
+        timed("update", lambda: workload.update(trajectories, rewards, reference))
+        return taken
+
+    epoch()
+    totals, phases = [], []
+    for _ in range(rounds):
+        zero.barrier()
+        start = time.perf_counter()
+        taken = epoch()
+        total = time.perf_counter() - start
+        slowest = zero.all_reduce([total, *taken.values()], "max")
+        totals.append(slowest[0])
+        phases.append(dict(zip(taken, slowest[1:], strict=True)))
+
+    parameters = sum(parameter.numel() for parameter in workload.reference_unet.parameters())
+    gradients = torch.zeros(parameters, device=device)
+    reductions = []
+    for _ in range(REDUCTIONS + 2):
+        zero.barrier()
+        reductions.append(watch(lambda: dist.all_reduce(gradients)) / 1e3)
+    with count_traffic() as traffic:
+        epoch()
+    rows = workload.images * len(workload.policy.transitions.stochastic)
+    return Launch(
+        ranks=ranks,
+        epochs=totals,
+        phases={name: [taken[name] for taken in phases] for name in phases[0]},
+        parameters=parameters,
+        stage=workload.engine.config.stage,
+        coalesced=workload.engine.coalesce,
+        micro_batches=-(-rows // workload.micro_batch),
+        all_reduce=statistics.median(reductions[2:]),
+        sent=traffic.sent,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------- the whole
+def launch(ranks: int, config: str, overrides: list[str], rounds: int) -> Launch:
+    """Raises: UserError with the job's own last word, if it fails."""
+    with socket.socket() as probe, tempfile.TemporaryDirectory() as directory:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        result = Path(directory) / "launch.json"
+        command = [str(Path(sys.executable).with_name("deepspeed")), "--master_port", str(port), "--num_gpus", str(ranks)]
+        command += [str(Path(__file__).resolve()), "--rank-result", str(result), "--config", config, "--rounds", str(rounds)]
+        command += [f"--set={override}" for override in overrides]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LAUNCH_SECONDS)
+        if done.returncode or not result.exists():
+            lines = [line for line in (done.stdout + done.stderr).splitlines() if "rror" in line]
+            raise UserError(f"the job of {ranks} rank(s) failed: {lines[-1].strip() if lines else 'it said nothing'}")
+        return Launch(**json.loads(result.read_text()))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--config", default="zero2.json", help="DeepSpeed JSON, as for training")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE")
+    parser.add_argument("--launches", type=int, default=2, help="jobs of each number of ranks, in turn")
+    parser.add_argument("--rounds", type=int, default=5, help="epochs of each job")
+    parser.add_argument("--rank-result", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    result_file(parser)
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    if args.ranks < 2:
+        parser.error(f"--ranks is {args.ranks}; expected 2 or more, to compare with one")
+    try:
+        if args.rank_result:
+            from prdp_fast import zero
+
+            try:
+                result = run_rank(args.config, args.overrides, args.rounds)
+                if zero.launched_rank() == 0:
+                    args.rank_result.write_text(json.dumps(asdict(result)))
+            finally:
+                zero.shutdown_distributed()
+            return 0
+        origin = provenance(__file__, arguments_of(arguments)) if args.output else {}
+        turns = [
+            [launch(ranks, args.config, args.overrides, args.rounds) for ranks in (1, args.ranks)] for _ in range(args.launches)
+        ]
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    single, several = [list(launches) for launches in zip(*turns, strict=True)]
+    verdict = conclude(single, several)
+    if args.output:
+        jobs = {"one_rank": [asdict(job) for job in single], "several_ranks": [asdict(job) for job in several]}
+        write_json(args.output, origin | {"config": Path(args.config).name, "verdict": asdict(verdict)} | jobs)
+    print(describe(verdict, args.ranks))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
