@@ -4,7 +4,7 @@ STAMP := $(VENV)/.stamp
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train test lint bench gpu-check clean
+.PHONY: help venv train test lint bench gpu-check gpu-bench clean
 
 help:
 	@echo "make venv    the virtual environment in $(VENV), pinned by constraints.txt (PYTHON=$(PYTHON))"
@@ -13,6 +13,7 @@ help:
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   the benchmarks; without a GPU, the plain torch references only"
 	@echo "make gpu-check  kernel tests, benchmark and sanitizer on this machine's GPU, with $(PYTHON); ARGS='--quick'"
+	@echo "make gpu-bench  an SD v1.4-shaped epoch on this machine's GPU, eager against the full path, with $(PYTHON)"
 	@echo "make clean   remove caches and build products, keep $(VENV) and runs"
 
 venv: $(STAMP)
@@ -47,6 +48,10 @@ bench: $(STAMP)
 # Not the virtual environment: the machine's own python, with the CUDA build of torch that fits its driver.
 gpu-check:
 	@$(PYTHON) benchmarks/gpu_check.py $(ARGS)
+
+# Likewise; it needs what training needs in that python.
+gpu-bench:
+	@$(PYTHON) benchmarks/gpu_bench.py $(ARGS)
 
 clean:
 	@rm -rf build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
