@@ -44,6 +44,7 @@ import torch
 
 from benchmarks.phases import stopwatch
 from benchmarks.plain_ddpo import PlainDdpo
+from benchmarks.provenance import arguments_of, provenance, result_file
 from benchmarks.timing import Timing
 from benchmarks.workload import Workload
 from prdp_fast import zero
@@ -220,7 +221,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), metavar="CONTESTANT")
-    parser.add_argument("--output", type=Path, help="JSON")
+    result_file(parser)
     parser.add_argument("--worker", choices=CONTESTANTS, help=argparse.SUPPRESS)
     parser.add_argument("--overrides", dest="worker_overrides", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
@@ -228,13 +229,15 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if args.worker:
             return work(CONTESTANTS[args.worker], args.worker_overrides)
+        origin = provenance(__file__, arguments_of(arguments)) if args.output else {}  # of what runs, so at the start
         comparisons = compare(args.only, args.overrides, args.rounds)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(table(comparisons))
     if args.output:
-        write_json(args.output, {name: comparison.as_dict() for name, comparison in comparisons.items()})
+        against = {name: comparison.as_dict() for name, comparison in comparisons.items()}
+        write_json(args.output, origin | {"against": against})
     return 0
 
 

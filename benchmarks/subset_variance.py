@@ -28,6 +28,7 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 import torch
 
+from benchmarks.provenance import arguments_of, provenance, result_file
 from benchmarks.workload import Workload
 from prdp_fast import zero
 from prdp_fast.errors import UserError
@@ -147,9 +148,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--warm-epochs", type=int, default=10)
     parser.add_argument("--epochs", type=int, default=8, help="whole gradients, for the noise between epochs")
     parser.add_argument("--draws", type=int, default=8)
-    parser.add_argument("--output", type=Path, help="JSON")
+    result_file(parser)
     args = parser.parse_args(arguments)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    origin = provenance(__file__, arguments_of(arguments)) if args.output else {}  # of what runs, so at the start
     try:
         workload = Workload.build("tiny", ["performance.attention=sdpa", *args.overrides])
         results = measure(workload, warm_epochs=args.warm_epochs, epochs=args.epochs, draws=args.draws)
@@ -160,7 +162,7 @@ def main(arguments: list[str] | None = None) -> int:
         zero.shutdown_distributed()
     print(table(results))
     if args.output:
-        write_json(args.output, [asdict(noise) for noise in results])
+        write_json(args.output, origin | {"noise": [asdict(noise) for noise in results]})
     return 0
 
 
