@@ -4,6 +4,9 @@
 
 Jobs of one rank and of several take turns, each started by the deepspeed launcher. One rank gives the seconds of each phase,
 several the bandwidth of an all-reduce of as many numbers as the model has; from these two the epoch of several is predicted.
+
+On a CPU a rank whose core is taken by another process says nothing of scaling. Epochs count in which every rank was given its
+core nearly all the time before the update; where there is none, all count, and the verdict says so.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ from prdp_fast.errors import UserError
 from prdp_fast.files import write_json
 
 REDUCTIONS = 9  # all-reduces that are timed
+UNDISTURBED = 0.95  # processor time over time on the wall, of one thread outside the update, which waits for other ranks
 LAUNCH_SECONDS = 600
 
 
@@ -49,6 +53,7 @@ class Launch:
     ranks: int
     epochs: list[float]
     phases: dict[str, list[float]]
+    processor_share: list[float]  # of the rank that was given least
     parameters: int
     stage: int
     coalesced: bool
@@ -70,33 +75,49 @@ class Verdict:
     bandwidth: float  # bytes/s of the link, from the all-reduce
     predicted_bytes: float  # that each rank sends
     counted_bytes: float
+    epochs: dict[str, int]  # that count: of one rank, of several
+    disturbed: bool  # there were none of some kind but disturbed ones
+
+
+def counting(launches: list[Launch]) -> list[tuple[float, dict[str, float]]]:
+    """(seconds, seconds by phase) of the epochs that other processes left alone; of all, if there is none."""
+    every = [
+        (share, (launch.epochs[i], {name: seconds[i] for name, seconds in launch.phases.items()}))
+        for launch in launches
+        for i, share in enumerate(launch.processor_share)
+    ]
+    return [epoch for share, epoch in every if share >= UNDISTURBED] or [epoch for _, epoch in every]
 
 
 def conclude(single: list[Launch], several: list[Launch]) -> Verdict:
-    """From jobs of one rank and jobs of several. Medians over all epochs of all jobs."""
+    """From jobs of one rank and jobs of several. Medians over the epochs that count, of all jobs."""
     one, many = single[0], several[0]
     n = many.ranks
-    phases = {name: statistics.median(s for launch in single for s in launch.phases[name]) for name in one.phases}
+    alone, together = counting(single), counting(several)
+    phases = {name: statistics.median(taken[name] for _, taken in alone) for name in one.phases}
     seconds = statistics.median(launch.all_reduce for launch in several)
     bandwidth = 2 * (n - 1) / n * 4 * many.parameters / seconds
     options: dict[str, Any] = {"micro_batches": one.micro_batches, "coalesced": many.coalesced}
     prediction = predict_epoch(phases, n, many.stage, many.parameters, 4, bandwidth, **options)
-    measured = statistics.median(s for launch in several for s in launch.epochs)
-    alone = statistics.median(s for launch in single for s in launch.epochs)
+    measured = statistics.median(seconds for seconds, _ in together)
+    one_rank = statistics.median(seconds for seconds, _ in alone)
     return Verdict(
-        one_rank=alone,
+        one_rank=one_rank,
         predicted=prediction.seconds,
         predicted_communication=prediction.communication,
         measured=measured,
         error=prediction.seconds / measured - 1,
-        speed_up=alone / measured,
+        speed_up=one_rank / measured,
         bandwidth=bandwidth,
         predicted_bytes=prediction.communication * bandwidth,
         counted_bytes=many.sent,
+        epochs={"one_rank": len(alone), "several_ranks": len(together)},
+        disturbed=any(max(share for job in jobs for share in job.processor_share) < UNDISTURBED for jobs in (single, several)),
     )
 
 
 def describe(verdict: Verdict, ranks: int) -> str:
+    busy = "; the machine was busy in every epoch, so this says little" if verdict.disturbed else ""
     return "\n".join(
         [
             f"epoch on 1 rank: {verdict.one_rank:.3f} s",
@@ -104,7 +125,8 @@ def describe(verdict: Verdict, ranks: int) -> str:
             f"epoch on {ranks} ranks, predicted: {verdict.predicted:.3f} s, "
             f"of it communication {1e3 * verdict.predicted_communication:.1f} ms",
             f"epoch on {ranks} ranks, measured: {verdict.measured:.3f} s, {verdict.speed_up:.2f} times one rank's speed",
-            f"prediction error: {verdict.error:+.1%}",
+            f"prediction error: {verdict.error:+.1%}, over {verdict.epochs['one_rank']} epochs of 1 rank and "
+            f"{verdict.epochs['several_ranks']} of {ranks}{busy}",
             f"bytes that each rank sends, predicted: {verdict.predicted_bytes:.0f}, counted: {verdict.counted_bytes:.0f}",
         ]
     )
@@ -127,8 +149,8 @@ def run_rank(config: str, overrides: list[str], rounds: int) -> Launch:
     device = workload.embeddings.prompt_embeds.device
     watch = stopwatch(device)
 
-    def epoch() -> dict[str, float]:
-        """Seconds of each phase; as in `Workload.epoch`."""
+    def epoch() -> tuple[dict[str, float], float]:
+        """Seconds of each phase, as in `Workload.epoch`, and the share of them that this process was given before the update."""
         taken: dict[str, float] = {}
 
         def timed(name: str, call: Callable[[], Any]) -> Any:
@@ -136,6 +158,7 @@ def run_rank(config: str, overrides: list[str], rounds: int) -> Launch:
             taken[name] = watch(lambda: kept.append(call())) / 1e3
             return kept[0]
 
+        start = time.process_time()
         text = workload.text
         assert text is not None
         workload.embeddings = timed("text", lambda: text.encode(workload.prompts))
@@ -143,18 +166,20 @@ def run_rank(config: str, overrides: list[str], rounds: int) -> Launch:
         images = timed("decode", lambda: workload.decode(trajectories))
         rewards = timed("reward", lambda: workload.score(images))
         reference = timed("reference", lambda: workload.reference(trajectories))
+        share = (time.process_time() - start) / sum(taken.values()) if device.type == "cpu" else 1.0
         timed("update", lambda: workload.update(trajectories, rewards, reference))
-        return taken
+        return taken, share
 
     epoch()
-    totals, phases = [], []
+    totals, phases, shares = [], [], []
     for _ in range(rounds):
         zero.barrier()
         start = time.perf_counter()
-        taken = epoch()
+        taken, share = epoch()
         total = time.perf_counter() - start
         slowest = zero.all_reduce([total, *taken.values()], "max")
         totals.append(slowest[0])
+        shares.append(zero.all_reduce([share], "min")[0])
         phases.append(dict(zip(taken, slowest[1:], strict=True)))
 
     parameters = sum(parameter.numel() for parameter in workload.reference_unet.parameters())
@@ -170,6 +195,7 @@ def run_rank(config: str, overrides: list[str], rounds: int) -> Launch:
         ranks=ranks,
         epochs=totals,
         phases={name: [taken[name] for taken in phases] for name in phases[0]},
+        processor_share=shares,
         parameters=parameters,
         stage=workload.engine.config.stage,
         coalesced=workload.engine.coalesce,

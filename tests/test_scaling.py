@@ -53,7 +53,7 @@ def test_what_an_update_sends_is_what_is_predicted(counted: dict[str, dict], cas
 def job(ranks: int, epochs: list[float], rollout: list[float], update: list[float], reduction: float, sent: float) -> Launch:
     """Of a million parameters at stage 2, eight micro-batches on one rank."""
     phases = {"rollout": rollout, "update": update}
-    return Launch(ranks, epochs, phases, 1_000_000, 2, True, 8 // ranks, reduction, sent)
+    return Launch(ranks, epochs, phases, [1.0] * len(epochs), 1_000_000, 2, True, 8 // ranks, reduction, sent)
 
 
 def test_the_verdict_on_numbers_made_up() -> None:
@@ -69,7 +69,20 @@ def test_the_verdict_on_numbers_made_up() -> None:
     assert verdict.error == pytest.approx(5.15 / 5.1 - 1)
     assert verdict.speed_up == pytest.approx(10.1 / 5.1)
     assert verdict.predicted_bytes == pytest.approx(6e6) == verdict.counted_bytes
-    assert "prediction error: +1.0%" in describe(verdict, 2)
+    assert "prediction error: +1.0%, over 4 epochs of 1 rank and 6 of 2" in describe(verdict, 2)
+    assert not verdict.disturbed
+
+
+def test_epochs_that_another_process_disturbed_do_not_count() -> None:
+    single, several = job(1, [10.0, 17.0], [4.0, 9.0], [6.0, 8.0], 0.0, 0.0), job(2, [5.0, 9.0], [2.0, 4.0], [3.0, 5.0], 0.1, 6e6)
+    single.processor_share, several.processor_share = [0.99, 0.7], [0.97, 0.6]
+    verdict = conclude([single], [several])
+    assert (verdict.one_rank, verdict.measured, verdict.disturbed) == (10.0, 5.0, False)
+    assert verdict.predicted == pytest.approx(5.15)
+    several.processor_share = [0.8, 0.6]  # none is left: all count, and it is said
+    verdict = conclude([single], [several])
+    assert (verdict.one_rank, verdict.measured, verdict.disturbed) == (10.0, 7.0, True)
+    assert "the machine was busy" in describe(verdict, 2)
 
 
 @pytest.mark.slow
