@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from prdp_fast.models.pipeline import Pipeline
-from prdp_fast.models.text import TextEncoder
-from prdp_fast.records import Prompt, Scores
+from prdp_fast.records import Prompt, Scores, TextEmbeddings
 from prdp_fast.rewards import WeightedRewards
 from prdp_fast.sampling.policy import Policy
 from prdp_fast.sampling.rollout import rollout
@@ -67,7 +67,7 @@ def evaluate(
     policy: Policy,
     unet: nn.Module,
     pipeline: Pipeline,
-    text: TextEncoder,
+    encode: Callable[[list[Prompt]], TextEmbeddings],
     rewards: WeightedRewards,
     prompts: list[Prompt],
     *,
@@ -77,7 +77,7 @@ def evaluate(
 ) -> Evaluation:
     """Sample and score `prompts` (this rank's part). The noise depends on (seed, prompt, image) alone."""
     trajectories = rollout(
-        policy, unet, prompts, text.encode(prompts), images_per_prompt=images_per_prompt,
+        policy, unet, prompts, encode(prompts), images_per_prompt=images_per_prompt,
         latent_shape=pipeline.latent_shape, batch=batch, seed=seed, epoch=EVALUATION_EPOCH,
     )  # fmt: skip
     images = pipeline.decode(trajectories.latents[:, -1])

@@ -6,6 +6,7 @@ prompts -> embeddings -> rollout -> rewards -> reference log-probs -> weights ->
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -27,8 +28,9 @@ from prdp_fast.models.process import choose_fused_optimizer, prepare_process
 from prdp_fast.models.shapes import Shapes
 from prdp_fast.models.text import TextEncoder
 from prdp_fast.objectives import build_objective
+from prdp_fast.prompts.embeddings import PROBES, StoredEmbeddings, has_embeddings
 from prdp_fast.prompts.stream import PromptSet, PromptStream
-from prdp_fast.records import Prompt, Scores
+from prdp_fast.records import Prompt, Scores, TextEmbeddings
 from prdp_fast.rewards import BackgroundScores, WeightedRewards, build_rewards
 from prdp_fast.sampling.policy import Policy
 from prdp_fast.sampling.rollout import rollout
@@ -71,6 +73,11 @@ class Job:
         )
         check_steps(settings, transitions)
         train = PromptSet.open(prompts.source, prompts.train, limit=prompts.limit)
+        if prompts.stored_embeddings and not has_embeddings(train.directory):
+            raise UserError(
+                f"prompts.stored_embeddings is set, but {train.directory} has none; run 'prdp embed {train.directory} --model "
+                f"{settings.model.pretrained}', or set it false"
+            )
         PromptStream(train, seed=settings.seed, prompts_per_epoch=settings.schedule.prompts_per_epoch, world_size=world_size)
         held = {}
         if evaluation.prompts:
@@ -199,7 +206,7 @@ def train(job: Job, output: Path, device: torch.device) -> dict[str, Any]:
     process = prepare_process(performance, device, job.config.dtype)
     fused = choose_fused_optimizer(performance.fused_optimizer, device, job.config.offloads_optimizer)
     pipeline = Pipeline.load(settings.model.pretrained, device, frozen_dtype=job.config.dtype)
-    text = TextEncoder(pipeline, job.config.dtype)
+    encode = choose_encoder(job, TextEncoder(pipeline, job.config.dtype), device)
     policy = build_policy(settings, job.transitions)
     objective = build_objective(settings.objective, settings.kernels)
     reference = pipeline.reference_unet(job.config.dtype) if objective.needs_reference else None
@@ -242,7 +249,7 @@ def train(job: Job, output: Path, device: torch.device) -> dict[str, Any]:
                 prompts = job.evaluation_prompts[name]
                 with agree_on_rewards():
                     part = evaluate(
-                        policy, unet, pipeline, text, job.rewards, prompts[rank::world_size],
+                        policy, unet, pipeline, encode, job.rewards, prompts[rank::world_size],
                         images_per_prompt=settings.evaluation.images_per_prompt, batch=settings.sampler.rollout_batch,
                         seed=settings.evaluation.seed,
                     )  # fmt: skip
@@ -277,7 +284,7 @@ def train(job: Job, output: Path, device: torch.device) -> dict[str, Any]:
 
             with telemetry.phase("prompts"):
                 prompts = stream.epoch(epoch)
-                embeddings = text.encode(prompts)
+                embeddings = encode(prompts)
             with telemetry.phase("rollout"), engine.sampling_unet() as unet:
                 trajectories = rollout(
                     policy, unet, prompts, embeddings, images_per_prompt=schedule.images_per_prompt,
@@ -396,6 +403,19 @@ def speed_up(
     )  # fmt: skip
     engine.sampling_view = speed.sampling_view
     return speed
+
+
+def choose_encoder(job: Job, text: TextEncoder, device: torch.device) -> Callable[[list[Prompt]], TextEmbeddings]:
+    """Prompts to embeddings: the pipeline's encoder, or what it left beside the shards.
+
+    Raises: UserError if those are another model's.
+    """
+    directory = job.train_prompts.directory
+    stored = StoredEmbeddings.open(directory) if job.settings.prompts.stored_embeddings else None
+    if stored is None:
+        return text.encode
+    stored.check(text.encode, list(itertools.islice(job.train_prompts, PROBES)))
+    return stored.encoder(device, text.dtype)
 
 
 def load_or_run(path: Path, run: Callable[[], dict[str, Evaluation]], is_main: bool) -> dict[str, Evaluation]:

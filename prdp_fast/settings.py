@@ -77,6 +77,9 @@ class PromptSettings(Section):
     seen: str = Field("seen_eval", description="evaluation set of prompts that training may draw")
     unseen: str = Field("unseen_eval", description="evaluation set of prompts that training never draws")
     limit: int | None = Field(None, ge=1, description="train on this many prompts of the set, chosen once by a fixed seed")
+    stored_embeddings: bool = Field(
+        False, description="read the float16 embeddings that `prdp embed` left beside the shards; the text encoder rests"
+    )
 
 
 class RewardSettings(Section):

@@ -64,6 +64,7 @@ def test_unknown_key_names_file_section_and_nearest(capsys, recipe: Path) -> Non
         ("optimizer.learning_rate=.nan", ["learning_rate", "finite"]),
         ("prompts.train=trian", ["trian"]),
         ("prompts.source=nowhere", ["nowhere"]),
+        ("prompts.stored_embeddings=true", ["prompts.stored_embeddings is set", "has none", "prdp embed", "--model tiny"]),
         ("prompts.source='pipe:curl http://x'", ["pipe"]),
         ("model.pretrained=./no-such-model", ["no-such-model"]),
         ("kernels=triton", ["kernels is 'triton'", "no CUDA device", "TRITON_INTERPRET=1"]),

@@ -231,6 +231,15 @@ class StoredEmbeddings:
                         tensor[target] = slices[name][row : row + 1][0]
         return TextEmbeddings(**tensors, **self._shared)
 
+    def encoder(self, device: torch.device, dtype: torch.dtype) -> Encode:
+        """What takes a text encoder's place: rows on this device, in this dtype."""
+
+        def encode(prompts: list[Prompt]) -> TextEmbeddings:
+            rows = self.rows(prompts)
+            return TextEmbeddings(*(None if tensor is None else tensor.to(device, dtype) for tensor in rows))
+
+        return encode
+
     def check(self, encode: Encode, prompts: list[Prompt]) -> None:
         """Compare with an encoder on the first of `prompts`. Raises: UserError if it is another model's."""
         probes = prompts[:PROBES]
@@ -246,9 +255,13 @@ class StoredEmbeddings:
                 )
 
 
+def has_embeddings(directory: Path) -> bool:
+    return (directory / MANIFEST).is_file()
+
+
 def embedding_faults(directory: Path) -> list[str]:
     """What `verify` has to say of a directory's embeddings: nothing if there are none or all is well."""
-    if not (directory / MANIFEST).is_file():
+    if not has_embeddings(directory):
         return []
     try:
         stored = StoredEmbeddings.open(directory)

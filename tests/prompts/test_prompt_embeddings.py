@@ -126,3 +126,28 @@ def test_the_embedded_model(directory: Path, capsys: pytest.CaptureFixture[str])
     error = (stored.rows(prompts).prompt_embeds.float() - fresh).abs().max() / fresh.abs().max()
     assert error < 2**-10
     assert cli.main(["embed", str(directory / "absent"), "--model", "tiny"]) == 2
+
+
+def test_training_reads_them_instead_of_encoding(directory: Path) -> None:
+    """One epoch's text phase, both ways, through what the runner chooses."""
+    from prdp_fast import runner
+    from prdp_fast.models.pipeline import Pipeline
+    from prdp_fast.models.text import TextEncoder
+    from prdp_fast.settings import load_recipe
+
+    assert cli.main(["embed", str(directory), "--model", "tiny"]) == 0
+    cpu = torch.device("cpu")
+    encoder = TextEncoder(Pipeline.load("tiny", cpu, frozen_dtype=torch.float32), torch.float32)
+
+    def chosen(stored: bool):
+        settings = load_recipe("smoke", [f"prompts={{source: {directory}, stored_embeddings: {stored}}}"])
+        job = runner.Job.prepare(settings, "zero2.json", world_size=1, cuda=False)
+        return job, runner.choose_encoder(job, encoder, cpu)
+
+    assert chosen(False)[1] == encoder.encode
+    job, encode = chosen(True)
+    prompts = job.evaluation_prompts["unseen"]
+    rows, fresh = encode(prompts), encoder.encode(prompts)
+    for row, expected in zip(rows, fresh, strict=True):
+        assert row.dtype == torch.float32 and row.shape == expected.shape and not torch.equal(row, expected)
+        assert torch.equal(row, expected.half().float())
