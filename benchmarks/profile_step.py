@@ -55,7 +55,7 @@ def chart(result: Profile, path: Path) -> None:
         label="its U-Net calls alone",
     )  # fmt: skip
     axes.bar_label(bars, labels=[annotation(phase) for phase in result.phases], padding=4, fontsize=8, color="#555555")
-    axes.margins(x=0.3)  # room for those
+    axes.margins(x=0.4)  # room for those
     axes.invert_yaxis()
     axes.set_xlabel(f"seconds an epoch of {result.images} images ({result.preset}, {result.device})")
     axes.legend(frameon=False)
