@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
+import random
 import statistics
 import subprocess
 import sys
@@ -208,10 +208,8 @@ def run_rank(config: str, overrides: list[str], rounds: int) -> Launch:
 # ----------------------------------------------------------------------------------------------------------------- the whole
 def launch(ranks: int, config: str, overrides: list[str], rounds: int) -> Launch:
     """Raises: UserError with the job's own last word, if it fails."""
-    with socket.socket() as probe, tempfile.TemporaryDirectory() as directory:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
+    port = random.randrange(20000, 32000)  # below the ephemeral range, which other programs' connections draw from
+    with tempfile.TemporaryDirectory() as directory:
         result = Path(directory) / "launch.json"
         command = [str(Path(sys.executable).with_name("deepspeed")), "--master_port", str(port), "--num_gpus", str(ranks)]
         command += [str(Path(__file__).resolve()), "--rank-result", str(result), "--config", config, "--rounds", str(rounds)]

@@ -11,7 +11,6 @@ import json
 import logging
 import math
 import os
-import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,13 +52,12 @@ def launched_rank() -> int:
 
 def init_distributed() -> torch.device:
     """Join the job's process group (NCCL on CUDA, gloo on CPU) and return this rank's device."""
-    if "RANK" not in os.environ:  # run by python itself: a job of one
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    if "RANK" not in os.environ:  # run by python itself: a job of one, which needs no address and so takes no port
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)  # takes over a group that exists
     device = torch.device(get_accelerator().device_name(int(os.environ.get("LOCAL_RANK", "0"))))
     if device.type == "cuda":
         torch.cuda.set_device(device)
