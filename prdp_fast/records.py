@@ -23,9 +23,16 @@ class TextEmbeddings(NamedTuple):
 
     prompt_embeds: torch.Tensor  # (N, L, D) model dtype
     negative_prompt_embeds: torch.Tensor  # (1, L, D): the empty prompt, broadcast to every row
+    # SDXL's, else None.
+    pooled_prompt_embeds: torch.Tensor | None = None  # (N, P) model dtype
+    negative_pooled_prompt_embeds: torch.Tensor | None = None  # (1, P), broadcast to every row
+    time_ids: torch.Tensor | None = None  # (1, 6) pixels: original height and width, crop's top and left, target height and width
 
-    def rows(self, index: torch.Tensor) -> TextEmbeddings:
-        return TextEmbeddings(self.prompt_embeds[index], self.negative_prompt_embeds)
+    def rows(self, index: torch.Tensor | slice) -> TextEmbeddings:
+        pooled = self.pooled_prompt_embeds
+        return self._replace(
+            prompt_embeds=self.prompt_embeds[index], pooled_prompt_embeds=None if pooled is None else pooled[index]
+        )
 
 
 @dataclass

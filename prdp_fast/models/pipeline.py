@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,22 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DDPMScheduler,
+    DiffusionPipeline,
     SchedulerMixin,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
@@ -28,6 +38,15 @@ from prdp_fast.errors import UserError
 
 TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
 SCHEDULERS: dict[str, type[SchedulerMixin]] = {"DDPMScheduler": DDPMScheduler, "DDIMScheduler": DDIMScheduler}
+# The families, and what each needs; SD 1 and SD 2 differ in configurations alone.
+FAMILIES: dict[str, type[DiffusionPipeline]] = {
+    "StableDiffusionPipeline": StableDiffusionPipeline,
+    "StableDiffusionXLPipeline": StableDiffusionXLPipeline,
+}
+COMPONENTS = {
+    "StableDiffusionPipeline": ("unet", "vae", "scheduler", "text_encoder", "tokenizer"),
+    "StableDiffusionXLPipeline": ("unet", "vae", "scheduler", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
+}
 
 
 def resolve(pretrained: str) -> str:
@@ -35,33 +54,86 @@ def resolve(pretrained: str) -> str:
     return str(TINY) if pretrained == "tiny" else pretrained
 
 
+def read_json(pretrained: str, filename: str) -> dict[str, Any]:
+    """A configuration of a pipeline directory or hub id. Raises: UserError if it is not there or no JSON."""
+    path = Path(resolve(pretrained)) / filename
+    if not path.is_file():
+        path = _from_hub(pretrained, filename)
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"model.pretrained {pretrained!r}: {filename} is no JSON ({error}); fetch it again") from None
+
+
+def family(pretrained: str) -> str:
+    """The pipeline's class, a key of FAMILIES, by its model_index.json alone.
+
+    Raises: UserError if it is another class, or lacks a component.
+    """
+    index = read_json(pretrained, "model_index.json")
+    name = index.get("_class_name")
+    if name not in FAMILIES:
+        raise UserError(
+            f"model.pretrained {pretrained!r} is a {name}; expected a {' or '.join(FAMILIES)}: text-to-image models of the SD 1, "
+            "SD 2 and SDXL families"
+        )
+    for component in COMPONENTS[name]:
+        if not (index.get(component) or [None])[0]:
+            raise UserError(
+                f"model.pretrained {pretrained!r} has no {component} in its model_index.json, which a {name} needs; "
+                "save the whole pipeline with save_pretrained"
+            )
+    return name
+
+
 def load_scheduler(pretrained: str) -> SchedulerMixin:
     """The pipeline's scheduler alone: kilobytes of JSON, so that settings can be checked before weights are touched.
 
-    A sampler without a density (PNDM, as SD v1.4 ships) becomes a DDIMScheduler on the same noise schedule, which with eta 1
-    is the paper's DDPM sampler.
+    A sampler without a density (SD v1.4's PNDM, SDXL's Euler) becomes a DDIMScheduler on the same noise schedule, which with
+    eta 1 is the paper's DDPM sampler.
+
+    Raises: UserError if the model is of no family, or was not trained on a schedule of betas.
     """
-    path = Path(resolve(pretrained)) / "scheduler" / "scheduler_config.json"
-    if not path.is_file():
-        path = _from_hub(pretrained, "scheduler/scheduler_config.json")
-    config: dict[str, Any] = json.loads(path.read_text())
-    scheduler_class = SCHEDULERS.get(config.get("_class_name", ""), DDIMScheduler)
-    if scheduler_class.__name__ != config.get("_class_name"):
+    family(pretrained)
+    config = read_json(pretrained, "scheduler/scheduler_config.json")
+    name = config.get("_class_name", "")
+    scheduler_class = SCHEDULERS.get(name, DDIMScheduler)
+    if scheduler_class.__name__ != name:
+        if not {"beta_start", "beta_end", "beta_schedule"} <= config.keys() and not config.get("trained_betas"):
+            raise UserError(
+                f"model.pretrained {pretrained!r} samples with {name or 'an unnamed scheduler'}, which has no betas (flow "
+                "matching or EDM); expected a model trained on a DDPM noise schedule, as SD 1, SD 2 and SDXL are"
+            )
         # Samplers without these settings neither clip nor threshold; DDIM's own default would.
         config = {"clip_sample": False, "thresholding": False} | config
-    return scheduler_class.from_config(config)
+    try:
+        return scheduler_class.from_config(config)
+    except (NotImplementedError, ValueError, TypeError) as error:
+        raise UserError(
+            f"model.pretrained {pretrained!r}: {scheduler_class.__name__} refuses scheduler_config.json ({error}); "
+            "correct it there"
+        ) from None
 
 
 def _from_hub(pretrained: str, filename: str) -> Path:
-    if Path(pretrained).is_dir():
-        raise UserError(f"model.pretrained {pretrained!r} has no {filename}; expected a StableDiffusionPipeline directory")
+    what = f"model.pretrained {pretrained!r}"
+    if Path(resolve(pretrained)).is_dir():
+        raise UserError(f"{what} has no {filename}; expected a {' or '.join(FAMILIES)} directory, as save_pretrained writes it")
     try:
         return Path(hf_hub_download(pretrained, filename))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            f"model.pretrained {pretrained!r} is no directory, and the hub did not give it ({type(error).__name__}); "
-            "check the name, the network and `hf auth login`"
-        ) from None
+    except GatedRepoError:
+        reason = f"is gated; accept its terms at https://huggingface.co/{pretrained}, then run `hf auth login`"
+    except RepositoryNotFoundError:
+        reason = "is neither a directory nor a model on the hub; check the name, and for a private model run `hf auth login`"
+    except HFValidationError:
+        reason = "is neither a directory nor a hub id (owner/name); check the path"
+    except LocalEntryNotFoundError:
+        reason = "is no directory and not in the hub's cache, and the hub is out of reach; check the name and the network"
+    except EntryNotFoundError:
+        reason = f"has no {filename} on the hub; expected a diffusers pipeline, not a single checkpoint file"
+    except (HfHubHTTPError, OSError) as error:
+        reason = f"is no directory, and the hub did not give it ({type(error).__name__}); check the network and `hf auth login`"
+    raise UserError(f"{what} {reason}")
 
 
 def quiet_loading() -> None:
@@ -73,13 +145,24 @@ def quiet_loading() -> None:
 
 @dataclass
 class Pipeline:
-    """The parts of a StableDiffusionPipeline on one device. Only `unet` is ever trained."""
+    """A diffusers pipeline on one device. Only `unet` is ever trained."""
 
     unet: UNet2DConditionModel  # float32; ZeRO takes it over
     vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
     scheduler: SchedulerMixin
+    whole: DiffusionPipeline  # as it was loaded; its own encode_prompt makes the embeddings
+
+    @property
+    def text_encoder(self) -> CLIPTextModel:
+        return self.whole.text_encoder
+
+    @property
+    def tokenizer(self) -> CLIPTokenizer:
+        return self.whole.tokenizer
+
+    @property
+    def is_xl(self) -> bool:
+        return isinstance(self.whole, StableDiffusionXLPipeline)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -87,31 +170,51 @@ class Pipeline:
         height, width = (size, size) if isinstance(size, int) else size
         return self.unet.config.in_channels, height, width
 
+    @cached_property
+    def time_ids(self) -> list[int] | None:
+        """SDXL's micro-conditioning: original size, crop, target size, as its pipeline has them by default; else None.
+
+        Source: SDXL (arXiv:2307.01952) section 2.2.
+        """
+        if not self.is_xl:
+            return None
+        size = [side * self.whole.vae_scale_factor for side in self.latent_shape[1:]]
+        return [*size, 0, 0, *size]
+
     @classmethod
     def load(cls, pretrained: str, device: torch.device, frozen_dtype: torch.dtype) -> Pipeline:
         """Load every component.
 
         Args:
-            frozen_dtype: of text encoder and VAE; the U-Net is loaded in float32 and cast by DeepSpeed.
-        Raises: UserError if the directory does not hold a StableDiffusionPipeline.
+            frozen_dtype: of text encoders and VAE; the U-Net is loaded in float32 and cast by DeepSpeed. A VAE of SDXL that
+                overflows in float16 (`force_upcast`) stays in float32, as in its pipeline.
+        Raises: UserError if it is no pipeline of FAMILIES, or one that takes other inputs than theirs.
         """
-        scheduler = load_scheduler(pretrained)
+        name, scheduler = family(pretrained), load_scheduler(pretrained)
         quiet_loading()
+        # What would warn of images, or mark them.
+        options: dict[str, Any] = (
+            {"add_watermarker": False}
+            if name == "StableDiffusionXLPipeline"
+            else {"safety_checker": None, "requires_safety_checker": False}
+        )
         try:
-            pipeline = StableDiffusionPipeline.from_pretrained(
-                resolve(pretrained), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-                dtype=torch.float32,
-            )  # fmt: skip
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+            whole = FAMILIES[name].from_pretrained(resolve(pretrained), feature_extractor=None, dtype=torch.float32, **options)
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise UserError(
-                f"model.pretrained {pretrained!r} did not load as a StableDiffusionPipeline: {' '.join(str(error).split())[:300]}"
+                f"model.pretrained {pretrained!r} did not load as a {name}: {' '.join(str(error).split())[:300]}"
             ) from None
-        for module in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
+        unet, vae = whole.unet, whole.vae
+        check_inputs(pretrained, name, unet.config, vae.config)
+        text_encoders = [module for module in (whole.text_encoder, getattr(whole, "text_encoder_2", None)) if module is not None]
+        for module in (vae, unet, *text_encoders):
             module.requires_grad_(False).eval()
+        overflows = name == "StableDiffusionXLPipeline" and frozen_dtype == torch.float16 and vae.config.force_upcast
         # Convolutions alone: channels-last decodes a fifth faster on a CPU, and is what tensor cores want.
-        pipeline.vae.to(device, frozen_dtype, memory_format=torch.channels_last)
-        pipeline.text_encoder.to(device, frozen_dtype)
-        return cls(pipeline.unet.to(device), pipeline.vae, pipeline.text_encoder, pipeline.tokenizer, scheduler)
+        vae.to(device, torch.float32 if overflows else frozen_dtype, memory_format=torch.channels_last)
+        for module in text_encoders:
+            module.to(device, frozen_dtype)
+        return cls(unet.to(device), vae, scheduler, whole)
 
     def reference_unet(self, dtype: torch.dtype) -> nn.Module:
         """A frozen copy of the U-Net as it is now, in the policy's dtype."""
@@ -127,16 +230,47 @@ class Pipeline:
         """
         images = []
         for part in latents.split(batch):
-            scaled = (part.to(self.vae.dtype) / self.vae.config.scaling_factor).contiguous(memory_format=torch.channels_last)
+            scaled = self._unscaled(part.to(self.vae.dtype)).contiguous(memory_format=torch.channels_last)
             pixels = self.vae.decode(scaled, return_dict=False)[0]
             images.append(((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8))
         return torch.cat(images).contiguous().cpu()  # one wait for all of them
 
+    def _unscaled(self, latents: torch.Tensor) -> torch.Tensor:
+        config = self.vae.config
+        mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+        if self.is_xl and mean is not None and std is not None:  # of each channel, which some models of SDXL's layout have
+            mean, std = (latents.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
+            return latents * std / config.scaling_factor + mean
+        return latents / config.scaling_factor
+
     def export(self, directory: Path, unet_state: dict[str, torch.Tensor]) -> None:
-        """Write a StableDiffusionPipeline directory with `unet_state` in place of the original weights."""
+        """Write a directory of the pipeline's own class with `unet_state` in place of the original weights."""
         unet = UNet2DConditionModel.from_config(self.unet.config)
         unet.load_state_dict(unet_state)
-        StableDiffusionPipeline(
-            vae=self.vae, text_encoder=self.text_encoder, tokenizer=self.tokenizer, unet=unet, scheduler=self.scheduler,
-            safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-        ).save_pretrained(directory, safe_serialization=True)  # fmt: skip
+        components = self.whole.components | {"unet": unet, "scheduler": self.scheduler}
+        options: dict[str, Any] = {"requires_safety_checker": False}
+        if self.is_xl:
+            empty = self.whole.config.force_zeros_for_empty_prompt
+            options = {"force_zeros_for_empty_prompt": empty, "add_watermarker": False}
+        type(self.whole)(**components, **options).save_pretrained(directory, safe_serialization=True)
+
+
+def check_inputs(pretrained: str, name: str, unet: Any, vae: Any) -> None:
+    """Raises: UserError if a U-Net of the right class takes inputs that the family's do not, by its configuration."""
+    what = f"model.pretrained {pretrained!r}"
+    if unet.in_channels != vae.latent_channels:
+        raise UserError(
+            f"{what} has a U-Net of {unet.in_channels} input channels on latents of {vae.latent_channels}; expected a "
+            "text-to-image model, not one that inpaints or edits pictures"
+        )
+    if unet.time_cond_proj_dim is not None:
+        raise UserError(
+            f"{what} is told its guidance scale (unet time_cond_proj_dim {unet.time_cond_proj_dim}: distilled for a few steps); "
+            "train the model that it was distilled from"
+        )
+    expected = "text_time" if name == "StableDiffusionXLPipeline" else None
+    if unet.addition_embed_type != expected:
+        raise UserError(
+            f"{what} is a {name} whose U-Net has addition_embed_type {unet.addition_embed_type!r}; expected {expected!r}: "
+            "model_index.json and unet/config.json are of two models"
+        )

@@ -7,20 +7,18 @@ chooses the kernels a real one would get.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from prdp_fast.models.pipeline import _from_hub, quiet_loading, resolve
+from prdp_fast.models.pipeline import family, quiet_loading, read_json
 
 TIME_IDS = 6  # of SDXL's micro-conditioning: original size, crop and target size
 
@@ -39,16 +37,18 @@ class Shapes:
         """Read the configurations of a pipeline directory or hub id. Raises: UserError if one is missing."""
 
         def read(component: str) -> dict[str, Any]:
-            path = Path(resolve(pretrained)) / component / "config.json"
-            if not path.is_file():
-                path = _from_hub(pretrained, f"{component}/config.json")
-            return json.loads(path.read_text())
+            return read_json(pretrained, f"{component}/config.json")
 
         quiet_loading()
+        is_xl = family(pretrained) == "StableDiffusionXLPipeline"
         text_config = CLIPTextConfig(**read("text_encoder"))
         with torch.device("meta"):
-            vae, text = AutoencoderKL.from_config(read("vae")), CLIPTextModel(text_config)
-        return cls(read("unet"), text_config.max_position_embeddings, count_parameters(vae), count_parameters(text))
+            vae, text = AutoencoderKL.from_config(read("vae")), [CLIPTextModel(text_config)]
+            if is_xl:
+                text.append(CLIPTextModelWithProjection(CLIPTextConfig(**read("text_encoder_2"))))
+        return cls(
+            read("unet"), text_config.max_position_embeddings, count_parameters(vae), sum(count_parameters(one) for one in text)
+        )
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

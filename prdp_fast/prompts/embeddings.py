@@ -3,7 +3,7 @@
     embeddings.json                 the shards they belong to, the model's name, names and shapes, files with bytes and SHA-256
     embeddings-00000.safetensors    1,000 prompts: every tensor of TextEmbeddings that has a row per prompt, float16; "index"
                                     (int64) and "text" (int64), the prompts' numbers and a hash of their texts
-    embeddings-empty.safetensors    what the empty prompt has: the tensors that all rows share
+    embeddings-empty.safetensors    the tensors that all rows share: what the empty prompt has, and SDXL's picture size
 
 A prompt of several sets is there once. A row of Stable Diffusion (77 x 768) takes 118 KB, so 100,000 prompts take 12 GB. Rows are
 read one by one from mapped files: memory is 20 bytes a prompt and the rows asked for.
@@ -57,7 +57,7 @@ class Manifest(BaseModel):
 
 
 def _is_shared(field: str) -> bool:
-    return field.startswith("negative_")
+    return field.startswith("negative_") or field == "time_ids"
 
 
 def _text_hash(text: str) -> int:

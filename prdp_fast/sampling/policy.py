@@ -73,14 +73,11 @@ class Policy:
             guided: every row is, or none.
         Returns: (2N, C, H, W) unconditional half first, or (N, C, H, W) if not guided; the U-Net's dtype.
         """
-        prompt_embeds = embeddings.prompt_embeds
-        model_input = latents.to(prompt_embeds.dtype)
+        model_input = latents.to(embeddings.prompt_embeds.dtype)
         if guided:
-            negative = embeddings.negative_prompt_embeds.expand_as(prompt_embeds)
-            prompt_embeds = torch.cat([negative, prompt_embeds])
             model_input = torch.cat([model_input, model_input])
             timesteps = torch.cat([timesteps, timesteps])
-        return unet(model_input, timesteps, encoder_hidden_states=prompt_embeds, return_dict=False)[0]
+        return unet(model_input, timesteps, **conditioning(embeddings, guided=guided), return_dict=False)[0]
 
     def noise(self, seeds: torch.Tensor, latent_shape: tuple[int, ...]) -> torch.Tensor | None:
         """(N, T + 1, C, H, W) float32, all the noise of N trajectories, x_T's first; None where the step makes its own.
@@ -173,6 +170,23 @@ class Policy:
             guidance_scale=self.guidance_scale if guided else None, backend=self.backend,
         )  # fmt: skip
         return _Known.apply(output, grad, (weights * log_prob).sum(), loss_scale), log_prob
+
+
+def conditioning(embeddings: TextEmbeddings, *, guided: bool) -> dict[str, Any]:
+    """What a U-Net is told of the prompts: (2N, ...), the empty prompt's half first, or (N, ...) if not guided."""
+
+    def both(negative: torch.Tensor | None, own: torch.Tensor) -> torch.Tensor:
+        if not guided:
+            return own
+        assert negative is not None
+        return torch.cat([negative.expand_as(own), own])
+
+    told: dict[str, Any] = {"encoder_hidden_states": both(embeddings.negative_prompt_embeds, embeddings.prompt_embeds)}
+    if embeddings.pooled_prompt_embeds is not None:
+        assert embeddings.time_ids is not None
+        pooled = both(embeddings.negative_pooled_prompt_embeds, embeddings.pooled_prompt_embeds)
+        told["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": embeddings.time_ids.repeat(len(pooled), 1)}
+    return told
 
 
 class _Known(torch.autograd.Function):
