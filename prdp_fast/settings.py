@@ -145,7 +145,7 @@ class PerformanceSettings(Section):
     attention: Literal["auto", "sdpa", "xformers", "flash", "cudnn"] = Field(
         "auto", description="auto: the fastest of those that work, measured at start on the model's own shapes"
     )
-    compile: Literal["auto", "off", "blocks", "full"] = Field(
+    compile: Annotated[Literal["auto", "off", "blocks", "full"], BeforeValidator(_switch)] = Field(
         "auto", description="torch.compile of the U-Net: its repeated blocks (starts soon) or all of it"
     )
     compile_cache: str | None = Field(None, description="directory of compiled code; a second start is quick. null: torch's own")

@@ -12,7 +12,9 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from tiny_pipelines import FAMILIES, SAMPLE_SIZE, build
 
 from prdp_fast.errors import UserError
+from prdp_fast.models import compiled
 from prdp_fast.models import pipeline as pipeline_module
+from prdp_fast.models.acceleration import UNets, accelerate
 from prdp_fast.models.pipeline import Pipeline, load_scheduler
 from prdp_fast.models.shapes import Shapes, count_parameters
 from prdp_fast.models.text import TextEncoder
@@ -20,7 +22,8 @@ from prdp_fast.records import Prompt, Trajectories
 from prdp_fast.sampling.policy import Policy, conditioning
 from prdp_fast.sampling.rollout import rollout
 from prdp_fast.sampling.transitions import Transitions
-from prdp_fast.update import log_prob_pass
+from prdp_fast.settings import PerformanceSettings
+from prdp_fast.update import gradient_pass, log_prob_pass
 
 CPU = torch.device("cpu")
 TEXTS = ["a red circle", "three big blue squares on a green background, and then more words than the tokenizer takes"]
@@ -200,6 +203,34 @@ def test_shapes_count_what_is_loaded(own: Pipeline, family: str, directories: di
     assert inputs["encoder_hidden_states"].shape == told["encoder_hidden_states"].shape
     for name, tensor in told.get("added_cond_kwargs", {}).items():
         assert inputs["added_cond_kwargs"][name].shape == tensor.shape
+
+
+@pytest.mark.slow
+def test_fast_paths_of_sdxl_compute_the_same(directories: dict[str, Path], monkeypatch) -> None:
+    """Compiled and checkpointed, on what the policy hands over: the code compiled for the probe serves it as it is."""
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    torch._dynamo.reset()
+    own = Pipeline.load(str(directories["sdxl"]), CPU, torch.float32)
+    policy, trajectories = sampled(own)
+    micro_batch = 4
+    expected = log_prob_pass(policy, own.unet, trajectories, micro_batch)
+    trained = own.unet.requires_grad_(True)
+    shapes = Shapes.load(str(directories["sdxl"]))
+    speed = accelerate(
+        UNets(trained, None, None), PerformanceSettings(compile="full", attention="sdpa"), shapes,
+        train_rows=2 * micro_batch, sample_rows=2 * micro_batch, stage=2, device=CPU, dtype=torch.float32,
+    )  # fmt: skip
+    assert speed.decisions["compile trained"].value == speed.decisions["compile rollout"].value == "full"
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for unet in (trained, speed.sampling_view(trained)):
+            again = log_prob_pass(policy, unet, trajectories, micro_batch)
+            torch.testing.assert_close(again, expected, rtol=0, atol=1e-5)
+    compiled.undo(trained)
+    trained.train().enable_gradient_checkpointing()
+    weights = torch.ones_like(expected)
+    log_probs = gradient_pass(policy, trained, trajectories, weights, micro_batch, lambda loss, last: loss.backward())
+    torch.testing.assert_close(log_probs, expected, rtol=0, atol=1e-5)
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in trained.add_embedding.parameters())
 
 
 # What is no such model

@@ -24,7 +24,7 @@ SETTINGS = [
     "rewards=[{name: jpeg_size}]", f"schedule.epochs={EPOCHS}", "schedule.updates_per_epoch=1",
     f"schedule.prompts_per_epoch={PROMPTS}", f"schedule.images_per_prompt={IMAGES}", "evaluation.prompts=2",
     f"sampler.num_inference_steps={STEPS}", "optimizer.learning_rate=1e-3", "checkpoint.keep=2",
-    "performance.attention=sdpa", "performance.fuse_qkv=off", "performance.compile='off'",
+    "performance.attention=sdpa", "performance.fuse_qkv=off", "performance.compile=off",
 ]  # fmt: skip
 
 
