@@ -7,7 +7,6 @@ from dataclasses import replace
 from benchmarks.workload import Workload
 from prdp_fast import runner
 from prdp_fast.models.pipeline import load_scheduler
-from prdp_fast.records import TextEmbeddings
 from prdp_fast.sampling.transitions import Transitions
 
 
@@ -32,12 +31,11 @@ def resized(
         settings = workload.settings
         scheduler = load_scheduler(settings.model.pretrained)
         policy = runner.build_policy(settings, Transitions.from_scheduler(scheduler, steps, settings.sampler.eta))
-    embeddings = workload.embeddings
     return replace(
         workload,
         policy=policy,
         prompts=workload.prompts[part],
-        embeddings=TextEmbeddings(embeddings.prompt_embeds[part], embeddings.negative_prompt_embeds),
+        embeddings=workload.embeddings.rows(part),
         images_per_prompt=images_per_prompt or workload.images_per_prompt,
     )
 

@@ -25,7 +25,7 @@ from prdp_fast.models.text import TextEncoder
 from prdp_fast.objectives import build_objective
 from prdp_fast.prompts.stream import PromptStream
 from prdp_fast.records import Prompt, TextEmbeddings, Trajectories
-from prdp_fast.sampling.policy import Policy
+from prdp_fast.sampling.policy import Policy, conditioning
 from prdp_fast.sampling.rollout import rollout
 from prdp_fast.sampling.transitions import Transitions
 from prdp_fast.settings import load_recipe
@@ -62,24 +62,21 @@ PREDICTION = {"sd14": "epsilon", "sd21": "v_prediction", "sdxl": "epsilon"}
 TOKENS = 77
 
 
-class _WithSize(nn.Module):
-    """SDXL's U-Net with the size conditioning of one square picture for every row, as its pipeline adds it."""
-
-    def __init__(self, unet: UNet2DConditionModel) -> None:
-        super().__init__()
-        self.unet, self.config = unet, unet.config
-
-    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, **kwargs: Any) -> Any:
-        side = 8 * sample.shape[-1]
-        time_ids = sample.new_tensor([side, side, 0, 0, side, side]).expand(len(sample), -1)
-        added = {"text_embeds": sample.new_zeros(len(sample), 1280), "time_ids": time_ids}
-        return self.unet(sample, timestep, added_cond_kwargs=added, **kwargs)
-
-
 def random_unet(preset: str) -> nn.Module:
     """The U-Net of a preset with random weights, on the current default device."""
-    unet = UNet2DConditionModel(**UNETS[preset])
-    return _WithSize(unet) if preset == "sdxl" else unet
+    return UNet2DConditionModel(**UNETS[preset])
+
+
+def random_embeddings(shapes: Shapes, prompts: int, device: torch.device, dtype: torch.dtype) -> TextEmbeddings:
+    """What the U-Net is told of so many prompts and of the empty one; SDXL also of one square picture's size."""
+    told = shapes.unet_inputs(prompts + 1, device, dtype)
+    embeds = torch.randn_like(told["encoder_hidden_states"])
+    if "added_cond_kwargs" not in told:
+        return TextEmbeddings(embeds[1:], embeds[:1])
+    pooled = torch.randn_like(told["added_cond_kwargs"]["text_embeds"])
+    side = 8 * shapes.latent_shape[-1]
+    time_ids = torch.tensor([[side, side, 0, 0, side, side]], device=device, dtype=dtype)
+    return TextEmbeddings(embeds[1:], embeds[:1], pooled[1:], pooled[:1], time_ids)
 
 
 def _even(rows: int, most: int) -> tuple[int, int]:
@@ -145,11 +142,7 @@ class Workload:
             shapes = Shapes(dict(unet.config), TOKENS)
             latent_shape = shapes.latent_shape
             prompts = [Prompt(i, f"prompt {i}", {}) for i in range(schedule.prompts_per_epoch)]
-            width = unet.config.cross_attention_dim
-            embeddings = TextEmbeddings(
-                torch.randn(len(prompts), TOKENS, width, device=device).to(dtype),
-                torch.randn(1, TOKENS, width, device=device).to(dtype),
-            )
+            embeddings = random_embeddings(shapes, len(prompts), device, dtype)
         policy = runner.build_policy(settings, transitions)
         reference = copy.deepcopy(unet).to(dtype).requires_grad_(False).eval()
         performance = settings.performance
@@ -210,32 +203,33 @@ class Workload:
 
     # The bare U-Net calls of the same phases: same rows, same mode, inputs made beforehand.
 
-    def _rows(self, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _rows(self, rows: int) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
         embeds = self.embeddings.prompt_embeds
         x = torch.randn(rows, *self.latent_shape, device=embeds.device, dtype=embeds.dtype)
-        return x, torch.full((rows,), 500, device=embeds.device), embeds[torch.arange(rows, device=embeds.device) % len(embeds)]
+        told = self.embeddings.rows(torch.arange(rows, device=embeds.device) % len(embeds))
+        return x, torch.full((rows,), 500, device=embeds.device), conditioning(told, guided=False)
 
     def bare_forward(self, unet: nn.Module, latents: int, guided: bool, batch: int, repeat: int = 1) -> Call:
         """This many latents in calls of at most `batch`, `repeat` times, without gradients."""
         calls, even = _even(latents, batch)
-        x, t, e = self._rows(even * (2 if guided else 1))
+        x, t, told = self._rows(even * (2 if guided else 1))
 
         @torch.no_grad()
         def run() -> None:
             for _ in range(calls * repeat):
-                unet(x, t, encoder_hidden_states=e, return_dict=False)
+                unet(x, t, **told, return_dict=False)
 
         return run
 
     def bare_forward_backward(self, unet: nn.Module, latents: int, guided: bool) -> Call:
         """The same with a given gradient at the output, on a module whose weights have gradients."""
         calls, even = _even(latents, self.micro_batch)
-        x, t, e = self._rows(even * (2 if guided else 1))
+        x, t, told = self._rows(even * (2 if guided else 1))
         grad = torch.randn_like(x)
 
         def run() -> None:
             for _ in range(calls):
-                unet(x, t, encoder_hidden_states=e, return_dict=False)[0].backward(grad)
+                unet(x, t, **told, return_dict=False)[0].backward(grad)
             unet.zero_grad(set_to_none=True)
 
         return run

@@ -21,9 +21,11 @@ from benchmarks.plain_ddpo import PlainDdpo, log_prob_of
 from benchmarks.resident import can_measure, peak_over_baseline
 from benchmarks.sizes import resized
 from benchmarks.timing import Timing
-from benchmarks.workload import PARAMETERS, UNETS, Workload, random_unet
+from benchmarks.workload import PARAMETERS, UNETS, Workload, random_embeddings, random_unet
 from prdp_fast import zero
+from prdp_fast.models.shapes import Shapes
 from prdp_fast.records import Prompt, Scores
+from prdp_fast.sampling.policy import conditioning
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -49,10 +51,10 @@ def test_presets_are_the_published_models(preset: str) -> None:
         unet = random_unet(preset)
     config = unet.config
     assert sum(parameter.numel() for parameter in unet.parameters()) == PARAMETERS[preset]
-    latents = torch.empty(1, 4, config.sample_size, config.sample_size, device="meta")
-    embeds = torch.empty(1, 77, config.cross_attention_dim, device="meta")
-    timestep = torch.empty(1, dtype=torch.long, device="meta")
-    assert unet(latents, timestep, encoder_hidden_states=embeds, return_dict=False)[0].shape == latents.shape
+    latents = torch.empty(2, 4, config.sample_size, config.sample_size, device="meta")
+    timestep = torch.empty(2, dtype=torch.long, device="meta")
+    embeddings = random_embeddings(Shapes(dict(config), 77), 1, torch.device("meta"), torch.float32)
+    assert unet(latents, timestep, **conditioning(embeddings, guided=True), return_dict=False)[0].shape == latents.shape
 
 
 def timing(median: float) -> Timing:
