@@ -54,8 +54,9 @@ def init_distributed() -> torch.device:
     """Join the job's process group (NCCL on CUDA, gloo on CPU) and return this rank's device."""
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if "RANK" not in os.environ:  # run by python itself: a job of one, which needs no address and so takes no port
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    if "RANK" not in os.environ and not dist.is_initialized():
+        # Run by python itself: a job of one, which needs no address and so takes no port.
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it; RANK would tell child processes that a launcher ran
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(dist_backend=backend, verbose=False)  # takes over a group that exists
     device = torch.device(get_accelerator().device_name(int(os.environ.get("LOCAL_RANK", "0"))))
