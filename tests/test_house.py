@@ -30,7 +30,11 @@ class Floor(NamedTuple):
 FLOORS = (
     Floor(frozenset({"records", "settings", "scenes", "errors", "files"})),
     Floor(frozenset({"prompts", "models", "sampling", "rewards", "objectives"}), apart=True),
-    Floor(frozenset({"update", "zero", "cost", "memory", "checkpoint", "telemetry", "reporting", "evaluation", "doctor"})),
+    Floor(
+        frozenset(
+            {"update", "zero", "cost", "memory", "checkpoint", "telemetry", "reporting", "evaluation", "comparison", "doctor"}
+        )
+    ),
     Floor(frozenset({"runner"})),
     Floor(frozenset({"train", "cli", "report_command", "embed_command"})),
 )
