@@ -28,7 +28,12 @@ CORE = [
     "rich>=13",
 ]
 GPU = ["xformers>=0.0.35"]
-REWARDS: list[str] = []  # the packages of individual rewards, imported on first use
+REWARDS = [
+    "httpx2>=2",
+    "tenacity>=9",
+    "fastapi>=0.115",
+    "uvicorn>=0.30",
+]  # the `http` reward and its server, imported on first use
 LORA = ["peft>=0.18"]
 DATA = ["pyarrow>=15", "datasets>=3"]  # `prdp shards build` from parquet files and hub data sets, imported on first use
 DEV = ["hypothesis", "mypy", "pytest>=8.1", "pytest-benchmark", "pytest-xdist", "ruff", "scipy", "types-PyYAML"]
@@ -48,5 +53,5 @@ setup(
     package_data={"prdp_fast.assets": ["**/*.safetensors", "**/*.json", "**/*.txt"]},
     entry_points={"console_scripts": ["prdp = prdp_fast.cli:main"]},
     install_requires=CORE,
-    extras_require={"gpu": GPU, "rewards": REWARDS, "lora": LORA, "data": DATA, "dev": [*DEV, *LORA, *DATA]},
+    extras_require={"gpu": GPU, "rewards": REWARDS, "lora": LORA, "data": DATA, "dev": [*DEV, *LORA, *DATA, *REWARDS]},
 )

@@ -17,6 +17,7 @@ from prdp_fast.rewards.base import Reward, RewardOutput
 
 # name -> module and class, imported when a recipe names it: a reward's libraries are needed by nobody else.
 REWARDS: dict[str, str] = {
+    "http": "prdp_fast.rewards.http:HttpReward",
     "jpeg_size": "prdp_fast.rewards.jpeg_size:JpegSize",
     "python": "prdp_fast.rewards.python:PythonReward",
     "shapes_alignment": "prdp_fast.rewards.shapes_alignment:ShapesAlignment",

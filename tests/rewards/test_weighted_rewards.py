@@ -100,7 +100,7 @@ def test_what_is_no_score_is_refused(scores: Any, details: dict[str, Any], messa
     ("specs", "message"),
     [
         ([Spec("shape_alignment")], "unknown reward 'shape_alignment'; known rewards: .*did you mean 'shapes_alignment'"),
-        ([Spec("beauty")], "unknown reward 'beauty'; known rewards: jpeg_size, .*shapes_alignment"),
+        ([Spec("beauty")], "unknown reward 'beauty'; known rewards: http, jpeg_size, .*shapes_alignment"),
         ([Spec("jpeg_size", options={"qualty": 90})], "'jpeg_size' has no option 'qualty'; .*did you mean 'quality'"),
         ([Spec("jpeg_size", options={"quality": 0})], "'jpeg_size': quality is 0; expected an integer from 1 to 100"),
         ([Spec("jpeg_size", options={"quality": "high"})], "quality is 'high'"),
@@ -124,7 +124,8 @@ def test_arguments_that_disagree() -> None:
         rewards.score(IMAGES.float(), ["a"] * N, [{}] * N)
 
 
-NEEDED = {"python": {"function": "operator:add"}}  # options without which a reward cannot be built
+# Options without which a reward cannot be built.
+NEEDED = {"http": {"url": "http://127.0.0.1:8000"}, "python": {"function": "operator:add"}}
 
 
 def test_every_registered_reward_carries_its_name() -> None:
@@ -133,5 +134,6 @@ def test_every_registered_reward_carries_its_name() -> None:
 
 
 def test_a_reward_is_imported_only_when_named() -> None:
-    code = "import sys, prdp_fast.rewards; assert not any(name.split('.')[0] in ('PIL', 'transformers') for name in sys.modules)"
+    libraries = "('PIL', 'fastapi', 'httpx2', 'tenacity', 'transformers', 'uvicorn')"
+    code = f"import sys, prdp_fast.rewards; assert not any(name.split('.')[0] in {libraries} for name in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
