@@ -63,6 +63,25 @@ def compare(before: Evaluation, after: Evaluation) -> dict[str, dict[str, float]
     return {"before": before.summary(), "after": after.summary(), "difference": statistics(after.rewards - before.rewards)}
 
 
+def sample_images(
+    policy: Policy,
+    unet: nn.Module,
+    pipeline: Pipeline,
+    encode: Callable[[list[Prompt]], TextEmbeddings],
+    prompts: list[Prompt],
+    *,
+    images_per_prompt: int,
+    batch: int,
+    seed: int,
+) -> torch.Tensor:
+    """(P * B, 3, H, W) uint8, prompt-major. The noise depends on (seed, prompt, image) alone, so models can be compared on it."""
+    trajectories = rollout(
+        policy, unet, prompts, encode(prompts), images_per_prompt=images_per_prompt,
+        latent_shape=pipeline.latent_shape, batch=batch, seed=seed, epoch=EVALUATION_EPOCH,
+    )  # fmt: skip
+    return pipeline.decode(trajectories.latents[:, -1])
+
+
 def evaluate(
     policy: Policy,
     unet: nn.Module,
@@ -75,12 +94,10 @@ def evaluate(
     batch: int,
     seed: int,
 ) -> Evaluation:
-    """Sample and score `prompts` (this rank's part). The noise depends on (seed, prompt, image) alone."""
-    trajectories = rollout(
-        policy, unet, prompts, encode(prompts), images_per_prompt=images_per_prompt,
-        latent_shape=pipeline.latent_shape, batch=batch, seed=seed, epoch=EVALUATION_EPOCH,
+    """Sample and score `prompts` (this rank's part)."""
+    images = sample_images(
+        policy, unet, pipeline, encode, prompts, images_per_prompt=images_per_prompt, batch=batch, seed=seed
     )  # fmt: skip
-    images = pipeline.decode(trajectories.latents[:, -1])
     rows = [prompt for prompt in prompts for _ in range(images_per_prompt)]
     scores: Scores = rewards.score(images, [prompt.text for prompt in rows], [prompt.metadata for prompt in rows])
     strict = scores.details.get(STRICT)

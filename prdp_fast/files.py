@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Strict JSON (NaN and infinities become null), written whole or not at all."""
+def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
+    """Strict JSON (NaN and infinities become null), written whole or not at all. indent None: all in one line."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("w", encoding="utf-8") as file:
-        json.dump(_strict(value), file, indent=2, allow_nan=False)
+        json.dump(_strict(value), file, indent=indent, allow_nan=False)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
