@@ -32,11 +32,26 @@ FLOORS = (
     Floor(frozenset({"prompts", "models", "sampling", "rewards", "objectives"}), apart=True),
     Floor(
         frozenset(
-            {"update", "zero", "cost", "memory", "checkpoint", "telemetry", "reporting", "evaluation", "comparison", "doctor"}
+            {
+                "update",
+                "zero",
+                "cost",
+                "memory",
+                "checkpoint",
+                "telemetry",
+                "reporting",
+                "evaluation",
+                "comparison",
+                "evaluation_plan",
+                "evaluation_work",
+                "evaluation_report",
+                "evaluation_features",
+                "doctor",
+            }
         )
     ),
     Floor(frozenset({"runner"})),
-    Floor(frozenset({"train", "cli", "report_command", "embed_command"})),
+    Floor(frozenset({"train", "cli", "report_command", "embed_command", "evaluate_command"})),
 )
 # The script that trains the embedded model: stands beside the house, and nothing leans on it.
 LEAVES = {"assets": frozenset({"scenes", "records", "errors", "rewards"})}

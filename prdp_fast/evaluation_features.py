@@ -1,0 +1,82 @@
+"""What images are compared in for diversity: colours from afar, or a CLIP model's view."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from prdp_fast.comparison import pixel_features
+from prdp_fast.errors import UserError
+from prdp_fast.evaluation_work import digest
+from prdp_fast.models.pipeline import quiet_loading
+
+CLIP_BATCH = 64  # images at once
+
+
+class Features(Protocol):
+    def record(self) -> dict[str, Any]:
+        """JSON of what the features depend on; "name" is for people."""
+
+    def __call__(self, images: torch.Tensor) -> np.ndarray:
+        """(N, 3, H, W) uint8 -> (N, F) float64, compared by Euclidean distance."""
+
+
+class PixelFeatures:
+    """Needs nothing, and says whether pictures look alike: place and colour, not content."""
+
+    def record(self) -> dict[str, Any]:
+        return {"name": "colours averaged over an 8 x 8 grid"}
+
+    def __call__(self, images: torch.Tensor) -> np.ndarray:
+        return pixel_features(images.numpy())
+
+
+class ClipFeatures:
+    """Unit vectors of a CLIP model's image tower: whether pictures show alike. Distances are from 0 to 2."""
+
+    def __init__(self, directory: str) -> None:
+        """directory: as save_pretrained writes it, with preprocessor_config.json. Weights are loaded on first use.
+
+        Raises: UserError if it is none.
+        """
+        self.directory = Path(directory)
+        for name in ("config.json", "preprocessor_config.json"):
+            if not (self.directory / name).is_file():
+                raise UserError(
+                    f"--features {directory} has no {name}; expected a directory of a CLIP model and its image processor"
+                )
+        self.model: Any = None
+
+    def record(self) -> dict[str, Any]:
+        return {"name": f"the CLIP model {self.directory.resolve().name}", "digest": digest(self.directory)}
+
+    def _load(self, device: torch.device) -> None:
+        from transformers import CLIPVisionModelWithProjection
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+        quiet_loading()
+        try:
+            self.processor = CLIPImageProcessorPil.from_pretrained(self.directory)
+            self.model = CLIPVisionModelWithProjection.from_pretrained(self.directory).to(device).eval()
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise UserError(
+                f"--features {self.directory} does not load as a CLIP model: {' '.join(str(error).split())[:300]}"
+            ) from None
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> np.ndarray:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self.model is None:
+            self._load(device)
+        parts = []
+        for part in images.split(CLIP_BATCH):
+            pixels = self.processor(list(part.numpy()), return_tensors="pt", input_data_format="channels_first")["pixel_values"]
+            parts.append(self.model(pixels.to(device)).image_embeds.double().cpu())
+        return torch.nn.functional.normalize(torch.cat(parts), dim=-1).numpy()
+
+
+def choose_features(directory: str | None) -> Features:
+    return PixelFeatures() if directory is None else ClipFeatures(directory)
