@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -37,8 +37,19 @@ def _micro_batch(value: Any) -> Any:
     raise ValueError(f"{value!r}; expected a whole number of rows, at least 1, or auto")
 
 
+class LoraSettings(Section):
+    """A low-rank adapter (arXiv:2106.09685) that is trained in place of the U-Net's own weights."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float | None = Field(None, gt=0, description="the adapter is scaled by alpha / rank; null: alpha = rank")
+    targets: list[str] = Field(
+        ["to_q", "to_k", "to_v", "to_out.0"], min_length=1, description="layers that get one, by the end of their name"
+    )
+
+
 class ModelSettings(Section):
     pretrained: str = Field("tiny", description="'tiny' (embedded), a diffusers directory, or a hub id")
+    lora: LoraSettings | None = Field(None, description="null trains the whole U-Net")
 
 
 class SamplerSettings(Section):
@@ -260,15 +271,23 @@ _RecipeLoader.add_implicit_resolver(
 )
 
 
+def parse_value(text: str) -> Any:
+    """A value as a recipe would hold it. Raises: ValueError if it is not YAML."""
+    try:
+        return yaml.load(text, Loader=_RecipeLoader)
+    except yaml.YAMLError:
+        raise ValueError(f"the value {text!r} is not valid YAML") from None
+
+
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     path, separator, text = override.partition("=")
     keys = path.split(".")
     if not separator or not all(keys):
         raise UserError(f"--set {override!r}: expected section.key=value, e.g. --set schedule.epochs=10")
     try:
-        value = yaml.load(text, Loader=_RecipeLoader)
-    except yaml.YAMLError:
-        raise UserError(f"--set {override!r}: the value {text!r} is not valid YAML") from None
+        value = parse_value(text)
+    except ValueError as error:
+        raise UserError(f"--set {override!r}: {error}") from None
     place: Any = raw
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
@@ -317,7 +336,8 @@ def _fields_at(location: tuple[int | str, ...]) -> list[str]:
             section = sections[str(part)]
         elif part in section.model_fields:
             annotation = section.model_fields[str(part)].annotation
-            section = annotation if isinstance(annotation, type) and issubclass(annotation, Section) else section
+            choices = [annotation, *get_args(annotation)]  # of an optional section, say
+            section = next((c for c in choices if isinstance(c, type) and issubclass(c, Section)), section)
     return list(section.model_fields)
 
 

@@ -104,6 +104,17 @@ class WeightedRewards:
 
 def _checked(name: str, output: RewardOutput, expected: int) -> RewardOutput:
     """The output as CPU float32, if it holds `expected` numbers of everything and a finite score."""
+    output = as_numbers(name, output, expected)
+    if expected and not output.scores.isfinite().any():
+        raise RewardError(
+            f"reward {name!r} returned NaN or infinity for all {expected} images; expected at least one finite score: "
+            "check the images it was given and its weights"
+        )
+    return output
+
+
+def as_numbers(name: str, output: RewardOutput, expected: int) -> RewardOutput:
+    """The output as CPU float32. Raises: RewardError unless it holds `expected` numbers of everything; NaN is one."""
 
     def numbers(what: str, value: Any) -> torch.Tensor:
         try:
@@ -118,13 +129,8 @@ def _checked(name: str, output: RewardOutput, expected: int) -> RewardOutput:
             )
         return tensor
 
-    scores = numbers("scores", output.scores)
-    if expected and not scores.isfinite().any():
-        raise RewardError(
-            f"reward {name!r} returned NaN or infinity for all {expected} images; expected at least one finite score: "
-            "check the images it was given and its weights"
-        )
-    return RewardOutput(scores, {key: numbers(f"detail {key!r}", value) for key, value in output.details.items()})
+    details = {key: numbers(f"detail {key!r}", value) for key, value in output.details.items()}
+    return RewardOutput(numbers("scores", output.scores), details)
 
 
 def build_rewards(specs: Iterable[RewardSpec]) -> WeightedRewards:

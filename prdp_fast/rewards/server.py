@@ -1,0 +1,254 @@
+"""Serve a reward over HTTP, for the `http` reward of jobs elsewhere.
+
+    prdp serve-reward jpeg_size --option quality=80 --port 8000
+    prdp serve-reward python --option function=my_reward.py:brightness --host 0.0.0.0 --token-env SCORER_TOKEN
+
+docs/http_reward.md describes the protocol. Requests are scored one at a time, in the order in which they came.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import binascii
+import hmac
+import io
+import json
+import logging
+import math
+import socket
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from prdp_fast.errors import RewardError, UserError
+from prdp_fast.rewards.base import Reward, RewardOutput
+from prdp_fast.rewards.http import read_token
+from prdp_fast.rewards.registry import as_numbers, build_reward
+
+IMAGE_BYTES = 32 * 2**20  # of one image in a request, base64 and prompt and all: a PNG of 2048 x 2048 noise has 17 MB of it
+logger = logging.getLogger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="of a reward, as in a recipe")
+    parser.add_argument(
+        "--option", dest="options", action="append", default=[], metavar="KEY=VALUE", help="of the reward; VALUE is YAML"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
+    parser.add_argument("--token-env", metavar="NAME", help="environment variable with the token that requests must bear")
+    parser.add_argument("--max-images", type=int, default=64, metavar="N", help="of one request (default: %(default)s)")
+    parser.add_argument("--device", help="where images are scored (default: the first GPU, or the CPU without one)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serves until it is interrupted. Raises: UserError if the reward, an option, the token or the port cannot be had."""
+    if args.max_images < 1:
+        raise UserError(f"--max-images is {args.max_images}; expected at least 1")
+    if not 0 <= args.port < 65536:
+        raise UserError(f"--port is {args.port}; expected 0 to 65535")
+    try:
+        token = None if args.token_env is None else read_token(args.token_env)
+    except ValueError as error:
+        raise UserError(f"--token-env: {error}") from None
+    reward = build_reward(args.name, parse_options(args.options))
+    device = choose_device(args.device)
+    try:
+        import uvicorn
+
+        app = build_app(reward, token=token, max_images=args.max_images, device=device)
+    except ImportError as error:
+        raise UserError(f"serve-reward needs {error.name}, which is not installed; pip install 'prdp-fast[rewards]'") from error
+    with listen(args.host, args.port) as listener:
+        host, port = listener.getsockname()[:2]
+        print(f"serving {reward.name} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
+    return 0
+
+
+def parse_options(options: Sequence[str]) -> dict[str, Any]:
+    """Raises: UserError unless each is KEY=VALUE with a value that recipes could hold."""
+    from prdp_fast.settings import parse_value
+
+    parsed: dict[str, Any] = {}
+    for option in options:
+        key, separator, text = option.partition("=")
+        if not separator or not key:
+            raise UserError(f"--option {option!r}: expected KEY=VALUE, e.g. --option quality=80")
+        if key in parsed:
+            raise UserError(f"--option {key} is given twice; keep one")
+        try:
+            parsed[key] = parse_value(text)
+        except ValueError as error:
+            raise UserError(f"--option {option!r}: {error}") from None
+    return parsed
+
+
+def choose_device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {name!r} cannot be used here; expected cpu, cuda or cuda:N") from error
+    return device
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket: a port that is taken shows before anything is served. Raises: UserError."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise UserError(f"--host {host!r} is no address of this machine ({error.strerror})") from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(128)
+    except OSError as error:
+        listener.close()
+        raise UserError(f"cannot listen on {host}, port {port} ({error.strerror}); choose another --port or --host") from error
+    return listener
+
+
+class Refused(Exception):
+    """A request that is answered with a reason and no scores."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+class Request(NamedTuple):
+    """What /score is asked."""
+
+    images: torch.Tensor  # (N, 3, H, W) uint8, on the CPU
+    prompts: list[str]
+    metadata: list[dict[str, Any]]
+
+
+def build_app(reward: Reward, *, token: str | None, max_images: int, device: torch.device) -> Any:
+    """The FastAPI application that serves one reward: POST /score and GET /health.
+
+    Args:
+        token: what requests for scores must bear; None takes requests without.
+        max_images: of one request.
+        device: where the reward gets its images.
+    """
+    import fastapi
+    from fastapi.responses import JSONResponse
+
+    app = fastapi.FastAPI(title=f"prdp reward {reward.name}", docs_url=None, redoc_url=None, openapi_url=None)
+    one_at_a_time = asyncio.Lock()  # a model in GPU memory, or a user's function, is not made for several threads
+
+    async def health() -> Any:
+        return {"reward": reward.name, "max_images": max_images}
+
+    async def score(request: Any) -> Any:
+        try:
+            check_token(request.headers.get("authorization"), token)
+            body = await read_body(request, max_images * IMAGE_BYTES)
+            asked = await asyncio.to_thread(decode, body, max_images)
+            async with one_at_a_time:
+                if await request.is_disconnected():  # waited longer than its client did
+                    raise Refused(503, "the client has gone")
+                return JSONResponse(await asyncio.to_thread(answer, reward, asked, device))
+        except Refused as refusal:
+            return JSONResponse({"error": str(refusal)}, refusal.status)
+
+    # Annotations would be resolved as text among this module's names, which holds no FastAPI.
+    score.__annotations__["request"] = fastapi.Request
+    app.add_api_route("/health", health, methods=["GET"])
+    app.add_api_route("/score", score, methods=["POST"], response_model=None)
+    return app
+
+
+def check_token(header: str | None, token: str | None) -> None:
+    if token is None:
+        return
+    scheme, _, given = (header or "").partition(" ")
+    # In constant time: how long a refusal takes says nothing of the token.
+    if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), token.encode()):
+        raise Refused(401, "this server wants its token: 'Authorization: Bearer TOKEN'")
+
+
+async def read_body(request: Any, most: int) -> bytes:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > most:
+            raise Refused(413, f"the request has more than {most} bytes; send fewer images at once")
+    return bytes(body)
+
+
+def decode(body: bytes, max_images: int) -> Request:
+    """Raises: Refused if the body is anything but what docs/http_reward.md asks for."""
+    try:
+        asked = json.loads(body)
+    except (ValueError, RecursionError):
+        raise Refused(422, "the request is no JSON") from None
+    if not isinstance(asked, dict):
+        raise Refused(422, f"the request is {type(asked).__name__}; expected an object with images and prompts")
+    images, prompts = asked.get("images"), asked.get("prompts")
+    if not isinstance(images, list) or not images or not all(isinstance(image, str) for image in images):
+        raise Refused(422, "images: expected a list of base64 texts, at least one")
+    if len(images) > max_images:
+        raise Refused(413, f"{len(images)} images; this server takes {max_images} at once")
+    if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise Refused(422, "prompts: expected a list of texts")
+    metadata = asked.get("metadata")
+    if metadata is None:
+        metadata = [{} for _ in images]
+    if not isinstance(metadata, list) or not all(isinstance(entry, dict) for entry in metadata):
+        raise Refused(422, "metadata: expected a list of objects")
+    if not len(images) == len(prompts) == len(metadata):
+        raise Refused(422, f"{len(images)} images, {len(prompts)} prompts and {len(metadata)} metadata; expected one each")
+    if asked.get("arguments"):
+        raise Refused(422, "arguments: this server takes none; give the reward its options when it is started (--option)")
+    return Request(decode_images(images), prompts, metadata)
+
+
+def decode_images(encoded: Sequence[str]) -> torch.Tensor:
+    """base64 of PNGs -> (N, 3, H, W) uint8. Raises: Refused unless all are RGB of one size."""
+    images: list[torch.Tensor] = []
+    for number, text in enumerate(encoded):
+        try:
+            with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]) as image:
+                if image.mode != "RGB":
+                    raise Refused(422, f"image {number} is a PNG of mode {image.mode}; expected 8-bit RGB")
+                pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        except (binascii.Error, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise Refused(422, f"image {number} is no whole PNG in base64 ({type(error).__name__})") from None
+        if images and pixels.shape != images[0].shape:
+            sizes = " and ".join(f"{shape[2]} x {shape[1]}" for shape in (images[0].shape, pixels.shape))
+            raise Refused(422, f"images 0 and {number} are {sizes} pixels; expected one size in a request")
+        images.append(pixels)
+    return torch.stack(images)
+
+
+def answer(reward: Reward, asked: Request, device: torch.device) -> dict[str, Any]:
+    """The body of a good answer. Raises: Refused with what went wrong in the reward."""
+    try:
+        with torch.no_grad():
+            output = reward.score(asked.images.to(device), asked.prompts, asked.metadata)
+        output = as_numbers(reward.name, output, len(asked.prompts))
+    except RewardError as error:
+        raise Refused(500, str(error)) from None
+    except Exception as error:
+        # A server goes on: the next request may be a better one.
+        logger.exception("reward %r failed", reward.name)
+        reason = (str(error).splitlines() or [""])[0]
+        raise Refused(500, f"reward {reward.name!r}: {type(error).__name__}: {reason}") from None
+    return as_json(output)
+
+
+def as_json(output: RewardOutput) -> dict[str, Any]:
+    def finite(values: torch.Tensor) -> list[float | None]:
+        return [value if math.isfinite(value) else None for value in values.tolist()]
+
+    details: Mapping[str, torch.Tensor] = output.details
+    return {"scores": finite(output.scores), "details": {key: finite(values) for key, values in details.items()}}
