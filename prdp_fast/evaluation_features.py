@@ -54,13 +54,13 @@ class ClipFeatures:
         return {"name": f"the CLIP model {self.directory.resolve().name}", "digest": digest(self.directory)}
 
     def _load(self, device: torch.device) -> None:
-        from transformers import CLIPVisionModelWithProjection
+        from transformers import CLIPModel
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
         quiet_loading()
         try:
             self.processor = CLIPImageProcessorPil.from_pretrained(self.directory)
-            self.model = CLIPVisionModelWithProjection.from_pretrained(self.directory).to(device).eval()
+            self.model = CLIPModel.from_pretrained(self.directory).to(device).eval()
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise UserError(
                 f"--features {self.directory} does not load as a CLIP model: {' '.join(str(error).split())[:300]}"
@@ -74,7 +74,8 @@ class ClipFeatures:
         parts = []
         for part in images.split(CLIP_BATCH):
             pixels = self.processor(list(part.numpy()), return_tensors="pt", input_data_format="channels_first")["pixel_values"]
-            parts.append(self.model(pixels.to(device)).image_embeds.double().cpu())
+            seen = self.model.vision_model(pixels.to(device)).pooler_output
+            parts.append(self.model.visual_projection(seen).double().cpu())
         return torch.nn.functional.normalize(torch.cat(parts), dim=-1).numpy()
 
 
