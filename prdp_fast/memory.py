@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from prdp_fast.errors import OneRankError, UserError
+from prdp_fast.models.lora import trained_parameters
 from prdp_fast.models.shapes import Shapes
 from prdp_fast.settings import Settings
 
@@ -110,7 +111,7 @@ def measure_activations(unet: nn.Module, shapes: Shapes, dtype: torch.dtype) -> 
         unet: trainable, in `dtype`, on the device to measure on; or fake.
     """
     for parameter in unet.parameters():
-        if parameter.grad is None:
+        if parameter.grad is None and parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
     device = next(unet.parameters()).device
 
@@ -150,7 +151,7 @@ class Item:
 class Footprint:
     """What of a job decides over its memory."""
 
-    unet_parameters: int
+    unet_parameters: int  # an adapter's included
     frozen_parameters: int  # VAE and text encoder
     dtype: torch.dtype
     stage: int
@@ -169,6 +170,11 @@ class Footprint:
     reduce_bucket: int = BUCKET
     double_bucket: bool = False
     max_live: int = LIVE
+    adapter_parameters: int | None = None  # what is trained of the U-Net; None: all of it
+
+    @property
+    def trained_parameters(self) -> int:
+        return self.unet_parameters if self.adapter_parameters is None else self.adapter_parameters
 
     @classmethod
     def of(
@@ -196,9 +202,10 @@ class Footprint:
             offload_optimizer=zero.get("offload_optimizer", {}).get("device", "none") != "none",
             offload_param=zero.get("offload_param", {}).get("device", "none") != "none",
             # A CPU gives memory when it is written to, and no more is ever written than there are gradients.
-            reduce_bucket=bucket if cuda else min(bucket, shapes.unet_parameters),
+            reduce_bucket=bucket if cuda else min(bucket, shapes.trained_parameters),
             double_bucket=bool(zero.get("overlap_comm", False)) and config.stage < 3,
             max_live=int(zero.get("stage3_max_live_parameters", LIVE)),
+            adapter_parameters=None if shapes.lora is None else shapes.trained_parameters,
         )
 
 
@@ -239,37 +246,38 @@ def human(size: float) -> str:
 
 def plan_memory(job: Footprint) -> MemoryPlan:
     """Add it up. Where DeepSpeed keeps what is read from its optimizers (0.19.8), stage by stage."""
-    count, ranks, stage = job.unet_parameters, job.world_size, job.stage
+    count, trained, ranks, stage = job.unet_parameters, job.trained_parameters, job.world_size, job.stage
     width = job.dtype.itemsize
     bf16_optimizer = stage == 1 and job.dtype == torch.bfloat16  # DeepSpeed has one of its own for this
-    share = -(-count // ranks)  # of what is divided among the ranks
+    share = -(-trained // ranks)  # of what is divided among the ranks
     optimizer_place: Place = "host" if job.offload_optimizer else "device"
 
     # Weights: whole on each rank, except at stage 3. Stages 1 to 3 train a float32 copy of the rank's share, also in float32.
-    items = [Item("weights", (share if stage == 3 else count) * width, "host" if job.offload_param and stage == 3 else "device")]
+    held = -(-count // ranks) if stage == 3 else count
+    items = [Item("weights", held * width, "host" if job.offload_param and stage == 3 else "device")]
     if stage > 0:
         items.append(Item("master weights", share * FLOAT32, optimizer_place))
-    items.append(Item("optimizer state", 2 * (share if stage > 0 else count) * FLOAT32, optimizer_place))
+    items.append(Item("optimizer state", 2 * (share if stage > 0 else trained) * FLOAT32, optimizer_place))
 
     # Gradients. Micro-batches add up in float32.
     if stage == 0:
-        items.append(Item("gradients", count * FLOAT32, when="update"))
+        items.append(Item("gradients", trained * FLOAT32, when="update"))
     elif job.coalesced:
         # All of them locally, then this rank's share of the sum.
-        items.append(Item("gradients", count * width, when="update"))
+        items.append(Item("gradients", trained * width, when="update"))
         items.append(Item("gradients, own share", share * FLOAT32, optimizer_place, "update"))
     elif stage == 1:
         # The bf16 optimizer keeps whole float32 sums for good; others have them in the update.
-        items.append(Item("gradients, summed", count * FLOAT32, when="always" if bf16_optimizer else "update"))
+        items.append(Item("gradients, summed", trained * FLOAT32, when="always" if bf16_optimizer else "update"))
         if width != FLOAT32:
-            items.append(Item("gradients, of a micro-batch", count * width, when="update"))
+            items.append(Item("gradients, of a micro-batch", trained * width, when="update"))
     else:
         items.append(Item("gradients, own share", share * FLOAT32, optimizer_place, "always" if stage == 3 else "update"))
     if stage > 0 and not bf16_optimizer:
         buffers = (2 if job.double_bucket else 1) * job.reduce_bucket * width
         items.append(Item("gradient reduction buffer", buffers, when="always" if stage == 3 else "update"))
 
-    if job.needs_reference:
+    if job.needs_reference and job.adapter_parameters is None:  # with an adapter it is the U-Net with that off
         items.append(Item("reference weights", count * width))
     if stage == 3:
         items.append(Item("weights gathered for the rollout", count * width, when="rollout"))
@@ -352,7 +360,9 @@ def _try_out(
 ) -> tuple[Footprint, int]:
     """The job with its activations measured on a copy of the U-Net, and, if `most` is given, the micro-batch to take."""
     device = next(unet.parameters()).device
-    probe = copy.deepcopy(unet).to(job.dtype).requires_grad_(True).train()
+    probe = copy.deepcopy(unet).to(job.dtype).train()
+    for parameter in trained_parameters(probe):
+        parameter.requires_grad_(True)
     job = replace(job, activations=measure_activations(probe, shapes, job.dtype))
 
     def trial(size: int) -> bool:

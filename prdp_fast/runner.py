@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -23,6 +23,7 @@ from prdp_fast.errors import RewardError, UserError
 from prdp_fast.evaluation import Evaluation, compare, evaluate
 from prdp_fast.files import write_json
 from prdp_fast.models.acceleration import Acceleration, Ranks, UNets, accelerate
+from prdp_fast.models.lora import adapter_off, add_adapter
 from prdp_fast.models.pipeline import Pipeline, load_scheduler
 from prdp_fast.models.process import choose_fused_optimizer, prepare_process
 from prdp_fast.models.shapes import Shapes
@@ -30,19 +31,21 @@ from prdp_fast.models.text import TextEncoder
 from prdp_fast.objectives import build_objective
 from prdp_fast.prompts.embeddings import PROBES, StoredEmbeddings, has_embeddings
 from prdp_fast.prompts.stream import PromptSet, PromptStream
-from prdp_fast.records import Prompt, Scores, TextEmbeddings
+from prdp_fast.records import Prompt, Scores, TextEmbeddings, Trajectories
 from prdp_fast.rewards import BackgroundScores, WeightedRewards, build_rewards
 from prdp_fast.sampling.policy import Policy
 from prdp_fast.sampling.rollout import rollout
 from prdp_fast.sampling.transitions import Transitions
 from prdp_fast.settings import Settings
 from prdp_fast.telemetry import Telemetry
-from prdp_fast.update import drift_warning, reference_pass, run_updates
+from prdp_fast.update import Reference, drift_warning, reference_pass, run_updates
 from prdp_kernels import dispatch
 
 ACCELERATION = "acceleration.json"  # of a run directory: what was chosen when it first started
 GRID_PROMPTS = 24  # pictures of a sample grid
 COMPARED_PROMPTS = 12  # of the picture that sets before against after
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,8 @@ class Job:
             raise UserError(f"evaluation.prompts is {evaluation.prompts}, fewer than the {world_size} ranks; raise it or set 0")
         rewards = build_rewards(settings.rewards)
         scheduler = load_scheduler(settings.model.pretrained)
+        if settings.model.lora is not None:
+            Shapes.load(settings.model.pretrained, settings.model.lora).meta_unet()  # refuses an adapter that does not fit
         transitions = Transitions.from_scheduler(scheduler, settings.sampler.num_inference_steps, settings.sampler.eta)
         config = zero.resolve_config(
             config_name, settings, world_size=world_size, stochastic_steps=len(transitions.stochastic), cuda=cuda
@@ -116,7 +121,7 @@ class Job:
         """
         settings, schedule, cuda = self.settings, self.settings.schedule, device_name is not None
         recompute = settings.performance.activation_checkpointing
-        shapes = Shapes.load(settings.model.pretrained)
+        shapes = Shapes.load(settings.model.pretrained, settings.model.lora)
         peak = cost.device_peak(device_name, self.config.dtype) if device_name else None
         lines = cost.describe(
             self.epoch_rows(), cost.unet_flop(shapes), recompute=recompute, peak=peak, gpus=self.world_size
@@ -209,13 +214,17 @@ def train(job: Job, output: Path, device: torch.device) -> dict[str, Any]:
     encode = choose_encoder(job, TextEncoder(pipeline, job.config.dtype), device)
     policy = build_policy(settings, job.transitions)
     objective = build_objective(settings.objective, settings.kernels)
-    reference = pipeline.reference_unet(job.config.dtype) if objective.needs_reference else None
+    lora = settings.model.lora
+    # With an adapter the reference is the same U-Net without it.
+    reference = pipeline.reference_unet(job.config.dtype) if objective.needs_reference and lora is None else None
+    if lora is not None:
+        add_adapter(pipeline.unet, lora, settings.seed)
     if performance.activation_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
     store = checkpoints.Checkpoints(output, keep=settings.checkpoint.keep, is_main=is_main, barrier=zero.barrier)
     latest = store.latest()
     progress = Progress(**checkpoints.read_state(latest)) if latest else Progress()
-    shapes = Shapes.load(settings.model.pretrained)
+    shapes = Shapes.load(settings.model.pretrained, lora)
     # A resumed job keeps its micro-batch, whatever is free now: another one would round differently.
     wanted = progress.micro_batch or (None if schedule.micro_batch == "auto" else schedule.micro_batch)
     progress.micro_batch, plan, available = memory.fit(
@@ -268,20 +277,25 @@ def train(job: Job, output: Path, device: torch.device) -> dict[str, Any]:
             telemetry.message(f"that may not fit: {memory.human(available)} is free, and a tenth should stay so")
         if latest:
             telemetry.message(f"continuing after epoch {progress.epoch} from {latest.name}")
-        before = load_or_run(output / "evaluation_before.pt", lambda: evaluate_sets(list(job.evaluation_prompts)), is_main)
-        if is_main and before and progress.epoch == 0:
-            write_grid(before["unseen"], output / "samples" / "before.png", telemetry, 0)
 
-        # Train.
-        told_drift = 0.0
-        for epoch in range(progress.epoch, schedule.epochs):
-            if schedule.time_limit_minutes is not None:
-                # The slowest clock decides for all ranks.
-                elapsed = zero.all_reduce([time.monotonic() - started], "max")[0] / 60
-                if elapsed > schedule.time_limit_minutes:
-                    telemetry.message(f"schedule.time_limit_minutes: stopping after {epoch} of {schedule.epochs} epochs")
-                    break
+        def unless_rewards_fail(what: str, run: Callable[[], Result]) -> Result:
+            """run(), and again if a reward fails in it and the recipe says so; then the run stops, with a checkpoint."""
+            repeats = schedule.max_repeats if schedule.on_failure == "repeat" else 0
+            for repeat in itertools.count(1):
+                try:
+                    return run()
+                except RewardError as error:  # every rank has it, see agree_on_rewards
+                    if repeat > repeats:
+                        save()  # the weights are those after the last finished epoch: nothing computed is lost
+                        raise RewardError(
+                            f"{error}; stopped in {what}, {progress.epoch} finished epochs are saved: mend the reward and give the "
+                            f"same command with --resume {output}"
+                        ) from error
+                    telemetry.message(f"{what}: {error}; repeating it, {repeat} of {repeats}")
+            raise AssertionError("unreachable")
 
+        def collect(epoch: int) -> tuple[Trajectories, Scores, Reference | None]:
+            """What an epoch learns from. Noise and subsets follow from the seed and the epoch: a repetition has the same."""
             with telemetry.phase("prompts"):
                 prompts = stream.epoch(epoch)
                 embeddings = encode(prompts)
@@ -300,12 +314,28 @@ def train(job: Job, output: Path, device: torch.device) -> dict[str, Any]:
                     reference_rows = reference_pass(
                         policy, reference, trajectories, progress.micro_batch, schedule.reference_timesteps
                     )  # fmt: skip
-            try:
-                with telemetry.phase("reward"), agree_on_rewards():
-                    scores = scoring()
-            except RewardError:
-                save()  # the weights are those after the last finished epoch: nothing computed is lost
-                raise
+            with telemetry.phase("reward"), agree_on_rewards():
+                scores = scoring()
+            return trajectories, scores, reference_rows
+
+        def evaluate_all() -> dict[str, Evaluation]:
+            return unless_rewards_fail("evaluation", lambda: evaluate_sets(list(job.evaluation_prompts)))
+
+        before = load_or_run(output / "evaluation_before.pt", evaluate_all, is_main)
+        if is_main and before and progress.epoch == 0:
+            write_grid(before["unseen"], output / "samples" / "before.png", telemetry, 0)
+
+        # Train.
+        told_drift = 0.0
+        for epoch in range(progress.epoch, schedule.epochs):
+            if schedule.time_limit_minutes is not None:
+                # The slowest clock decides for all ranks.
+                elapsed = zero.all_reduce([time.monotonic() - started], "max")[0] / 60
+                if elapsed > schedule.time_limit_minutes:
+                    telemetry.message(f"schedule.time_limit_minutes: stopping after {epoch} of {schedule.epochs} epochs")
+                    break
+
+            trajectories, scores, reference_rows = unless_rewards_fail(f"epoch {epoch}", partial(collect, epoch))
             with telemetry.phase("update"):
                 report = run_updates(
                     policy, engine, objective, trajectories, scores.total, reference=reference_rows,
@@ -314,7 +344,7 @@ def train(job: Job, output: Path, device: torch.device) -> dict[str, Any]:
                 )  # fmt: skip
             progress.micro_batch = report.micro_batch
 
-            count = len(images) * world_size
+            count = len(scores.total) * world_size
             progress.epoch, progress.images = epoch + 1, progress.images + count
             progress.last_drift = zero.all_reduce([report.drift], "max")[0]
             if warning := drift_warning(progress.last_drift, settings.objective.clip_range, told_drift):
@@ -337,7 +367,7 @@ def train(job: Job, output: Path, device: torch.device) -> dict[str, Any]:
                     save()
             if settings.evaluation.every and progress.epoch % settings.evaluation.every == 0 and before:
                 with telemetry.phase("evaluate", throughput=False):
-                    during = evaluate_sets(["seen"])["seen"]
+                    during = unless_rewards_fail("evaluation", lambda: evaluate_sets(["seen"]))["seen"]
                 telemetry.log_scalars(epoch, {"evaluation/seen": during.summary()["mean"]})
                 if is_main:
                     write_grid(during, output / "samples" / f"epoch-{progress.epoch:06d}.png", telemetry, epoch)
@@ -346,7 +376,7 @@ def train(job: Job, output: Path, device: torch.device) -> dict[str, Any]:
         save()
         summary: dict[str, Any] = {"evaluation": {}}
         if before:
-            after = evaluate_sets(list(before))
+            after = evaluate_all()
             summary["evaluation"] = {name: compare(before[name], after[name]) for name in before}
             if is_main:
                 torch.save({name: vars(evaluation) for name, evaluation in after.items()}, output / "evaluation_after.pt")
@@ -354,7 +384,7 @@ def train(job: Job, output: Path, device: torch.device) -> dict[str, Any]:
                 write_comparison(before["unseen"], after["unseen"], output / "samples" / "before_after.png")
         state = engine.full_state_dict()
         if is_main:
-            pipeline.export(output / "model", state)
+            pipeline.export(output / "model", state, lora)
             summary |= {
                 "epochs": progress.epoch,
                 "images": progress.images,
@@ -365,6 +395,16 @@ def train(job: Job, output: Path, device: torch.device) -> dict[str, Any]:
             write_json(output / checkpoints.SUMMARY, summary)
         zero.barrier()
     return summary
+
+
+@contextlib.contextmanager
+def reference_unet(engine: zero.ZeroEngine, copy: torch.nn.Module | None) -> Iterator[torch.nn.Module]:
+    """The frozen model: a copy made before training, or the trained U-Net without its adapter."""
+    if copy is not None:
+        yield copy
+        return
+    with engine.whole_unet() as unet, adapter_off(unet):
+        yield unet
 
 
 @contextlib.contextmanager

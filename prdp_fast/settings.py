@@ -138,6 +138,11 @@ class ScheduleSettings(Section):
         None, ge=2, description="K = 1: evaluate the reference at this many steps of a trajectory, drawn likewise; unbiased"
     )
     time_limit_minutes: float | None = Field(None, gt=0, description="stop after the epoch that passes this, then evaluate")
+    on_failure: Literal["stop", "repeat"] = Field(
+        "stop",
+        description="of a reward, after its own retries: end with a checkpoint, or repeat the epoch with the same prompts and noise",
+    )
+    max_repeats: int = Field(3, ge=1, description="of one epoch or evaluation; the run stops after the last")
 
     @model_validator(mode="after")
     def _check(self) -> ScheduleSettings:

@@ -28,6 +28,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import nn
 
 from prdp_fast.errors import UserError
+from prdp_fast.models.lora import has_adapter, trained_parameters
 from prdp_fast.settings import REPOSITORY, OptimizerSettings, Settings
 
 CONFIGS = REPOSITORY / "configs"
@@ -237,7 +238,11 @@ class ZeroEngine:
         self.gathered = copy.deepcopy(unet).to(self.dtype).requires_grad_(False).eval() if config.stage == 3 else None
         # What a rollout calls in place of the U-Net whose weights it samples with: the same, cheaper.
         self.sampling_view: Callable[[nn.Module], Any] = lambda unet: unet
-        unet.requires_grad_(True).train()
+        self.trained = trained_parameters(unet)
+        self.has_adapter = has_adapter(unet)
+        for parameter in self.trained:
+            parameter.requires_grad_(True)
+        unet.train()
         values = copy.deepcopy(config.values)
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW
         extra = {"fused": True} if fused_optimizer else {}
@@ -246,7 +251,7 @@ class ZeroEngine:
         elif config.offloads_optimizer:  # without an accelerator the plain optimizer is already on the CPU, and needs no compiler
             values["zero_force_ds_cpu_optimizer"] = False
         optimizer = optimizer_class(
-            unet.parameters(),
+            self.trained,
             lr=settings.learning_rate,
             betas=settings.betas,
             eps=settings.eps,
@@ -291,15 +296,22 @@ class ZeroEngine:
     @contextlib.contextmanager
     def sampling_unet(self) -> Iterator[Any]:
         """The current weights, called as the U-Net is, for inference. No communication inside the block."""
+        with self.whole_unet() as unet:
+            yield self.sampling_view(unet)
+
+    @contextlib.contextmanager
+    def whole_unet(self) -> Iterator[nn.Module]:
+        """The U-Net itself with the current weights. No communication inside the block."""
         if self.gathered is None:
-            yield self.sampling_view(self.engine.module)
+            yield self.engine.module
             return
         self.gathered.to(self.device)
         with torch.no_grad():
             for full, sharded in zip(self.gathered.parameters(), self.engine.module.parameters(), strict=True):
-                with deepspeed.zero.GatheredParameters([sharded]):
-                    full.copy_(sharded)
-        yield self.sampling_view(self.gathered)
+                if sharded.requires_grad:  # the others are as they were copied
+                    with deepspeed.zero.GatheredParameters([sharded]):
+                        full.copy_(sharded)
+        yield self.gathered
         if self.device.type == "cuda":
             self.gathered.to("cpu")  # the update needs the room
 
@@ -388,24 +400,29 @@ class ZeroEngine:
             self.fp16_headroom = min(self.fp16_headroom * 2, 2.0**24)
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
-        """The trained weights in float32 on the CPU, from the master copy; every rank must call it."""
+        """The trained weights (an adapter's, or all) in float32 on the CPU, from the master copy; every rank must call it."""
         state = {}
         for name, parameter in self.engine.module.named_parameters():
+            if not parameter.requires_grad:
+                continue
             full = safe_get_full_fp32_param(parameter)
             if full is None:  # stage 0 keeps no master copy: the parameter is it
                 full = parameter.detach()
             state[name] = full.detach().to("cpu", torch.float32, copy=True)
-        state.update({name: buffer.cpu() for name, buffer in self.engine.module.named_buffers()})
+        if not self.has_adapter:
+            state.update({name: buffer.cpu() for name, buffer in self.engine.module.named_buffers()})
         return state
 
     def save(self, directory: Path) -> None:
-        """Weights and optimizer, every rank its shard, into `directory`."""
+        """Trained weights and optimizer, every rank its shard, into `directory`."""
         own = {"updates": self.updates, "fp16_headroom": self.fp16_headroom, "fp16_clean": self.fp16_clean}
-        self.engine.save_checkpoint(str(directory), tag="zero", client_state={"prdp": own}, save_latest=False)
+        self.engine.save_checkpoint(
+            str(directory), tag="zero", client_state={"prdp": own}, save_latest=False, exclude_frozen_parameters=self.has_adapter
+        )  # fmt: skip
 
     def load(self, directory: Path) -> None:
         """Raises: UserError if the checkpoint is of another number of ranks or ZeRO stage."""
-        loaded, client_state = self.engine.load_checkpoint(str(directory), tag="zero")
+        loaded, client_state = self.engine.load_checkpoint(str(directory), tag="zero", load_module_strict=not self.has_adapter)
         if loaded is None:
             raise UserError(
                 f"checkpoint {directory} was not written by {self.world_size} rank(s) at ZeRO stage {self.config.stage}; "

@@ -18,6 +18,7 @@ from torch import nn
 
 from prdp_fast.errors import UserError
 from prdp_fast.models import attention, compiled
+from prdp_fast.models.lora import has_adapter
 from prdp_fast.models.probe import Decision, Probe, choose_variant, first_line, quiet
 from prdp_fast.models.shapes import Shapes
 from prdp_fast.settings import PerformanceSettings
@@ -241,7 +242,7 @@ class UNets:
 
     trained: nn.Module
     gathered: nn.Module | None
-    reference: nn.Module | None
+    reference: nn.Module | None  # None with an adapter: it is `sampled` without it
 
     @property
     def sampled(self) -> nn.Module:
@@ -382,6 +383,12 @@ def accelerate(
         else:
             attention.unfuse_qkv(unets.reference, forget=True)
         attention.set_attention(unets.reference, kernel)
+    elif has_adapter(unets.trained):
+        if performance.fuse_qkv == "on":
+            raise UserError(
+                "performance.fuse_qkv is on, but with model.lora no U-Net is frozen whose weights it could join; set auto or off"
+            )
+        decisions["fuse_qkv"] = Decision("off", "model.lora: the layers of an adapter stay three products")
 
     made, rollout = compile_unets(unets, plan, past, performance.compile != "auto", probe, train_rows, sample_rows, ranks)
     decisions |= made

@@ -35,6 +35,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from prdp_fast.errors import UserError
+from prdp_fast.models.lora import export_adapter
+from prdp_fast.settings import LoraSettings
 
 TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
 SCHEDULERS: dict[str, type[SchedulerMixin]] = {"DDPMScheduler": DDPMScheduler, "DDIMScheduler": DDIMScheduler}
@@ -243,10 +245,19 @@ class Pipeline:
             return latents * std / config.scaling_factor + mean
         return latents / config.scaling_factor
 
-    def export(self, directory: Path, unet_state: dict[str, torch.Tensor]) -> None:
-        """Write a directory of the pipeline's own class with `unet_state` in place of the original weights."""
+    def export(self, directory: Path, state: dict[str, torch.Tensor], lora: LoraSettings | None = None) -> None:
+        """Write a directory of the pipeline's own class, or of an adapter to one, with the scheduler that it was sampled with.
+
+        Args:
+            state: the trained weights: the U-Net's, or its adapter's.
+            lora: what the adapter is.
+        """
+        if lora is not None:
+            export_adapter(directory, self.whole, lora, state)
+            self.scheduler.save_pretrained(directory / "scheduler")
+            return
         unet = UNet2DConditionModel.from_config(self.unet.config)
-        unet.load_state_dict(unet_state)
+        unet.load_state_dict(state)
         components = self.whole.components | {"unet": unet, "scheduler": self.scheduler}
         options: dict[str, Any] = {"requires_safety_checker": False}
         if self.is_xl:

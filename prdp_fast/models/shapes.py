@@ -18,7 +18,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from prdp_fast.models.lora import add_adapter, check_targets
 from prdp_fast.models.pipeline import family, quiet_loading, read_json
+from prdp_fast.settings import LoraSettings
 
 TIME_IDS = 6  # of SDXL's micro-conditioning: original size, crop and target size
 
@@ -31,9 +33,10 @@ class Shapes:
     text_length: int  # tokens of a prompt, padded
     vae_parameters: int = 0
     text_parameters: int = 0
+    lora: LoraSettings | None = None  # the adapter that the U-Net is given
 
     @classmethod
-    def load(cls, pretrained: str) -> Shapes:
+    def load(cls, pretrained: str, lora: LoraSettings | None = None) -> Shapes:
         """Read the configurations of a pipeline directory or hub id. Raises: UserError if one is missing."""
 
         def read(component: str) -> dict[str, Any]:
@@ -47,8 +50,9 @@ class Shapes:
             if is_xl:
                 text.append(CLIPTextModelWithProjection(CLIPTextConfig(**read("text_encoder_2"))))
         return cls(
-            read("unet"), text_config.max_position_embeddings, count_parameters(vae), sum(count_parameters(one) for one in text)
-        )
+            read("unet"), text_config.max_position_embeddings, count_parameters(vae), sum(count_parameters(one) for one in text),
+            lora,
+        )  # fmt: skip
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -58,22 +62,32 @@ class Shapes:
 
     @cached_property
     def unet_parameters(self) -> int:
+        """The adapter's included."""
         return count_parameters(self.meta_unet())
 
+    @cached_property
+    def trained_parameters(self) -> int:
+        """The adapter's, or all."""
+        return sum(parameter.numel() for parameter in self.meta_unet().parameters() if parameter.requires_grad)
+
     def meta_unet(self) -> UNet2DConditionModel:
+        """With the adapter, if there is one, and what is trained requires gradients. Raises: UserError if it does not fit."""
         with torch.device("meta"):
-            return UNet2DConditionModel.from_config(self.unet_config)
+            unet = UNet2DConditionModel.from_config(self.unet_config)
+            if self.lora is not None:
+                check_targets(unet, self.lora)
+                add_adapter(unet, self.lora, seed=0)
+            return unet
 
     @contextlib.contextmanager
     def fake_unet(self, dtype: torch.dtype) -> Iterator[UNet2DConditionModel]:
         """The U-Net as fake tensors of a CPU. Inside the block every new tensor is one."""
-        default = torch.get_default_dtype()
+        unet = self.meta_unet()
         with FakeTensorMode():
-            try:
-                torch.set_default_dtype(dtype)  # a fake module cannot be cast
-                unet = UNet2DConditionModel.from_config(self.unet_config)
-            finally:
-                torch.set_default_dtype(default)
+            for module in unet.modules():  # a module of fake tensors can neither be cast nor moved
+                for name, parameter in module.named_parameters(recurse=False):
+                    fake = torch.empty(parameter.shape, dtype=dtype, device="cpu")
+                    setattr(module, name, nn.Parameter(fake, requires_grad=parameter.requires_grad))
             yield unet
 
     def unet_inputs(self, rows: int, device: torch.device | str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
