@@ -20,7 +20,10 @@ RUN = "run.json"
 SUMMARY = "summary.json"
 
 # What a resumed run may change: how long it goes on and what it keeps, never what an epoch computes.
-MAY_CHANGE = ("schedule.epochs", "schedule.time_limit_minutes", "checkpoint.every", "checkpoint.keep")
+MAY_CHANGE = (
+    "schedule.epochs", "schedule.time_limit_minutes", "schedule.on_failure", "schedule.max_repeats", "checkpoint.every",
+    "checkpoint.keep",
+)  # fmt: skip
 
 
 class Checkpoints:

@@ -288,14 +288,15 @@ def train(job: Job, output: Path, device: torch.device) -> dict[str, Any]:
                     if repeat > repeats:
                         save()  # the weights are those after the last finished epoch: nothing computed is lost
                         raise RewardError(
-                            f"{error}; stopped in {what}, {progress.epoch} finished epochs are saved: mend the reward and give the "
-                            f"same command with --resume {output}"
+                            f"{error}; stopped in {what}, {progress.epoch} finished epochs are saved: mend the reward and give "
+                            f"the same command with --resume {output}"
                         ) from error
                     telemetry.message(f"{what}: {error}; repeating it, {repeat} of {repeats}")
             raise AssertionError("unreachable")
 
         def collect(epoch: int) -> tuple[Trajectories, Scores, Reference | None]:
             """What an epoch learns from. Noise and subsets follow from the seed and the epoch: a repetition has the same."""
+            assert progress.micro_batch is not None
             with telemetry.phase("prompts"):
                 prompts = stream.epoch(epoch)
                 embeddings = encode(prompts)

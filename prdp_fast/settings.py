@@ -140,7 +140,7 @@ class ScheduleSettings(Section):
     time_limit_minutes: float | None = Field(None, gt=0, description="stop after the epoch that passes this, then evaluate")
     on_failure: Literal["stop", "repeat"] = Field(
         "stop",
-        description="of a reward, after its own retries: end with a checkpoint, or repeat the epoch with the same prompts and noise",
+        description="of a reward, after its own retries: end with a checkpoint, or repeat the epoch, same prompts and noise",
     )
     max_repeats: int = Field(3, ge=1, description="of one epoch or evaluation; the run stops after the last")
 
