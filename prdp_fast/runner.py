@@ -124,8 +124,12 @@ class Job:
         shapes = Shapes.load(settings.model.pretrained, settings.model.lora)
         peak = cost.device_peak(device_name, self.config.dtype) if device_name else None
         lines = cost.describe(
-            self.epoch_rows(), cost.unet_flop(shapes), recompute=recompute, peak=peak, gpus=self.world_size
+            self.epoch_rows(), cost.unet_flop(shapes), recompute=recompute, peak=peak, gpus=self.world_size,
+            backward=cost.backward_per_forward(shapes),
         )  # fmt: skip
+        if shapes.lora is not None:
+            trained, whole = shapes.trained_parameters, shapes.unet_parameters
+            lines.insert(0, f"LoRA of rank {shapes.lora.rank}: {trained} weights are trained, {whole - trained} stay as they are")
         job = self.footprint(shapes, cuda=cuda)
         job = replace(job, activations=memory.fake_activations(shapes, self.config.dtype, checkpointing=recompute))
         available = memory.free_bytes(torch.device("cuda" if cuda else "cpu"), zero.launched_local_ranks())
@@ -197,6 +201,7 @@ class Progress:
     wall_s: float = 0.0
     last_drift: float | None = None
     micro_batch: int | None = None  # what it came down to, chosen or halved
+    seen_rewards: dict[str, list[float]] = field(default_factory=dict)  # moments of those with a running normalisation
     unet_forwards: dict[str, int] = field(default_factory=lambda: {"rollout": 0, "reference": 0, "update": 0})
 
 
@@ -337,6 +342,7 @@ def train(job: Job, output: Path, device: torch.device) -> dict[str, Any]:
                     break
 
             trajectories, scores, reference_rows = unless_rewards_fail(f"epoch {epoch}", partial(collect, epoch))
+            scores, progress.seen_rewards, divisors = job.rewards.normalised(scores, progress.seen_rewards, zero.all_reduce)
             with telemetry.phase("update"):
                 report = run_updates(
                     policy, engine, objective, trajectories, scores.total, reference=reference_rows,
@@ -356,6 +362,7 @@ def train(job: Job, output: Path, device: torch.device) -> dict[str, Any]:
             for name, unet_rows in zip(("reference", "update"), zero.all_reduce(own_rows, "sum"), strict=True):
                 progress.unet_forwards[name] += int(unet_rows)
             metrics = reduce_metrics(scores, report.metrics)
+            metrics |= {f"reward_divisor/{name}": value for name, value in divisors.items()}
             metrics["free_first_pass"] = float(report.free_first_pass)
             if report.drift_by_step is not None:
                 metrics |= {f"drift/step_{step:03d}": float(value) for step, value in enumerate(report.drift_by_step)}

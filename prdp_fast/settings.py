@@ -97,6 +97,11 @@ class RewardSettings(Section):
     name: str
     weight: float = 1.0
     options: dict[str, Any] = {}
+    normalise: Literal["none", "running", "batch"] = Field(
+        "none",
+        description="in training, divide by the standard deviation over all ranks' images before weighting: of the run so far, "
+        "or of the epoch. Evaluations and logged parts stay as they are",
+    )
 
 
 class PrdpSettings(Section):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ import torch
 from prdp_fast.errors import RewardError, UserError
 from prdp_fast.records import Scores
 from prdp_fast.rewards.base import Reward, RewardOutput
+from prdp_fast.rewards.normalisation import Moments, Reduce, moments_over_ranks
 
 # name -> module and class, imported when a recipe names it: a reward's libraries are needed by nobody else.
 REWARDS: dict[str, str] = {
@@ -33,6 +35,8 @@ class RewardSpec(Protocol):
     def weight(self) -> float: ...
     @property
     def options(self) -> Mapping[str, Any]: ...
+    @property
+    def normalise(self) -> str: ...
 
 
 def _hint(word: str, known: Iterable[str]) -> str:
@@ -61,8 +65,12 @@ def build_reward(name: str, options: Mapping[str, Any]) -> Reward:
 class WeightedRewards:
     """The weighted sum of several rewards. One of weight 0 is reported and not added."""
 
-    def __init__(self, rewards: Sequence[Reward], weights: Sequence[float]) -> None:
-        """Raises: UserError if there is no reward, one occurs twice, or a weight is not finite."""
+    def __init__(self, rewards: Sequence[Reward], weights: Sequence[float], normalise: Sequence[str] | None = None) -> None:
+        """
+        Args:
+            normalise: of each, "none", "batch" or "running"; for `normalised` alone. None: "none" of all.
+        Raises: UserError if there is no reward, one occurs twice, or a weight is not finite.
+        """
         names = [reward.name for reward in rewards]
         if not names:
             raise UserError(f"no reward is given; expected at least one of {', '.join(sorted(REWARDS))}")
@@ -73,6 +81,7 @@ class WeightedRewards:
                 raise UserError(f"reward {name!r} has weight {weight}; expected a finite number")
         self.rewards = list(rewards)
         self.weights = [float(weight) for weight in weights]
+        self.normalise = dict(zip(names, normalise or ["none"] * len(names), strict=True))
 
     def score(self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
         """Score images with every reward.
@@ -89,17 +98,46 @@ class WeightedRewards:
             raise ValueError(
                 f"rewards: {len(images)} images, {len(prompts)} prompts and {len(metadata)} metadata; expected one each"
             )
-        total = torch.zeros(len(images), dtype=torch.float64)  # so that the sum is rounded once
         parts: dict[str, torch.Tensor] = {}
         details: dict[str, torch.Tensor] = {}
-        for reward, weight in zip(self.rewards, self.weights, strict=True):
+        for reward in self.rewards:
             output = _checked(reward.name, reward.score(images, prompts, metadata), len(images))
             parts[reward.name] = output.scores
             details.update({f"{reward.name}/{key}": value for key, value in output.details.items()})
+        return Scores(self._total(parts, {}), parts, details)
+
+    def normalised(
+        self, scores: Scores, seen: Mapping[str, Sequence[float]], reduce: Reduce
+    ) -> tuple[Scores, dict[str, list[float]], dict[str, float]]:
+        """Scores of an epoch with a total of parts divided by their standard deviations, where the recipe says so.
+
+        Every rank calls this, and gets the same deviations.
+
+        Args:
+            scores: of this rank.
+            seen: what the call before returned second, empty at first; of plain numbers, for checkpoints.
+            reduce: sums of float64 numbers over ranks.
+        Returns: the scores, their parts as they were; what was seen up to and with them; the divisor of each normalised reward.
+        """
+        chosen = [name for name, mode in self.normalise.items() if mode != "none"]
+        if not chosen:
+            return scores, {}, {}
+        divisors, now_seen = {}, {}
+        for name, moments in zip(chosen, moments_over_ranks([scores.parts[name] for name in chosen], reduce), strict=True):
+            if self.normalise[name] == "running":
+                moments = Moments(*seen.get(name, ())).merged(moments)
+                now_seen[name] = list(moments)
+            divisors[name] = moments.scale
+        return replace(scores, total=self._total(scores.parts, divisors)), now_seen, divisors
+
+    def _total(self, parts: Mapping[str, torch.Tensor], divisors: Mapping[str, float]) -> torch.Tensor:
+        """(N,) float32, NaN where a part of non-zero weight is not finite."""
+        total = torch.zeros(len(next(iter(parts.values()))), dtype=torch.float64)  # so that the sum is rounded once
+        for (name, part), weight in zip(parts.items(), self.weights, strict=True):
             if weight != 0:
-                total += weight * output.scores.double()
+                total += weight / divisors.get(name, 1.0) * part.double()
         total[~total.isfinite()] = math.nan
-        return Scores(total.float(), parts, details)
+        return total.float()
 
 
 def _checked(name: str, output: RewardOutput, expected: int) -> RewardOutput:
@@ -139,4 +177,8 @@ def build_rewards(specs: Iterable[RewardSpec]) -> WeightedRewards:
     Raises: UserError for an unknown reward or option, a wrong value, a reward listed twice, an empty list.
     """
     specs = list(specs)
-    return WeightedRewards([build_reward(spec.name, spec.options) for spec in specs], [spec.weight for spec in specs])
+    return WeightedRewards(
+        [build_reward(spec.name, spec.options) for spec in specs],
+        [spec.weight for spec in specs],
+        [spec.normalise for spec in specs],
+    )

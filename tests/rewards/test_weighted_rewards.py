@@ -23,6 +23,7 @@ class Spec:
     name: str
     weight: float = 1.0
     options: Mapping[str, Any] = field(default_factory=dict)
+    normalise: str = "none"
 
 
 def _fixed(reward_name: str, scores: Any, **details: Any) -> Reward:
