@@ -209,7 +209,7 @@ def compute_block(plan: Plan, name: BlockName, pipeline: Pipeline, encode: Calla
 
 
 def load(model: Model, device: torch.device, dtype: torch.dtype) -> Pipeline:
-    from prdp_fast.evaluation_plan import ADAPTER
+    from prdp_fast.models.lora import WEIGHTS
     from prdp_fast.models.pipeline import Pipeline
 
     pipeline = Pipeline.load(model.pretrained, device, frozen_dtype=dtype)
@@ -220,7 +220,7 @@ def load(model: Model, device: torch.device, dtype: torch.dtype) -> Pipeline:
             pipeline.whole.unload_lora_weights()
         except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
             raise UserError(
-                f"{model.adapter / ADAPTER} does not load onto {model.pretrained!r}: {' '.join(str(error).split())[:300]}; "
+                f"{model.adapter / WEIGHTS} does not load onto {model.pretrained!r}: {' '.join(str(error).split())[:300]}; "
                 "give the model it was trained on as --base"
             ) from None
     pipeline.unet.to(dtype).requires_grad_(False).eval()

@@ -20,6 +20,7 @@ from prdp_fast.errors import UserError
 from prdp_fast.evaluation_features import Features, choose_features
 from prdp_fast.evaluation_report import BASE, FINETUNED, SINGLE
 from prdp_fast.evaluation_work import BlockName, digest
+from prdp_fast.models.lora import WEIGHTS
 from prdp_fast.models.pipeline import SCHEDULERS, family, load_scheduler, read_json, resolve
 from prdp_fast.prompts.stream import SHIPPED, PromptSet
 from prdp_fast.records import Prompt
@@ -28,7 +29,6 @@ from prdp_fast.sampling.policy import Policy
 from prdp_fast.sampling.transitions import Transitions
 from prdp_fast.settings import PromptSettings, RewardSettings, SamplerSettings, Settings
 
-ADAPTER = "pytorch_lora_weights.safetensors"
 EXPORT = "model"  # of a run directory
 ROLE_SETS = ("seen", "unseen")  # of a run's recipe
 
@@ -174,8 +174,8 @@ def export_of(run: Path, base: Model) -> Model:
     name = run.resolve().name
     if (export / "model_index.json").is_file():
         return describe(str(export))._replace(name=name)
-    if (export / ADAPTER).is_file():
-        return base._replace(name=name, adapter=export, digest=f"{base.digest} {digest(export / ADAPTER)}")
+    if (export / WEIGHTS).is_file():
+        return base._replace(name=name, adapter=export, digest=f"{base.digest} {digest(export / WEIGHTS)}")
     raise UserError(f"run {run} has no export ({export} is missing); finish it with --resume auto, which writes it at the end")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -217,25 +218,26 @@ def test_other_weights_are_another_evaluation(run, tmp_path, capsys):
 
 
 def test_lora_weights_are_loaded_onto_the_base(run, tmp_path):
-    from diffusers import StableDiffusionPipeline
-    from peft import LoraConfig
-    from peft.utils import get_peft_model_state_dict
-
     from prdp_fast.evaluation_plan import Model
+    from prdp_fast.models.lora import add_adapter
     from prdp_fast.models.pipeline import Pipeline
+    from prdp_fast.settings import LoraSettings
 
-    trained = Pipeline.load("tiny", torch.device("cpu"), torch.float32).unet
-    trained.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"]))
+    settings = LoraSettings(rank=2, alpha=6)
+    pipeline = Pipeline.load("tiny", torch.device("cpu"), torch.float32)
+    trained = copy.deepcopy(pipeline.unet)
+    add_adapter(trained, settings, seed=0)
     generator = torch.Generator().manual_seed(0)
     for name, weight in trained.named_parameters():
         if "lora_" in name:
             weight.data = 0.1 * torch.randn(weight.shape, generator=generator)
+    state = {name: weight for name, weight in trained.state_dict().items() if "lora_" in name}
     lora_run = tmp_path / "lora"
-    StableDiffusionPipeline.save_lora_weights(lora_run / "model", unet_lora_layers=get_peft_model_state_dict(trained))
+    pipeline.export(lora_run / "model", state, settings)
     loaded = evaluate_command.load(Model("x", "tiny", lora_run / "model", ""), torch.device("cpu"), torch.float32)
     inputs = torch.randn(2, 4, 8, 8, generator=generator), 500, torch.randn(2, 6, 128, generator=generator)
     with torch.no_grad():
-        plain = Pipeline.load("tiny", torch.device("cpu"), torch.float32).unet(*inputs, return_dict=False)[0]
+        plain = pipeline.unet(*inputs, return_dict=False)[0]
         expected, found = (unet(*inputs, return_dict=False)[0] for unet in (trained, loaded.unet))
     assert found == pytest.approx(expected, abs=1e-5) and not torch.allclose(plain, expected, atol=1e-3)
     shutil.copy(run / "run.json", lora_run / "run.json")
@@ -343,3 +345,15 @@ def test_sets_are_found_as_the_recipe_means_them():
     assert find_set("animals:train", prompts) == ("animals", "train", None)
     assert find_set("seen", prompts.model_copy(update={"limit": 7})) == ("scenes", "train", 7)
     assert find_set("some/where.txt", None) == ("some/where.txt", "train", None)
+
+
+def test_sdxl_is_evaluated_like_the_others(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "models"))
+    from tiny_pipelines import build
+
+    words = [build("sdxl", tmp_path / "xl"), "--prompts", "animals:train", "--rewards", "jpeg_size", "--guidance", "3"]
+    assert evaluate(*words, "--guidance-interval", "1", "600", *FAST, "--output", tmp_path / "out") == 0
+    record = result(tmp_path / "out")
+    assert record["settings"]["models"]["model"]["scheduler"] == "DDIMScheduler"  # in place of Euler's
+    assert "guidance 3 at timesteps 1 to 600" in (tmp_path / "out" / "evaluation.md").read_text()
+    assert record["sets"]["animals:train"]["rewards"]["jpeg_size"]["unscored"] == {"model": 0}
