@@ -43,6 +43,20 @@ def unet_flop(shapes: Shapes) -> int:
     return counter.get_total_flops()
 
 
+def backward_per_forward(shapes: Shapes) -> float:
+    """FLOP of the U-Net's backward over its forward's.
+
+    With an adapter about 1: frozen weights have no gradient, but what comes before them does. Counted there, layer by layer.
+    """
+    if shapes.lora is None:
+        return BACKWARD_PER_FORWARD
+    unet = shapes.meta_unet().eval()
+    counter = FlopCounterMode(display=False)
+    with counter:
+        unet(**shapes.unet_inputs(1, "meta"))[0].sum().backward()
+    return counter.get_total_flops() / unet_flop(shapes) - 1
+
+
 @dataclass(frozen=True)
 class PhaseRows:
     """U-Net rows of one phase of an epoch, over all ranks."""
@@ -50,9 +64,9 @@ class PhaseRows:
     forward: float = 0.0  # with a subset of timesteps and a guidance interval, the average over the draws
     backward: float = 0.0  # of those, the ones that are backpropagated
 
-    def flop(self, per_row: float, recompute: bool = False) -> float:
-        """recompute: activation checkpointing runs the forward again in the backward."""
-        return per_row * (self.forward + (BACKWARD_PER_FORWARD + recompute) * self.backward)
+    def flop(self, per_row: float, recompute: bool = False, backward: float = BACKWARD_PER_FORWARD) -> float:
+        """recompute: activation checkpointing runs the forward again in the backward. backward: over the forward's."""
+        return per_row * (self.forward + (backward + recompute) * self.backward)
 
 
 def epoch_rows(
@@ -93,11 +107,19 @@ def device_peak(name: str, dtype: torch.dtype) -> float | None:
     return PEAK_TFLOPS[known] * 1e12 / (2 if dtype == torch.float32 else 1)
 
 
-def describe(rows: Mapping[str, PhaseRows], per_row: float, *, recompute: bool, peak: float | None, gpus: int) -> list[str]:
+def describe(
+    rows: Mapping[str, PhaseRows],
+    per_row: float,
+    *,
+    recompute: bool,
+    peak: float | None,
+    gpus: int,
+    backward: float = BACKWARD_PER_FORWARD,
+) -> list[str]:
     """Lines for the user: rows and operations of an epoch by phase, and the least time they take where the peak is known."""
-    flop = {name: phase.flop(per_row, recompute) for name, phase in rows.items()}
+    flop = {name: phase.flop(per_row, recompute, backward) for name, phase in rows.items()}
     lines = [f"U-Net rows per epoch, {name}: {phase.forward:.0f}" for name, phase in rows.items()]
-    lines.append(f"U-Net forward of one row: {terms(per_row)}; backward: {terms((BACKWARD_PER_FORWARD + recompute) * per_row)}")
+    lines.append(f"U-Net forward of one row: {terms(per_row)}; backward: {terms((backward + recompute) * per_row)}")
     total = sum(flop.values())
     shares = ", ".join(f"{name} {terms(value)}" for name, value in flop.items())
     lines.append(f"an epoch: {terms(total)} ({shares})")
