@@ -171,6 +171,7 @@ class Footprint:
     double_bucket: bool = False
     max_live: int = LIVE
     adapter_parameters: int | None = None  # what is trained of the U-Net; None: all of it
+    averaged: bool = False  # a moving average of what is trained
 
     @property
     def trained_parameters(self) -> int:
@@ -206,6 +207,7 @@ class Footprint:
             double_bucket=bool(zero.get("overlap_comm", False)) and config.stage < 3,
             max_live=int(zero.get("stage3_max_live_parameters", LIVE)),
             adapter_parameters=None if shapes.lora is None else shapes.trained_parameters,
+            averaged=settings.model.ema_decay is not None,
         )
 
 
@@ -257,7 +259,10 @@ def plan_memory(job: Footprint) -> MemoryPlan:
     items = [Item("weights", held * width, "host" if job.offload_param and stage == 3 else "device")]
     if stage > 0:
         items.append(Item("master weights", share * FLOAT32, optimizer_place))
-    items.append(Item("optimizer state", 2 * (share if stage > 0 else trained) * FLOAT32, optimizer_place))
+    stepped = share if stage > 0 else trained
+    items.append(Item("optimizer state", 2 * stepped * FLOAT32, optimizer_place))
+    if job.averaged:
+        items.append(Item("average of the weights", stepped * FLOAT32, optimizer_place))
 
     # Gradients. Micro-batches add up in float32.
     if stage == 0:

@@ -76,6 +76,11 @@ class Job:
         config = zero.resolve_config(
             config_name, settings, world_size=world_size, stochastic_steps=len(transitions.stochastic), cuda=cuda
         )
+        if settings.model.ema_decay is not None and config.stage == 3:
+            raise UserError(
+                f"model.ema_decay with config {config.path.name}: at ZeRO stage 3 no average is kept; use stage 0, 1 or 2, or set "
+                "ema_decay null"
+            )
         check_steps(settings, transitions)
         train = PromptSet.open(prompts.source, prompts.train, limit=prompts.limit)
         if prompts.stored_embeddings and not has_embeddings(train.directory):
@@ -237,7 +242,8 @@ def train(job: Job, output: Path, device: torch.device) -> dict[str, Any]:
         local_ranks=zero.launched_local_ranks(), agree=lambda size: zero.all_reduce([size], "min")[0],
     )  # fmt: skip
     engine = zero.ZeroEngine(
-        pipeline.unet, settings.optimizer, job.config, device, performance.coalesce_gradients, fused.value == "on"
+        pipeline.unet, settings.optimizer, job.config, device, performance.coalesce_gradients, fused.value == "on",
+        settings.model.ema_decay,
     )  # fmt: skip
     speed = speed_up(job, engine, reference, shapes, progress.micro_batch, device, output / ACCELERATION)
     speed.decisions |= process | {"fused_optimizer": fused}
@@ -258,7 +264,7 @@ def train(job: Job, output: Path, device: torch.device) -> dict[str, Any]:
 
     def evaluate_sets(names: list[str]) -> dict[str, Evaluation]:
         results = {}
-        with engine.sampling_unet() as unet:
+        with engine.averaged(), engine.sampling_unet() as unet:
             for name in names:
                 prompts = job.evaluation_prompts[name]
                 with agree_on_rewards():
@@ -390,7 +396,8 @@ def train(job: Job, output: Path, device: torch.device) -> dict[str, Any]:
                 torch.save({name: vars(evaluation) for name, evaluation in after.items()}, output / "evaluation_after.pt")
                 write_grid(after["unseen"], output / "samples" / "after.png", telemetry, progress.epoch)
                 write_comparison(before["unseen"], after["unseen"], output / "samples" / "before_after.png")
-        state = engine.full_state_dict()
+        with engine.averaged():
+            state = engine.full_state_dict()
         if is_main:
             pipeline.export(output / "model", state, lora)
             summary |= {

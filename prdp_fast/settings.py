@@ -50,6 +50,9 @@ class LoraSettings(Section):
 class ModelSettings(Section):
     pretrained: str = Field("tiny", description="'tiny' (embedded), a diffusers directory, or a hub id")
     lora: LoraSettings | None = Field(None, description="null trains the whole U-Net")
+    ema_decay: float | None = Field(
+        None, gt=0, lt=1, description="evaluate and export a moving average of the trained weights, e.g. 0.999; stages 0 to 2"
+    )
 
 
 class SamplerSettings(Section):

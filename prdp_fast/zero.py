@@ -28,6 +28,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import nn
 
 from prdp_fast.errors import UserError
+from prdp_fast.models.ema import Average
 from prdp_fast.models.lora import has_adapter, trained_parameters
 from prdp_fast.settings import REPOSITORY, OptimizerSettings, Settings
 
@@ -226,6 +227,7 @@ class ZeroEngine:
         device: torch.device,
         coalesce_gradients: str = "auto",
         fused_optimizer: bool = False,
+        ema_decay: float | None = None,
     ) -> None:
         self.config, self.device, self.dtype = config, device, config.dtype
         self.learning_rate, self.warmup_updates = settings.learning_rate, settings.warmup_updates
@@ -260,6 +262,10 @@ class ZeroEngine:
         )
         self.engine, *_ = deepspeed.initialize(model=unet, optimizer=optimizer, config=values)
         self.coalesce = self._can_coalesce(coalesce_gradients)
+        # Of what the optimizer steps: this rank's share of the master weights, at stage 0 the weights themselves.
+        assert ema_decay is None or config.stage < 3, "stage 3 moves its master weights about"
+        masters = (master for group in optimizer.param_groups for master in group["params"])
+        self.average = None if ema_decay is None else Average(masters, ema_decay)
 
     def _can_coalesce(self, wanted: str) -> bool:
         """Whether gradients are reduced once an update.
@@ -314,6 +320,24 @@ class ZeroEngine:
         yield self.gathered
         if self.device.type == "cuda":
             self.gathered.to("cpu")  # the update needs the room
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the weights are their moving average, if one is kept. Not in an update; every rank enters and leaves."""
+        if self.average is None:
+            yield
+            return
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        assert self.average is not None
+        self.average.swap()
+        if self.config.stage > 0:
+            self.engine.optimizer.update_lp_params()  # what the U-Net computes with, from the master weights
 
     # At beta 1e-5 the weights of the log-probs are 1e4 and more. A power of two brings them to about 1 for the backward pass,
     # where fp16 would overflow, and is undone before clipping; both are exact.
@@ -377,6 +401,8 @@ class ZeroEngine:
             norm = float(self.engine.get_global_grad_norm())
             result = StepResult(norm, applied=math.isfinite(norm) and not getattr(self.engine.optimizer, "overflow", False))
         self.updates += result.applied
+        if self.average is not None and result.applied:
+            self.average.update(self.updates)
         self._adapt_headroom(result.applied)
         return result
 
@@ -419,6 +445,8 @@ class ZeroEngine:
         self.engine.save_checkpoint(
             str(directory), tag="zero", client_state={"prdp": own}, save_latest=False, exclude_frozen_parameters=self.has_adapter
         )  # fmt: skip
+        if self.average is not None:
+            self.average.save(directory / self._average_name)
 
     def load(self, directory: Path) -> None:
         """Raises: UserError if the checkpoint is of another number of ranks or ZeRO stage."""
@@ -430,3 +458,9 @@ class ZeroEngine:
             )
         for name, value in client_state["prdp"].items():
             setattr(self, name, value)
+        if self.average is not None:
+            self.average.load(directory / self._average_name)
+
+    @property
+    def _average_name(self) -> str:
+        return f"average-rank-{self.rank:05d}.safetensors"
