@@ -22,7 +22,7 @@ SUMMARY = "summary.json"
 # What a resumed run may change: how long it goes on and what it keeps, never what an epoch computes.
 MAY_CHANGE = (
     "schedule.epochs", "schedule.time_limit_minutes", "schedule.on_failure", "schedule.max_repeats", "checkpoint.every",
-    "checkpoint.keep",
+    "checkpoint.keep", "model.push_to_hub",
 )  # fmt: skip
 
 

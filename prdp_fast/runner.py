@@ -31,6 +31,7 @@ from prdp_fast.models.text import TextEncoder
 from prdp_fast.objectives import build_objective
 from prdp_fast.prompts.embeddings import PROBES, StoredEmbeddings, has_embeddings
 from prdp_fast.prompts.stream import PromptSet, PromptStream
+from prdp_fast.publishing import push, write_model_card
 from prdp_fast.records import Prompt, Scores, TextEmbeddings, Trajectories
 from prdp_fast.rewards import BackgroundScores, WeightedRewards, build_rewards
 from prdp_fast.sampling.policy import Policy
@@ -78,8 +79,8 @@ class Job:
         )
         if settings.model.ema_decay is not None and config.stage == 3:
             raise UserError(
-                f"model.ema_decay with config {config.path.name}: at ZeRO stage 3 no average is kept; use stage 0, 1 or 2, or set "
-                "ema_decay null"
+                f"model.ema_decay with config {config.path.name}: at ZeRO stage 3 no average is kept; use stage 0, 1 or 2, or "
+                "set ema_decay null"
             )
         check_steps(settings, transitions)
         train = PromptSet.open(prompts.source, prompts.train, limit=prompts.limit)
@@ -407,8 +408,12 @@ def train(job: Job, output: Path, device: torch.device) -> dict[str, Any]:
                 "unet_forwards": progress.unet_forwards,
                 "phase_s": {name: round(seconds, 3) for name, seconds in telemetry.phase_seconds.items()},
             }
+            picture = output / "samples" / "before_after.png"
+            write_model_card(output / "model", settings, type(pipeline.whole).__name__, summary, picture)
             write_json(output / checkpoints.SUMMARY, summary)
         zero.barrier()
+        if is_main and settings.model.push_to_hub is not None:  # the others do not wait for it
+            telemetry.message(push(output / "model", settings.model.push_to_hub))
     return summary
 
 

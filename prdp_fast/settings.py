@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from prdp_fast.errors import UserError
 
@@ -53,6 +53,16 @@ class ModelSettings(Section):
     ema_decay: float | None = Field(
         None, gt=0, lt=1, description="evaluate and export a moving average of the trained weights, e.g. 0.999; stages 0 to 2"
     )
+    push_to_hub: str | None = Field(
+        None, description="hub id (owner/name) that gets the result at the end; a repository that is new there is private"
+    )
+
+    @field_validator("push_to_hub")
+    @classmethod
+    def _check_hub_id(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", value):
+            raise ValueError(f"{value!r} is no hub id; expected owner/name")
+        return value
 
 
 class SamplerSettings(Section):

@@ -55,8 +55,8 @@ class Average:
             saved = load_file(path)
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"checkpoint {path.parent} has no readable average of the weights ({error}); remove that checkpoint to go on from "
-                "the one before, or begin anew with --resume never and another --output"
+                f"checkpoint {path.parent} has no readable average of the weights ({error}); remove that checkpoint to go on "
+                "from the one before, or begin anew with --resume never and another --output"
             ) from None
         shapes = {str(number): average.shape for number, average in enumerate(self.averages)}
         if {name: value.shape for name, value in saved.items()} != shapes:
