@@ -322,10 +322,10 @@ def train(job: Job, output: Path, device: torch.device) -> dict[str, Any]:
             rows = [prompt for prompt in prompts for _ in range(schedule.images_per_prompt)]
             scoring = scorer.start(partial(job.rewards.score, images, [row.text for row in rows], [row.metadata for row in rows]))
             reference_rows = None
-            if reference is not None and engine.updates > 0:  # before the first update the policy is the reference
-                with telemetry.phase("reference"):
+            if objective.needs_reference and engine.updates > 0:  # before the first update the policy is the reference
+                with telemetry.phase("reference"), reference_unet(engine, reference) as frozen:
                     reference_rows = reference_pass(
-                        policy, reference, trajectories, progress.micro_batch, schedule.reference_timesteps
+                        policy, frozen, trajectories, progress.micro_batch, schedule.reference_timesteps
                     )  # fmt: skip
             with telemetry.phase("reward"), agree_on_rewards():
                 scores = scoring()
