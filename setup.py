@@ -36,7 +36,7 @@ REWARDS = [
 ]  # the `http` reward and its server, imported on first use
 LORA = ["peft>=0.18"]
 DATA = ["pyarrow>=15", "datasets>=3"]  # `prdp shards build` from parquet files and hub data sets, imported on first use
-DEV = ["hypothesis", "mypy", "pytest>=8.1", "pytest-benchmark", "pytest-xdist", "ruff", "scipy", "types-PyYAML"]
+DEV = ["hypothesis", "mypy", "pytest>=8.1", "pytest-benchmark", "pytest-timeout", "pytest-xdist", "ruff", "scipy", "types-PyYAML"]
 
 setup(
     name="prdp-fast",

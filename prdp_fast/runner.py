@@ -298,7 +298,8 @@ def train(job: Job, output: Path, device: torch.device) -> dict[str, Any]:
                     return run()
                 except RewardError as error:  # every rank has it, see agree_on_rewards
                     if repeat > repeats:
-                        save()  # the weights are those after the last finished epoch: nothing computed is lost
+                        if progress.epoch:
+                            save()  # the weights are those after the last finished epoch: nothing computed is lost
                         raise RewardError(
                             f"{error}; stopped in {what}, {progress.epoch} finished epochs are saved: mend the reward and give "
                             f"the same command with --resume {output}"

@@ -24,7 +24,8 @@ if not torch.cuda.is_available():
 import deepspeed
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.utils import safe_get_full_fp32_param
+from deepspeed.ops import __compatible_ops__
+from deepspeed.utils import groups, safe_get_full_fp32_param
 from torch import nn
 
 from prdp_fast.errors import UserError
@@ -60,6 +61,9 @@ def init_distributed() -> torch.device:
         # Run by python itself: a job of one, which needs no address and so takes no port.
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it; RANK would tell child processes that a launcher ran
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    # A shared-memory all-reduce for inference on CPUs, which training never calls: it is compiled at the first start, where a
+    # killed job leaves a lock that the next one waits for without end, and every rank leaves 64 MiB in /dev/shm.
+    __compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend, verbose=False)  # takes over a group that exists
     device = torch.device(get_accelerator().device_name(int(os.environ.get("LOCAL_RANK", "0"))))
     if device.type == "cuda":
@@ -70,6 +74,7 @@ def init_distributed() -> torch.device:
 def shutdown_distributed() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+        groups._WORLD_GROUP = None  # DeepSpeed would go on with the group that is gone, in this process's next job
 
 
 def barrier() -> None:

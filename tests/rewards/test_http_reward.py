@@ -394,7 +394,7 @@ def test_the_command_scores_like_the_job_itself():
     with command("shapes_alignment", "--device", "cpu") as (process, url):
         output = client(url, timeout_s=60.0).score(images, prompts, [{}] * 3)
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 130
+        assert process.wait(20) in (130, 0)  # 0 where the shell above runs jobs with the interrupt ignored
     assert torch.equal(output.scores, local.scores) and len(set(local.scores.tolist())) > 1
     assert output.details.keys() == local.details.keys()
     for key, values in local.details.items():
