@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from benchmarks.workload import Workload
-from prdp_fast import runner
+from prdp_fast.job import build_policy
 from prdp_fast.models.pipeline import load_scheduler
 from prdp_fast.sampling.transitions import Transitions
 
@@ -30,7 +30,7 @@ def resized(
             raise ValueError(f"resized: steps of preset {workload.preset!r}; expected 'tiny', build the others at their steps")
         settings = workload.settings
         scheduler = load_scheduler(settings.model.pretrained)
-        policy = runner.build_policy(settings, Transitions.from_scheduler(scheduler, steps, settings.sampler.eta))
+        policy = build_policy(settings, Transitions.from_scheduler(scheduler, steps, settings.sampler.eta))
     return replace(
         workload,
         policy=policy,

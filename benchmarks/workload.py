@@ -17,6 +17,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import nn
 
 from prdp_fast import runner, zero
+from prdp_fast.job import Job, build_policy
 from prdp_fast.models.acceleration import Acceleration
 from prdp_fast.models.pipeline import Pipeline
 from prdp_fast.models.process import choose_fused_optimizer, prepare_process
@@ -117,7 +118,7 @@ class Workload:
         """
         settings = load_recipe("tiny", ["schedule.time_limit_minutes=null", *overrides])
         device = zero.init_distributed()
-        job = runner.Job.prepare(settings, config, world_size=1, cuda=device.type == "cuda")
+        job = Job.prepare(settings, config, world_size=1, cuda=device.type == "cuda")
         schedule, dtype = settings.schedule, job.config.dtype
         pipeline = text = stream = None
         torch.manual_seed(0)
@@ -143,7 +144,7 @@ class Workload:
             latent_shape = shapes.latent_shape
             prompts = [Prompt(i, f"prompt {i}", {}) for i in range(schedule.prompts_per_epoch)]
             embeddings = random_embeddings(shapes, len(prompts), device, dtype)
-        policy = runner.build_policy(settings, transitions)
+        policy = build_policy(settings, transitions)
         reference = copy.deepcopy(unet).to(dtype).requires_grad_(False).eval()
         performance = settings.performance
         process = prepare_process(performance, device, dtype) if prepare else {}

@@ -64,9 +64,10 @@ def launch(args: argparse.Namespace) -> int:
     import torch  # heavy imports come after the recipe's typos
 
     from prdp_fast import checkpoint, runner, zero
+    from prdp_fast.job import Job
 
     world_size = zero.launched_world_size()
-    job = runner.Job.prepare(settings, args.config, world_size=world_size, cuda=torch.cuda.is_available())
+    job = Job.prepare(settings, args.config, world_size=world_size, cuda=torch.cuda.is_available())
     output = choose_output(args, job.record())
     if args.dry_run:
         if zero.launched_rank() == 0:

@@ -22,6 +22,7 @@ def main() -> None:
     import torch
 
     from prdp_fast import checkpoint, runner, zero
+    from prdp_fast.job import Job
     from prdp_fast.settings import load_recipe
 
     torch.set_num_threads(1)
@@ -29,7 +30,7 @@ def main() -> None:
     output, configs = Path(arguments[0]), arguments[1:]
     device = zero.init_distributed()
     for config in configs:
-        job = runner.Job.prepare(load_recipe("smoke", OVERRIDES), config, world_size=zero.launched_world_size(), cuda=False)
+        job = Job.prepare(load_recipe("smoke", OVERRIDES), config, world_size=zero.launched_world_size(), cuda=False)
         directory = output / Path(config).stem
         if zero.launched_rank() == 0:
             checkpoint.claim_run_directory(directory, job.record(), "never")

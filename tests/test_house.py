@@ -46,6 +46,7 @@ FLOORS = (
                 "evaluation_work",
                 "evaluation_report",
                 "evaluation_features",
+                "job",
                 "publishing",
                 "doctor",
             }

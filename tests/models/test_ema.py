@@ -12,9 +12,9 @@ from small_model import SHAPE, WIDTH, small_unet, small_unet_shapes
 
 from prdp_fast import memory, zero
 from prdp_fast.errors import UserError
+from prdp_fast.job import Job
 from prdp_fast.models import lora
 from prdp_fast.models.ema import Average, rate
-from prdp_fast.runner import Job
 from prdp_fast.settings import LoraSettings, OptimizerSettings, load_recipe
 
 DECAY = 0.7

@@ -12,11 +12,12 @@ from small_model import SHAPE, WIDTH, small_policy, small_trajectories, small_un
 
 from prdp_fast import cost, memory, zero
 from prdp_fast.errors import UserError
+from prdp_fast.job import Job
 from prdp_fast.models import attention, compiled, lora
 from prdp_fast.models.acceleration import UNets, accelerate
 from prdp_fast.models.probe import distance
 from prdp_fast.models.shapes import Shapes
-from prdp_fast.runner import Job, reference_unet
+from prdp_fast.runner import reference_unet
 from prdp_fast.settings import LoraSettings, OptimizerSettings, PerformanceSettings, load_recipe
 from prdp_fast.update import log_prob_pass, reference_pass
 

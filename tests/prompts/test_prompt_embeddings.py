@@ -133,6 +133,7 @@ def test_the_embedded_model(directory: Path, capsys: pytest.CaptureFixture[str])
 def test_training_reads_them_instead_of_encoding(directory: Path, tmp_path: Path, family: str) -> None:
     """One epoch's text phase, both ways, through what the runner chooses."""
     from prdp_fast import runner
+    from prdp_fast.job import Job
     from prdp_fast.models.pipeline import Pipeline
     from prdp_fast.models.text import TextEncoder
     from prdp_fast.settings import load_recipe
@@ -146,7 +147,7 @@ def test_training_reads_them_instead_of_encoding(directory: Path, tmp_path: Path
         settings = load_recipe(
             "smoke", [f"prompts={{source: {directory}, stored_embeddings: {stored}}}", f"model.pretrained={model}"]
         )
-        job = runner.Job.prepare(settings, "zero2.json", world_size=1, cuda=False)
+        job = Job.prepare(settings, "zero2.json", world_size=1, cuda=False)
         return job, runner.choose_encoder(job, encoder, cpu)
 
     assert chosen(False)[1] == encoder.encode
