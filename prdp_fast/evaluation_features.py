@@ -11,7 +11,8 @@ import torch
 from prdp_fast.comparison import pixel_features
 from prdp_fast.errors import UserError
 from prdp_fast.evaluation_work import digest
-from prdp_fast.models.pipeline import quiet_loading
+from prdp_fast.rewards.clip import Clip, processor_pixels
+from prdp_fast.rewards.scoring_model import read_pretrained
 
 CLIP_BATCH = 64  # images at once
 
@@ -48,35 +49,22 @@ class ClipFeatures:
                 raise UserError(
                     f"--features {directory} has no {name}; expected a directory of a CLIP model and its image processor"
                 )
-        self.model: Any = None
+        self.clip: Clip | None = None
 
     def record(self) -> dict[str, Any]:
         return {"name": f"the CLIP model {self.directory.resolve().name}", "digest": digest(self.directory)}
 
-    def _load(self, device: torch.device) -> None:
-        from transformers import CLIPModel
-        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    def _load(self) -> Clip:
+        from transformers import CLIPVisionModelWithProjection
 
-        quiet_loading()
-        try:
-            self.processor = CLIPImageProcessorPil.from_pretrained(self.directory)
-            self.model = CLIPModel.from_pretrained(self.directory).to(device).eval()
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise UserError(
-                f"--features {self.directory} does not load as a CLIP model: {' '.join(str(error).split())[:300]}"
-            ) from None
-
-    @torch.no_grad()
-    def __call__(self, images: torch.Tensor) -> np.ndarray:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if self.model is None:
-            self._load(device)
-        parts = []
-        for part in images.split(CLIP_BATCH):
-            pixels = self.processor(list(part.numpy()), return_tensors="pt", input_data_format="channels_first")["pixel_values"]
-            seen = self.model.vision_model(pixels.to(device)).pooler_output
-            parts.append(self.model.visual_projection(seen).double().cpu())
-        return torch.nn.functional.normalize(torch.cat(parts), dim=-1).numpy()
+        tower = read_pretrained(f"--features {self.directory}", CLIPVisionModelWithProjection, str(self.directory))
+        return Clip(tower.to(device).eval(), processor_pixels(f"--features {self.directory}", str(self.directory)))
+
+    def __call__(self, images: torch.Tensor) -> np.ndarray:
+        if self.clip is None:
+            self.clip = self._load()
+        return torch.cat([self.clip.images(part).double().cpu() for part in images.split(CLIP_BATCH)]).numpy()
 
 
 def choose_features(directory: str | None) -> Features:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from huggingface_hub import hf_hub_download
 from pydantic import ValidationError
 
 from prdp_fast.errors import UserError
@@ -21,7 +20,7 @@ from prdp_fast.evaluation_features import Features, choose_features
 from prdp_fast.evaluation_report import BASE, FINETUNED, SINGLE
 from prdp_fast.evaluation_work import BlockName, digest
 from prdp_fast.models.lora import WEIGHTS
-from prdp_fast.models.pipeline import SCHEDULERS, family, load_scheduler, read_json, resolve
+from prdp_fast.models.pipeline import SCHEDULERS, family, find_file, load_scheduler, read_json, resolve
 from prdp_fast.prompts.stream import SHIPPED, PromptSet
 from prdp_fast.records import Prompt
 from prdp_fast.rewards import WeightedRewards, build_reward
@@ -165,7 +164,7 @@ def describe(pretrained: str) -> Model:
     if path.is_dir():
         return Model(Path(pretrained).name or path.resolve().name, pretrained, None, digest(path))
     # In the hub's cache a file lies in a directory named after its commit.
-    return Model(pretrained, pretrained, None, Path(hf_hub_download(pretrained, "model_index.json")).parent.name)
+    return Model(pretrained, pretrained, None, find_file(pretrained, "model_index.json").parent.name)
 
 
 def export_of(run: Path, base: Model) -> Model:

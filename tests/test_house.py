@@ -28,7 +28,7 @@ class Floor(NamedTuple):
 
 
 FLOORS = (
-    Floor(frozenset({"records", "settings", "scenes", "errors", "files"})),
+    Floor(frozenset({"records", "settings", "scenes", "errors", "files", "hub"})),
     Floor(frozenset({"prompts", "models", "sampling", "rewards", "objectives"}), apart=True),
     Floor(
         frozenset(
@@ -53,7 +53,7 @@ FLOORS = (
         )
     ),
     Floor(frozenset({"runner"})),
-    Floor(frozenset({"train", "cli", "report_command", "embed_command", "evaluate_command"})),
+    Floor(frozenset({"train", "cli", "report_command", "embed_command", "evaluate_command", "doctor_command"})),
 )
 # The script that trains the embedded model: stands beside the house, and nothing leans on it.
 LEAVES = {"assets": frozenset({"scenes", "records", "errors", "rewards"})}

@@ -21,20 +21,12 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from prdp_fast.errors import UserError
+from prdp_fast.hub import hub_file
 from prdp_fast.models.lora import export_adapter
 from prdp_fast.settings import LoraSettings
 
@@ -56,11 +48,19 @@ def resolve(pretrained: str) -> str:
     return str(TINY) if pretrained == "tiny" else pretrained
 
 
+def find_file(pretrained: str, filename: str) -> Path:
+    """A file of a pipeline directory or hub id. Raises: UserError if it is not there."""
+    path, what = Path(resolve(pretrained)), f"model.pretrained {pretrained!r}"
+    if (path / filename).is_file():
+        return path / filename
+    if path.is_dir():
+        raise UserError(f"{what} has no {filename}; expected a {' or '.join(FAMILIES)} directory, as save_pretrained writes it")
+    return hub_file(what, pretrained, filename, lacking="expected a diffusers pipeline, not a single checkpoint file")
+
+
 def read_json(pretrained: str, filename: str) -> dict[str, Any]:
     """A configuration of a pipeline directory or hub id. Raises: UserError if it is not there or no JSON."""
-    path = Path(resolve(pretrained)) / filename
-    if not path.is_file():
-        path = _from_hub(pretrained, filename)
+    path = find_file(pretrained, filename)
     try:
         return json.loads(path.read_text())
     except ValueError as error:
@@ -115,27 +115,6 @@ def load_scheduler(pretrained: str) -> SchedulerMixin:
             f"model.pretrained {pretrained!r}: {scheduler_class.__name__} refuses scheduler_config.json ({error}); "
             "correct it there"
         ) from None
-
-
-def _from_hub(pretrained: str, filename: str) -> Path:
-    what = f"model.pretrained {pretrained!r}"
-    if Path(resolve(pretrained)).is_dir():
-        raise UserError(f"{what} has no {filename}; expected a {' or '.join(FAMILIES)} directory, as save_pretrained writes it")
-    try:
-        return Path(hf_hub_download(pretrained, filename))
-    except GatedRepoError:
-        reason = f"is gated; accept its terms at https://huggingface.co/{pretrained}, then run `hf auth login`"
-    except RepositoryNotFoundError:
-        reason = "is neither a directory nor a model on the hub; check the name, and for a private model run `hf auth login`"
-    except HFValidationError:
-        reason = "is neither a directory nor a hub id (owner/name); check the path"
-    except LocalEntryNotFoundError:
-        reason = "is no directory and not in the hub's cache, and the hub is out of reach; check the name and the network"
-    except EntryNotFoundError:
-        reason = f"has no {filename} on the hub; expected a diffusers pipeline, not a single checkpoint file"
-    except (HfHubHTTPError, OSError) as error:
-        reason = f"is no directory, and the hub did not give it ({type(error).__name__}); check the network and `hf auth login`"
-    raise UserError(f"{what} {reason}")
 
 
 def quiet_loading() -> None:

@@ -18,7 +18,7 @@ class RewardOutput(NamedTuple):
 
 class Reward(ABC):
     """One reward. Its options are the keyword arguments of `__init__`, which checks them and loads nothing: a model is loaded
-    by the first `score`, on the device of the images, so that a job's settings can be checked without it."""
+    by the first `score`, so that a job's settings can be checked without it."""
 
     name: ClassVar[str]
 

@@ -19,8 +19,13 @@ from prdp_fast.rewards.normalisation import Moments, Reduce, moments_over_ranks
 
 # name -> module and class, imported when a recipe names it: a reward's libraries are needed by nobody else.
 REWARDS: dict[str, str] = {
+    "aesthetic": "prdp_fast.rewards.aesthetic:Aesthetic",
+    "clip_score": "prdp_fast.rewards.clip_score:ClipScore",
+    "hpsv2": "prdp_fast.rewards.hpsv2:HpsV2",
     "http": "prdp_fast.rewards.http:HttpReward",
+    "image_reward": "prdp_fast.rewards.image_reward:ImageReward",
     "jpeg_size": "prdp_fast.rewards.jpeg_size:JpegSize",
+    "pickscore": "prdp_fast.rewards.pickscore:PickScore",
     "python": "prdp_fast.rewards.python:PythonReward",
     "shapes_alignment": "prdp_fast.rewards.shapes_alignment:ShapesAlignment",
 }

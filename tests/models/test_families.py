@@ -11,9 +11,9 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from tiny_pipelines import FAMILIES, SAMPLE_SIZE, build
 
+from prdp_fast import hub
 from prdp_fast.errors import UserError
 from prdp_fast.models import compiled
-from prdp_fast.models import pipeline as pipeline_module
 from prdp_fast.models.acceleration import UNets, accelerate
 from prdp_fast.models.pipeline import Pipeline, load_scheduler
 from prdp_fast.models.shapes import Shapes, count_parameters
@@ -326,7 +326,7 @@ def test_the_hubs_refusals_name_the_way_out(monkeypatch) -> None:
         def download(*_, error=error):
             raise error
 
-        monkeypatch.setattr(pipeline_module, "hf_hub_download", download)
+        monkeypatch.setattr(hub, "hf_hub_download", download)
         line = refusal("some/model")
         assert all(word in line for word in words), line
         with pytest.raises(UserError):

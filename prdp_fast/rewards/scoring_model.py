@@ -1,0 +1,148 @@
+"""What rewards that are models share: where they compute and how finely, in what batches, and where their files come from."""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prdp_fast.errors import RewardError, UserError
+from prdp_fast.hub import hub_file
+from prdp_fast.rewards.base import Reward, RewardOutput
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class ScoringModel(Reward):
+    """A reward that is a model, loaded by the first `score`.
+
+    Options of all of them:
+        batch: images a forward; changes speed and memory only.
+        device: auto (this rank's GPU if there is one, else the CPU), or any that torch knows: cpu, cuda:1.
+        dtype: of weights and activations; scores are float32. Differences between the images of one prompt are what is learnt,
+            often a hundredth of the score, and scoring costs little beside sampling: float32 unless memory is short.
+    """
+
+    def __init__(self, *, batch: int = 32, device: str = "auto", dtype: str = "float32") -> None:
+        """Raises: ValueError for an option that makes no sense."""
+        if type(batch) is not int or batch < 1:
+            raise ValueError(f"batch is {batch!r}; expected a whole number from 1")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype is {dtype!r}; expected {', '.join(DTYPES)}")
+        self.batch, self.dtype = batch, DTYPES[dtype]
+        self.device = choose_device(device)
+        self.loaded = False
+
+    @abstractmethod
+    def load(self) -> None:
+        """Put the model on `self.device` in `self.dtype`. Raises: UserError if a file is missing or another's."""
+
+    @abstractmethod
+    def score_batch(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """Scores of (n, 3, H, W) uint8 images on the CPU, (n,) float32 on any device."""
+
+    @torch.no_grad()
+    def score(self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> RewardOutput:
+        if not self.loaded:
+            try:
+                self.load()
+            except UserError as error:  # so that every rank hears of it
+                raise RewardError(str(error)) from error
+            self.loaded = True
+        parts = [torch.empty(0)]
+        for start in range(0, len(images), self.batch):
+            part = slice(start, start + self.batch)
+            parts.append(self.score_batch(images[part].cpu(), prompts[part]).float().cpu())
+        return RewardOutput(torch.cat(parts))
+
+    @property
+    def whose(self) -> str:
+        """Opens an error."""
+        return f"reward {self.name!r}"
+
+    def place(self, module: torch.nn.Module) -> torch.nn.Module:
+        return module.to(self.device, self.dtype).eval().requires_grad_(False)
+
+
+def choose_device(name: str) -> torch.device:
+    """Raises: ValueError if it is no device, or one that is not here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device is {name!r}; expected auto, cpu or cuda, or one such as cuda:1") from error
+    if device.type != "cuda":
+        return device
+    # This rank's own, by its number: rewards are scored in a thread beside the U-Net's, and a new thread starts on GPU 0.
+    index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        raise ValueError(f"device is {name!r}, but torch sees {torch.cuda.device_count()} GPUs; expected auto or cpu")
+    return torch.device("cuda", index)
+
+
+def find_model_file(whose: str, name: str, filename: str) -> Path:
+    """A file of a model. name: a directory, or a hub id. Raises: UserError."""
+    what = f"{whose}: {name!r}"
+    if Path(name).is_dir():
+        path = Path(name) / filename
+        if not path.is_file():
+            raise UserError(f"{what} has no {filename}; expected the files of the model, as on the hub")
+        return path
+    return hub_file(what, name, filename, lacking="is it the right model?")
+
+
+def find_weights(whose: str, override: str | None, name: str, filename: str) -> Path:
+    """The file `override`, if the user has it somewhere, or a file of a hub id. Raises: UserError."""
+    if override is None:
+        return find_model_file(whose, name, filename)
+    if not Path(override).is_file():
+        raise UserError(f"{whose}: weights {override!r} is no file; expected a copy of {filename} of {name}")
+    return Path(override)
+
+
+def read_checkpoint(whose: str, path: Path) -> dict[str, Any]:
+    """A .pt or .pth of tensors. Nothing in it is run. Raises: UserError if it holds anything else."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # pickle, zip and torch's own
+        line = " ".join(str(error).split())[:200]
+        raise UserError(f"{whose}: {path} is no file of tensors ({line}); fetch it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{whose}: {path} holds a {type(content).__name__}; expected tensors by name")
+    return content
+
+
+def check_tensors(whose: str, path: Path, found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    """Raises: UserError if names or shapes disagree, with the first few that do."""
+    missing = [name for name in expected if name not in found]
+    strange = [name for name in found if name not in expected]
+    reshaped = [
+        f"{name} is {tuple(tensor.shape)}, not {tuple(expected[name].shape)}"
+        for name, tensor in found.items()
+        if name in expected and tensor.shape != expected[name].shape
+    ]
+    faults = [
+        f"{what} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+        for what, names in (("lacks", missing), ("has unknown", strange), ("has", reshaped))
+        if names
+    ]
+    if faults:
+        raise UserError(f"{whose}: {path} {'; '.join(faults)}; is it the right model?")
+
+
+def read_pretrained(whose: str, loader: Any, name: str, **options: Any) -> Any:
+    """`loader.from_pretrained`, in silence. whose: opens an error, e.g. "reward 'hpsv2'". Raises: UserError."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        return loader.from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+        line = " ".join(str(error).split())[:200]
+        raise UserError(f"{whose}: {name!r} does not load as a {loader.__name__} ({line})") from None
