@@ -158,6 +158,12 @@ def compute(plan: Plan, work: Work, names: list[BlockName], device: torch.device
 
     dtype = getattr(torch, plan.dtype)
     prepare_process(PerformanceSettings(), device, dtype)
+    if names:
+        try:
+            for reward in plan.rewards.values():
+                reward.prepare()
+        except RewardError as error:
+            raise OneRankError(str(error)) from error
     for role, model in plan.models.items():
         own = [name for name in names if name.role == role]
         if not own:

@@ -115,7 +115,10 @@ class Job:
         size, about = schedule.micro_batch, ""
         if size == "auto":
             most = self.rows_per_update if cuda else min(self.rows_per_update, memory.CPU_MICRO_BATCH)
-            size, about = memory.choose_micro_batch(job, available, most=most), "auto, about "
+            try:
+                size, about = memory.choose_micro_batch(job, available, most=most), "auto, about "
+            except UserError:  # the machine at hand need not be the one that will train
+                size, about = 1, "auto, here not even "
         plan = memory.plan_memory(replace(job, micro_batch=size))
         each = " (2 U-Net rows each with guidance)" if job.evaluations == 2 else ""
         lines.append(

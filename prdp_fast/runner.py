@@ -65,7 +65,9 @@ def train(job: Job, output: Path, device: torch.device) -> dict[str, Any]:
     rank, world_size = zero.launched_rank(), job.world_size
     is_main = rank == 0
 
-    # Build.
+    # Build. Rewards first: what their models hold is no longer free when the micro-batch is chosen.
+    with agree_on_rewards():
+        job.rewards.prepare()
     performance = settings.performance
     process = prepare_process(performance, device, job.config.dtype)
     fused = choose_fused_optimizer(performance.fused_optimizer, device, job.config.offloads_optimizer)

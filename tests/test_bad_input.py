@@ -258,3 +258,21 @@ def test_a_reward_that_does_not_score(tmp_path: Path, scores: str, good: int, wo
         assert word in lines[0]
     checkpoints = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("epoch-*"))
     assert checkpoints == (["epoch-000001"] if good else []), "the epoch that was finished must not be lost"
+
+
+def test_a_reward_whose_model_cannot_be_had_stops_the_job_before_it_loads_anything(tmp_path: Path) -> None:
+    arguments = [
+        "--recipe",
+        "smoke",
+        "--output",
+        str(tmp_path / "run"),
+        "--set",
+        f"rewards=[{{name: pickscore, options: {{model: {tmp_path}}}}}]",
+    ]
+    command = [sys.executable, "prdp_fast/train.py", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ, timeout=300)
+    assert result.returncode == 2, result.stderr[-3000:]
+    assert [line for line in result.stderr.splitlines() if "error" in line.lower()] == [
+        f"error: reward 'pickscore': '{tmp_path}' has no config.json; expected the files of the model, as on the hub"
+    ]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"run.json"}, "nothing may have been evaluated yet"

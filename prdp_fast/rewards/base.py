@@ -18,9 +18,15 @@ class RewardOutput(NamedTuple):
 
 class Reward(ABC):
     """One reward. Its options are the keyword arguments of `__init__`, which checks them and loads nothing: a model is loaded
-    by the first `score`, so that a job's settings can be checked without it."""
+    by `prepare` or the first `score`, so that a job's settings can be checked without it."""
 
     name: ClassVar[str]
+
+    def prepare(self) -> None:  # noqa: B027
+        """Load what the first `score` would load. A job calls it before it measures its memory and starts.
+
+        Raises: RewardError.
+        """
 
     @abstractmethod
     def score(self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> RewardOutput:

@@ -88,6 +88,11 @@ class WeightedRewards:
         self.weights = [float(weight) for weight in weights]
         self.normalise = dict(zip(names, normalise or ["none"] * len(names), strict=True))
 
+    def prepare(self) -> None:
+        """Load every reward's model. Raises: RewardError."""
+        for reward in self.rewards:
+            reward.prepare()
+
     def score(self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
         """Score images with every reward.
 

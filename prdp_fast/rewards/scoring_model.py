@@ -18,7 +18,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 class ScoringModel(Reward):
-    """A reward that is a model, loaded by the first `score`.
+    """A reward that is a model.
 
     Options of all of them:
         batch: images a forward; changes speed and memory only.
@@ -45,14 +45,18 @@ class ScoringModel(Reward):
     def score_batch(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """Scores of (n, 3, H, W) uint8 images on the CPU, (n,) float32 on any device."""
 
+    def prepare(self) -> None:
+        if self.loaded:
+            return
+        try:
+            self.load()
+        except UserError as error:  # so that every rank hears of it
+            raise RewardError(str(error)) from error
+        self.loaded = True
+
     @torch.no_grad()
     def score(self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> RewardOutput:
-        if not self.loaded:
-            try:
-                self.load()
-            except UserError as error:  # so that every rank hears of it
-                raise RewardError(str(error)) from error
-            self.loaded = True
+        self.prepare()
         parts = [torch.empty(0)]
         for start in range(0, len(images), self.batch):
             part = slice(start, start + self.batch)

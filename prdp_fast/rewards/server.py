@@ -64,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
         app = build_app(reward, token=token, max_images=args.max_images, device=device)
     except ImportError as error:
         raise UserError(f"serve-reward needs {error.name}, which is not installed; pip install 'prdp-fast[rewards]'") from error
+    reward.prepare()  # before the port is there: a client that finds it finds a model behind it
     with listen(args.host, args.port) as listener:
         host, port = listener.getsockname()[:2]
         print(f"serving {reward.name} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)

@@ -1,0 +1,172 @@
+"""The shipped recipes: the paper's values, what they cost, and that each is a job that starts."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from published import PIPELINES, write_configurations
+
+from prdp_fast import cost, memory
+from prdp_fast.evaluation_plan import choose_rewards
+from prdp_fast.job import Job
+from prdp_fast.settings import RECIPES, Settings, load_recipe
+from prdp_fast.train import parse
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+# PRDP (arXiv:2402.08714) Table 4: E, K, N, B, beta, epsilon, learning rate.
+SMALL, LARGE, MULTI = (
+    (100, 10, 32, 16, 3e-5, 1e-6, 1e-5),
+    (1000, 1, 64, 8, 3e-6, 1e-4, 7e-6),
+    (1000, 1, 64, 8, 3e-5, 1e-4, 1e-5),
+)
+COSINE = {"logit_scale": False}
+PAPER: dict[str, tuple[tuple[float, ...], str, list[tuple[str, float, dict[str, Any]]]]] = {
+    "sd14_animals_hpsv2": (SMALL, "animals", [("hpsv2", 1, {})]),
+    "sd14_animals_pickscore": (SMALL, "animals", [("pickscore", 1, COSINE)]),
+    "sd14_animals_aesthetic": (SMALL, "animals", [("aesthetic", 1, {})]),
+    "sd14_hpdv2_hpsv2": (LARGE, "prompts/hpdv2", [("hpsv2", 1, {})]),
+    "sd14_hpdv2_pickscore": (LARGE, "prompts/hpdv2", [("pickscore", 1, COSINE)]),
+    "sd14_pickapic_multireward": (
+        MULTI, "prompts/pickapic", [("pickscore", 10, COSINE), ("hpsv2", 2, {}), ("aesthetic", 0.05, {})],
+    ),
+}  # fmt: skip
+OWN = ("sdxl_pickapic_lora", "sd15_custom_reward")
+MEMORY, PEAK, SHARE = 80e9, "NVIDIA H100", 0.4  # of the GPUs that the estimates are for, and how much of their peak
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_values(name: str) -> None:
+    settings = load_recipe(name)
+    schedule, objective, optimizer, sampler = settings.schedule, settings.objective, settings.optimizer, settings.sampler
+    values, source, rewards = PAPER[name]
+    assert (
+        schedule.epochs, schedule.updates_per_epoch, schedule.prompts_per_epoch, schedule.images_per_prompt,
+        objective.kl_weight, objective.clip_range, optimizer.learning_rate,
+    ) == values  # fmt: skip
+    assert objective.name == "prdp" and (optimizer.weight_decay, optimizer.max_grad_norm) == (1e-4, 1.0)
+    assert (optimizer.betas, optimizer.eps) == ((0.9, 0.999), 1e-8)
+    assert (sampler.num_inference_steps, sampler.guidance_scale, sampler.eta, sampler.guidance_interval) == (50, 5.0, 1.0, None)
+    assert settings.model.pretrained == "CompVis/stable-diffusion-v1-4" and settings.model.lora is None
+    assert settings.prompts.source == source and settings.prompts.limit is None
+    assert [(reward.name, reward.weight, reward.options) for reward in settings.rewards] == rewards
+    assert (schedule.update_timesteps, schedule.reference_timesteps) == (None, None)
+
+
+def test_every_recipe_is_known_here() -> None:
+    assert {name for name in SHIPPED if name.startswith("sd")} == {*PAPER, *OWN}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_it_loads_and_its_launch_commands_are_real(name: str) -> None:
+    """Of the head comment: train.py and `prdp evaluate` take the words, the config is there, prompts divide among the GPUs."""
+    settings = load_recipe(name)
+    commands = [line.strip("# ") for line in head(name) if line.startswith("#     ")]
+    launches = [shlex.split(command) for command in commands if command.startswith("deepspeed ")]
+    assert launches or name not in (*PAPER, *OWN)
+    for words in launches:
+        script = words.index("prdp_fast/train.py")
+        args = parse(words[script + 1 :])
+        assert args.recipe == name and (ROOT / "configs" / args.config).is_file()
+        load_recipe(args.recipe, args.overrides).check_ranks(int(words[2]) if words[1] == "--num_gpus" else 1)
+    for words in map(shlex.split, commands):
+        if words[:2] == ["prdp", "evaluate"]:
+            choose_rewards(words[words.index("--rewards") + 1 :], settings.rewards)
+        if words[:3] == ["prdp", "shards", "build"]:
+            assert words[words.index("--output") + 1] == settings.prompts.source
+            from prdp_fast.prompts import command
+
+            parser = argparse.ArgumentParser()
+            command.add_arguments(parser)
+            parser.parse_args(words[2:])
+
+
+def head(name: str) -> list[str]:
+    lines = (RECIPES / f"{name}.yaml").read_text().splitlines()
+    return lines[: next(number for number, line in enumerate(lines) if not line.startswith("#"))]
+
+
+# ------------------------------------------------------------------------------------------------------------- what they cost
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    directory = tmp_path_factory.mktemp("published")
+    return {hub_id: str(write_configurations(hub_id, directory / hub_id.replace("/", "--"))) for hub_id in PIPELINES}
+
+
+@cache
+def sizes(pretrained: str, lora: str, checkpointing: bool) -> tuple[Any, memory.Activations, int, float]:
+    """Everything that is counted on a U-Net of full size, once a model."""
+    from prdp_fast.models.shapes import Shapes
+
+    settings = LORA_OF[lora]
+    shapes = Shapes.load(pretrained, settings)
+    return (
+        shapes, memory.fake_activations(shapes, torch.bfloat16, checkpointing=checkpointing), cost.unet_flop(shapes),
+        cost.backward_per_forward(shapes),
+    )  # fmt: skip
+
+
+LORA_OF: dict[str, Any] = {}
+
+
+def job_of(name: str, model: str, gpus: int) -> Job:
+    """As `--dry-run` makes it on that many GPUs, with the embedded world's prompts where prompts would have to be built."""
+    source = load_recipe(name).prompts.source
+    settings = load_recipe(name, [f"model.pretrained={model}", f"prompts.source={source if source == 'animals' else 'scenes'}"])
+    return Job.prepare(settings, "zero2.json", world_size=gpus, cuda=True)
+
+
+def estimate(job: Job, settings: Settings, gpus: int) -> str:
+    key = str(settings.model.lora)
+    LORA_OF[key] = settings.model.lora
+    recompute = settings.performance.activation_checkpointing
+    shapes, activations, flop, backward = sizes(settings.model.pretrained, key, recompute)
+    footprint = replace(job.footprint(shapes, cuda=True), activations=activations)
+    rows = memory.choose_micro_batch(footprint, int(MEMORY), most=job.rows_per_update)
+    plan = memory.plan_memory(replace(footprint, micro_batch=rows))
+    total = sum(phase.flop(flop, recompute, backward) for phase in job.epoch_rows().values())
+    peak = cost.device_peak(PEAK, torch.bfloat16)
+    assert peak is not None and plan.fits(int(MEMORY))
+    seconds = total / (SHARE * peak * gpus)
+    hours = seconds * settings.schedule.epochs / 3600
+    whole = f"{hours:.0f} hours" if hours > 2 else f"{60 * hours:.0f} minutes"
+    which = f"{gpus} H100s of 80 GB" if gpus > 1 else "one H100 of 80 GB"
+    return (
+        f"On {which}, bf16, estimated, not measured: {plan.total() / 1e9:.0f} GB a GPU at micro-batch {rows}; {cost.terms(total)} an "
+        f"epoch, {seconds:.0f} s at {SHARE:.0%} of peak, {whole} in all, rewards not counted."
+    )
+
+
+@pytest.mark.parametrize("name", [*PAPER, *OWN])
+def test_its_head_says_what_it_costs(name: str, models: dict[str, str]) -> None:
+    hub_id = load_recipe(name).model.pretrained
+    gpus = int(re.search(r"--num_gpus (\d+)", "\n".join(head(name)))[1]) if "--num_gpus" in "\n".join(head(name)) else 1  # type: ignore[index]
+    job = job_of(name, models[hub_id], gpus)
+    said = " ".join(line.removeprefix("#").strip() for line in head(name))
+    assert estimate(job, job.settings, gpus) in said
+    assert len(job.transitions.stochastic) == len(job.transitions), "DDIM with eta 1 has a density at every step"
+
+
+def test_a_dry_run_of_a_paper_recipe(models: dict[str, str]) -> None:
+    command = [
+        sys.executable, "prdp_fast/train.py", "--recipe", "sd14_animals_hpsv2", "--dry-run", "--set",
+        f"model.pretrained={models['CompVis/stable-diffusion-v1-4']}",
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "WORLD_SIZE": "1"}, timeout=300)
+    assert result.returncode == 0, result.stderr
+    rows = ("U-Net rows per epoch, rollout: 51200", "U-Net rows per epoch, update: 972800")
+    for words in (*rows, '"kl_weight": 3e-05', "at the worst moment"):  # a machine it does not fit plans it all the same
+        assert words in result.stdout
