@@ -28,6 +28,7 @@ class Subcommand(NamedTuple):
 
 
 SUBCOMMANDS = {
+    "doctor": Subcommand("prdp_fast.doctor_command", "examine this machine before the first job"),
     "shards": Subcommand("prdp_fast.prompts.command", "build, describe and verify prompt sets"),
     "embed": Subcommand("prdp_fast.embed_command", "store the text embeddings of a prompt set"),
     "serve-reward": Subcommand("prdp_fast.rewards.server", "serve a reward over HTTP"),

@@ -22,8 +22,8 @@ from prdp_fast.errors import OneRankError, RewardError, UserError
 if TYPE_CHECKING:
     import torch
 
-    from prdp_fast.evaluation_plan import Model, Plan
-    from prdp_fast.evaluation_work import Block, BlockName, Work
+    from prdp_fast.evaluation.plan import Model, Plan
+    from prdp_fast.evaluation.work import Block, BlockName, Work
     from prdp_fast.models.pipeline import Pipeline
 
 PROGRESS_S = 30.0  # between two lines of progress
@@ -83,9 +83,9 @@ def evaluate(args: argparse.Namespace) -> int:
     import torch
 
     from prdp_fast import zero
-    from prdp_fast.evaluation_plan import prepare
-    from prdp_fast.evaluation_report import file_name, markdown, measure, write_picture
-    from prdp_fast.evaluation_work import Work
+    from prdp_fast.evaluation.plan import prepare
+    from prdp_fast.evaluation.report import file_name, markdown, measure, write_picture
+    from prdp_fast.evaluation.work import Work
     from prdp_fast.files import write_json
 
     rank, world_size = zero.launched_rank(), zero.launched_world_size()
@@ -189,10 +189,10 @@ def compute(plan: Plan, work: Work, names: list[BlockName], device: torch.device
 def compute_block(plan: Plan, name: BlockName, pipeline: Pipeline, encode: Callable) -> Block:
     import torch
 
-    from prdp_fast.comparison import diversity
-    from prdp_fast.evaluation import sample_images
-    from prdp_fast.evaluation_report import SHOWN_PROMPTS
-    from prdp_fast.evaluation_work import Block
+    from prdp_fast.evaluation.comparison import diversity
+    from prdp_fast.evaluation.held import sample_images
+    from prdp_fast.evaluation.report import SHOWN_PROMPTS
+    from prdp_fast.evaluation.work import Block
 
     prompts, start = plan.part(name)
     samples = plan.settings["samples"]

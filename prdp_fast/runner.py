@@ -20,7 +20,7 @@ import torch
 from prdp_fast import checkpoint as checkpoints
 from prdp_fast import memory, reporting, zero
 from prdp_fast.errors import RewardError
-from prdp_fast.evaluation import Evaluation, compare, evaluate
+from prdp_fast.evaluation.held import Evaluation, compare, evaluate
 from prdp_fast.files import write_json
 from prdp_fast.job import Job, build_policy
 from prdp_fast.models.acceleration import Acceleration, Ranks, UNets, accelerate

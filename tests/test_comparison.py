@@ -9,8 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from prdp_fast import comparison
-from prdp_fast.comparison import bootstrap, diversity, mean, paired_difference, pixel_features, prompt_means, ratio, win_rate
+from prdp_fast.evaluation import comparison
+from prdp_fast.evaluation.comparison import (
+    bootstrap,
+    diversity,
+    mean,
+    paired_difference,
+    pixel_features,
+    prompt_means,
+    ratio,
+    win_rate,
+)
 
 
 def scores(prompts: int = 7, images: int = 5, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

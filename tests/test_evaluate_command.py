@@ -20,8 +20,9 @@ from launching import ROOT, free_port
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from prdp_fast import cli, evaluate_command, evaluation_work
-from prdp_fast.evaluation_plan import find_set, parse_reward
+from prdp_fast import cli, evaluate_command
+from prdp_fast.evaluation import work as evaluation_work
+from prdp_fast.evaluation.plan import find_set, parse_reward
 from prdp_fast.models.pipeline import TINY
 from prdp_fast.settings import PromptSettings, load_recipe
 
@@ -97,7 +98,7 @@ def test_a_run_against_its_base(run, evaluated):
 
 def test_the_scores_are_those_of_training_s_own_evaluation(evaluated):
     """The same prompts and noise through `evaluation.evaluate`, which training calls before and after."""
-    from prdp_fast.evaluation import evaluate as evaluate_policy
+    from prdp_fast.evaluation.held import evaluate as evaluate_policy
     from prdp_fast.models.pipeline import Pipeline
     from prdp_fast.models.text import TextEncoder
     from prdp_fast.prompts.stream import PromptSet
@@ -218,7 +219,7 @@ def test_other_weights_are_another_evaluation(run, tmp_path, capsys):
 
 
 def test_lora_weights_are_loaded_onto_the_base(run, tmp_path):
-    from prdp_fast.evaluation_plan import Model
+    from prdp_fast.evaluation.plan import Model
     from prdp_fast.models.lora import add_adapter
     from prdp_fast.models.pipeline import Pipeline
     from prdp_fast.settings import LoraSettings
@@ -261,7 +262,7 @@ def test_clip_features(tmp_path):
     processor.save_pretrained(tmp_path / "clip")
     words = ["tiny", *MODEL, "--steps", "2", "--samples", "2", "--limit", "1", "--features", tmp_path / "clip"]
     assert evaluate(*words, "--output", tmp_path / "out") == 0
-    from prdp_fast.evaluation_features import ClipFeatures
+    from prdp_fast.evaluation.features import ClipFeatures
 
     images = torch.randint(0, 256, (2, 3, 40, 48), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]

@@ -18,7 +18,7 @@ import torch
 from published import PIPELINES, write_configurations
 
 from prdp_fast import cost, memory
-from prdp_fast.evaluation_plan import choose_rewards
+from prdp_fast.evaluation.plan import choose_rewards
 from prdp_fast.job import Job
 from prdp_fast.settings import RECIPES, Settings, load_recipe
 from prdp_fast.train import parse
@@ -145,8 +145,8 @@ def estimate(job: Job, settings: Settings, gpus: int) -> str:
     whole = f"{hours:.0f} hours" if hours > 2 else f"{60 * hours:.0f} minutes"
     which = f"{gpus} H100s of 80 GB" if gpus > 1 else "one H100 of 80 GB"
     return (
-        f"On {which}, bf16, estimated, not measured: {plan.total() / 1e9:.0f} GB a GPU at micro-batch {rows}; {cost.terms(total)} an "
-        f"epoch, {seconds:.0f} s at {SHARE:.0%} of peak, {whole} in all, rewards not counted."
+        f"On {which}, bf16, estimated, not measured: {plan.total() / 1e9:.0f} GB a GPU at micro-batch {rows}; "
+        f"{cost.terms(total)} an epoch, {seconds:.0f} s at {SHARE:.0%} of peak, {whole} in all, rewards not counted."
     )
 
 

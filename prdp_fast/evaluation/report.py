@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from prdp_fast import comparison
-from prdp_fast.comparison import Estimate
-from prdp_fast.evaluation_work import Block
+from prdp_fast.evaluation import comparison
+from prdp_fast.evaluation.comparison import Estimate
+from prdp_fast.evaluation.work import Block
 from prdp_fast.reporting import image_grid
 
 SHOWN_PROMPTS = 12  # of each set's picture

@@ -16,9 +16,9 @@ import yaml
 from pydantic import ValidationError
 
 from prdp_fast.errors import UserError
-from prdp_fast.evaluation_features import Features, choose_features
-from prdp_fast.evaluation_report import BASE, FINETUNED, SINGLE
-from prdp_fast.evaluation_work import BlockName, digest
+from prdp_fast.evaluation.features import Features, choose_features
+from prdp_fast.evaluation.report import BASE, FINETUNED, SINGLE
+from prdp_fast.evaluation.work import BlockName, digest
 from prdp_fast.models.lora import WEIGHTS
 from prdp_fast.models.pipeline import SCHEDULERS, family, find_file, load_scheduler, read_json, resolve
 from prdp_fast.prompts.stream import SHIPPED, PromptSet
