@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from prdp_fast.errors import UserError
 from prdp_fast.rewards.scoring_model import ScoringModel, find_model_file, read_pretrained
 
 Pixels = Callable[[torch.Tensor], torch.Tensor]  # (n, 3, H, W) uint8 -> (n, 3, S, S) float32, both on the CPU
@@ -68,12 +69,22 @@ def processor_pixels(whose: str, name: str) -> Pixels:
     return pixels
 
 
-def read_tokenizer(whose: str, name: str) -> Any:
-    """Raises: UserError."""
+def read_tokenizer(whose: str, name: str, words: int) -> Any:
+    """words: of the model's vocabulary. transformers makes a tokenizer of two words, silently, where the vocabulary's file is
+    missing or out of reach.
+
+    Raises: UserError.
+    """
     from transformers import CLIPTokenizer
 
     find_model_file(whose, name, "tokenizer_config.json")
-    return read_pretrained(whose, CLIPTokenizer, name)
+    tokenizer = read_pretrained(whose, CLIPTokenizer, name)
+    if len(tokenizer) < words:
+        raise UserError(
+            f"{whose}: the tokenizer of {name!r} knows {len(tokenizer)} words, the model {words}; expected the model's own, with "
+            "tokenizer.json, or vocab.json and merges.txt"
+        )
+    return tokenizer
 
 
 class ClipReward(ScoringModel):
@@ -93,4 +104,5 @@ class ClipReward(ScoringModel):
 
         find_model_file(self.whose, self.model, "config.json")
         model = self.place(read_pretrained(self.whose, CLIPModel, self.model))
-        self.clip = Clip(model, processor_pixels(self.whose, self.processor), read_tokenizer(self.whose, self.processor))
+        tokenizer = read_tokenizer(self.whose, self.processor, model.config.text_config.vocab_size)
+        self.clip = Clip(model, processor_pixels(self.whose, self.processor), tokenizer)

@@ -147,7 +147,7 @@ class HpsV2(ScoringModel):
         for module in model.modules():  # which no checkpoint holds
             if "position_ids" in module._buffers:
                 module.position_ids = torch.arange(module.position_ids.shape[-1])[None]
-        self.clip = Clip(self.place(model), square, read_tokenizer(self.whose, self.tokenizer))
+        self.clip = Clip(self.place(model), square, read_tokenizer(self.whose, self.tokenizer, TEXT["vocab_size"]))
 
     def score_batch(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         return self.clip.cosine(images, prompts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -414,6 +415,9 @@ def test_wrong_files(hps: tuple[OpenClip, dict[str, Any]], clip: Path, images: t
     assert "is no file of tensors" in refusal({"state_dict": Path("x")})  # would run code
     assert "is no file; expected a copy of HPS_v2_compressed.pt of xswu/HPSv2" in refusal({}, weights="nowhere.pt")
     assert "has no tokenizer_config.json" in refusal({"state_dict": state}, tokenizer=str(tmp_path))
+    (tmp_path / "words").mkdir()
+    shutil.copy(TOKENIZER / "tokenizer_config.json", tmp_path / "words")
+    assert "knows 2 words, the model 150" in refusal({"state_dict": state}, tokenizer=str(tmp_path / "words"))
     with pytest.raises(RewardError, match=r"has no config\.json"):
         score("pickscore", images, model=str(tmp_path))
     torch.save({"visual": torch.ones(1)}, tmp_path / "head.pth")
