@@ -17,9 +17,10 @@ import pytest
 import torch
 from published import PIPELINES, write_configurations
 
-from prdp_fast import cost, memory
+from prdp_fast import cost, evaluate_command, memory
 from prdp_fast.evaluation.plan import choose_rewards
 from prdp_fast.job import Job
+from prdp_fast.prompts.stream import PromptSet
 from prdp_fast.settings import RECIPES, Settings, load_recipe
 from prdp_fast.train import parse
 
@@ -31,11 +32,12 @@ SMALL, LARGE, MULTI = (
     (1000, 1, 64, 8, 3e-6, 1e-4, 7e-6),
     (1000, 1, 64, 8, 3e-5, 1e-4, 1e-5),
 )
+STUDY = (250, 10, 32, 16, 10, 1e-6, 1e-5)  # of beta: section 4.4 and appendix C; 0.1 and 1 are its other values
 COSINE = {"logit_scale": False}
 PAPER: dict[str, tuple[tuple[float, ...], str, list[tuple[str, float, dict[str, Any]]]]] = {
     "sd14_animals_hpsv2": (SMALL, "animals", [("hpsv2", 1, {})]),
     "sd14_animals_pickscore": (SMALL, "animals", [("pickscore", 1, COSINE)]),
-    "sd14_animals_aesthetic": (SMALL, "animals", [("aesthetic", 1, {})]),
+    "sd14_animals_aesthetic": (STUDY, "prompts/animal_names.txt", [("aesthetic", 1, {})]),
     "sd14_hpdv2_hpsv2": (LARGE, "prompts/hpdv2", [("hpsv2", 1, {})]),
     "sd14_hpdv2_pickscore": (LARGE, "prompts/hpdv2", [("pickscore", 1, COSINE)]),
     "sd14_pickapic_multireward": (
@@ -82,7 +84,9 @@ def test_it_loads_and_its_launch_commands_are_real(name: str) -> None:
         load_recipe(args.recipe, args.overrides).check_ranks(int(words[2]) if words[1] == "--num_gpus" else 1)
     for words in map(shlex.split, commands):
         if words[:2] == ["prdp", "evaluate"]:
-            choose_rewards(words[words.index("--rewards") + 1 :], settings.rewards)
+            parser = argparse.ArgumentParser()
+            evaluate_command.add_arguments(parser)
+            choose_rewards(parser.parse_args(words[2:]).rewards, settings.rewards)
         if words[:3] == ["prdp", "shards", "build"]:
             assert words[words.index("--output") + 1] == settings.prompts.source
             from prdp_fast.prompts import command
@@ -90,6 +94,18 @@ def test_it_loads_and_its_launch_commands_are_real(name: str) -> None:
             parser = argparse.ArgumentParser()
             command.add_arguments(parser)
             parser.parse_args(words[2:])
+
+
+def test_the_animals_bare_names_are_a_command_away(tmp_path: Path) -> None:
+    """Of the study of beta, whose prompts are the names alone."""
+    (command,) = [line.strip("# ") for line in head("sd14_animals_aesthetic") if "animal_names.txt" in line]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, check=True, timeout=60)
+    source = tmp_path / load_recipe("sd14_animals_aesthetic").prompts.source
+    names = source.read_text().splitlines()
+    assert (len(names), names[0], names[-1]) == (45, "cat", "kangaroo")
+    assert sorted(prompt.text for prompt in PromptSet.open(source, "train")) == sorted(names)
 
 
 def head(name: str) -> list[str]:
@@ -107,14 +123,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @cache
-def sizes(pretrained: str, lora: str, checkpointing: bool) -> tuple[Any, memory.Activations, int, float]:
+def sizes(pretrained: str, lora: str, checkpointing: bool, dtype: torch.dtype) -> tuple[Any, memory.Activations, int, float]:
     """Everything that is counted on a U-Net of full size, once a model."""
     from prdp_fast.models.shapes import Shapes
 
     settings = LORA_OF[lora]
     shapes = Shapes.load(pretrained, settings)
     return (
-        shapes, memory.fake_activations(shapes, torch.bfloat16, checkpointing=checkpointing), cost.unet_flop(shapes),
+        shapes, memory.fake_activations(shapes, dtype, checkpointing=checkpointing), cost.unet_flop(shapes),
         cost.backward_per_forward(shapes),
     )  # fmt: skip
 
@@ -122,44 +138,57 @@ def sizes(pretrained: str, lora: str, checkpointing: bool) -> tuple[Any, memory.
 LORA_OF: dict[str, Any] = {}
 
 
-def job_of(name: str, model: str, gpus: int) -> Job:
+def job_of(name: str, model: str, config: str, gpus: int) -> Job:
     """As `--dry-run` makes it on that many GPUs, with the embedded world's prompts where prompts would have to be built."""
     source = load_recipe(name).prompts.source
     settings = load_recipe(name, [f"model.pretrained={model}", f"prompts.source={source if source == 'animals' else 'scenes'}"])
-    return Job.prepare(settings, "zero2.json", world_size=gpus, cuda=True)
+    return Job.prepare(settings, config, world_size=gpus, cuda=True)
 
 
 def estimate(job: Job, settings: Settings, gpus: int) -> str:
     key = str(settings.model.lora)
     LORA_OF[key] = settings.model.lora
     recompute = settings.performance.activation_checkpointing
-    shapes, activations, flop, backward = sizes(settings.model.pretrained, key, recompute)
+    shapes, activations, flop, backward = sizes(settings.model.pretrained, key, recompute, job.config.dtype)
     footprint = replace(job.footprint(shapes, cuda=True), activations=activations)
     rows = memory.choose_micro_batch(footprint, int(MEMORY), most=job.rows_per_update)
     plan = memory.plan_memory(replace(footprint, micro_batch=rows))
     total = sum(phase.flop(flop, recompute, backward) for phase in job.epoch_rows().values())
-    peak = cost.device_peak(PEAK, torch.bfloat16)
+    peak = cost.device_peak(PEAK, job.config.dtype)
     assert peak is not None and plan.fits(int(MEMORY))
+    precision = {torch.bfloat16: "bf16", torch.float32: "float32 (TF32)"}[job.config.dtype]
+    assert job.config.dtype != torch.float32 or settings.performance.tf32 == "on", "that peak is the tensor cores'"
     seconds = total / (SHARE * peak * gpus)
     hours = seconds * settings.schedule.epochs / 3600
     whole = f"{hours:.0f} hours" if hours > 2 else f"{60 * hours:.0f} minutes"
     which = f"{gpus} H100s of 80 GB" if gpus > 1 else "one H100 of 80 GB"
     return (
-        f"On {which}, bf16, estimated, not measured: {plan.total() / 1e9:.0f} GB a GPU at micro-batch {rows}; "
+        f"On {which}, {precision}, estimated, not measured: {plan.total() / 1e9:.0f} GB a GPU at micro-batch {rows}; "
         f"{cost.terms(total)} an epoch, {seconds:.0f} s at {SHARE:.0%} of peak, {whole} in all, rewards not counted."
     )
 
 
+@pytest.mark.slow  # a U-Net of full size is counted, without a weight
 @pytest.mark.parametrize("name", [*PAPER, *OWN])
 def test_its_head_says_what_it_costs(name: str, models: dict[str, str]) -> None:
     hub_id = load_recipe(name).model.pretrained
-    gpus = int(re.search(r"--num_gpus (\d+)", "\n".join(head(name)))[1]) if "--num_gpus" in "\n".join(head(name)) else 1  # type: ignore[index]
-    job = job_of(name, models[hub_id], gpus)
+    launch = next(line for line in head(name) if line.startswith("#     deepspeed "))
+    gpus, config = re.search(r"--num_gpus (\d+)", launch), re.search(r"--config (\S+)", launch)
+    assert config is not None
+    job = job_of(name, models[hub_id], config[1], int(gpus[1]) if gpus else 1)
     said = " ".join(line.removeprefix("#").strip() for line in head(name))
-    assert estimate(job, job.settings, gpus) in said
+    assert estimate(job, job.settings, job.world_size) in said
     assert len(job.transitions.stochastic) == len(job.transitions), "DDIM with eta 1 has a density at every step"
 
 
+def test_clipping_that_matters_is_not_rounded_away() -> None:
+    """bf16 rounds a log-prob by 1e-5 and more; at one update an epoch nothing is clipped."""
+    for name in PAPER:
+        configs = {re.search(r"--config (\S+)", line)[1] for line in head(name) if "deepspeed " in line}  # type: ignore[index]
+        assert configs == ({"zero2.json"} if load_recipe(name).schedule.updates_per_epoch == 1 else {"zero0.json"}), name
+
+
+@pytest.mark.slow
 def test_a_dry_run_of_a_paper_recipe(models: dict[str, str]) -> None:
     command = [
         sys.executable, "prdp_fast/train.py", "--recipe", "sd14_animals_hpsv2", "--dry-run", "--set",
