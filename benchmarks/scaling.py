@@ -142,6 +142,7 @@ def run_rank(config: str, overrides: list[str], rounds: int) -> Launch:
     from benchmarks.traffic import count_traffic
     from benchmarks.workload import Workload
     from prdp_fast import zero
+    from prdp_fast.models.shapes import Shapes
 
     workload = Workload.build("tiny", overrides, config=config)
     rank, ranks = zero.launched_rank(), zero.launched_world_size()
@@ -182,7 +183,8 @@ def run_rank(config: str, overrides: list[str], rounds: int) -> Launch:
         shares.append(zero.all_reduce([share], "min")[0])
         phases.append(dict(zip(taken, slowest[1:], strict=True)))
 
-    parameters = sum(parameter.numel() for parameter in workload.reference_unet.parameters())
+    # From the configuration: a reference whose projections were fused holds their weights twice.
+    parameters = Shapes(dict(workload.reference_unet.config), text_length=0).unet_parameters
     gradients = torch.zeros(parameters, device=device)
     reductions = []
     for _ in range(REDUCTIONS + 2):

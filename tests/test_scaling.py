@@ -92,6 +92,7 @@ def test_an_epoch_on_two_ranks_is_predicted_and_measured(tmp_path) -> None:
     command = [
         sys.executable, str(ROOT / "benchmarks/scaling.py"), "--launches", "1", "--rounds", "1", "--output", str(output),
         "--set", "schedule.prompts_per_epoch=2", "--set", "schedule.images_per_prompt=2",
+        "--set", "performance.fuse_qkv=on",  # joined weights are no further ones
     ]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=400)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]

@@ -101,7 +101,7 @@ def test_what_is_no_score_is_refused(scores: Any, details: dict[str, Any], messa
     ("specs", "message"),
     [
         ([Spec("shape_alignment")], "unknown reward 'shape_alignment'; known rewards: .*did you mean 'shapes_alignment'"),
-        ([Spec("beauty")], "unknown reward 'beauty'; known rewards: http, jpeg_size, .*shapes_alignment"),
+        ([Spec("beauty")], "unknown reward 'beauty'; known rewards: aesthetic, .*jpeg_size, .*shapes_alignment"),
         ([Spec("jpeg_size", options={"qualty": 90})], "'jpeg_size' has no option 'qualty'; .*did you mean 'quality'"),
         ([Spec("jpeg_size", options={"quality": 0})], "'jpeg_size': quality is 0; expected an integer from 1 to 100"),
         ([Spec("jpeg_size", options={"quality": "high"})], "quality is 'high'"),
