@@ -99,10 +99,13 @@ def epoch_rows(
     }
 
 
-def device_peak(name: str, dtype: torch.dtype) -> float | None:
-    """FLOP/s of a device's matrix products; None if unknown. float32 on tensor cores (TF32) runs at half the 16-bit rate."""
+def device_peak(name: str, dtype: torch.dtype, *, tf32: bool = False) -> float | None:
+    """FLOP/s of a device's matrix products; None if unknown.
+
+    Args: tf32: whether float32 products run on tensor cores, at half the 16-bit rate. Without them the rate is another table's.
+    """
     known = max((key for key in PEAK_TFLOPS if name.startswith(key)), key=len, default=None)
-    if known is None:
+    if known is None or (dtype == torch.float32 and not tf32):
         return None
     return PEAK_TFLOPS[known] * 1e12 / (2 if dtype == torch.float32 else 1)
 

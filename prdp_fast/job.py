@@ -101,7 +101,8 @@ class Job:
         settings, schedule, cuda = self.settings, self.settings.schedule, device_name is not None
         recompute = settings.performance.activation_checkpointing
         shapes = Shapes.load(settings.model.pretrained, settings.model.lora)
-        peak = cost.device_peak(device_name, self.config.dtype) if device_name else None
+        tf32 = settings.performance.tf32 == "on"  # auto leaves it off in a float32 job
+        peak = cost.device_peak(device_name, self.config.dtype, tf32=tf32) if device_name else None
         lines = cost.describe(
             self.epoch_rows(), cost.unet_flop(shapes), recompute=recompute, peak=peak, gpus=self.world_size,
             backward=cost.backward_per_forward(shapes),

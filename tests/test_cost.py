@@ -142,7 +142,8 @@ def test_describe_and_peaks() -> None:
     assert "500 TFLOP" in lines[-2]
     assert not any("peak" in line for line in describe(rows, 2e12, recompute=False, peak=None, gpus=2))
     assert device_peak("NVIDIA H100 PCIe", torch.bfloat16) == 756.5e12
-    assert device_peak("NVIDIA H100 80GB HBM3", torch.float32) == 989.4e12 / 2
+    assert device_peak("NVIDIA H100 80GB HBM3", torch.float32, tf32=True) == 989.4e12 / 2
+    assert device_peak("NVIDIA H100 80GB HBM3", torch.float32) is None
     assert device_peak("NVIDIA GeForce GTX 1080", torch.bfloat16) is None
     assert terms(205.6e15) == "205.6 PFLOP"
 

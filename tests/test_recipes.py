@@ -154,10 +154,9 @@ def estimate(job: Job, settings: Settings, gpus: int) -> str:
     rows = memory.choose_micro_batch(footprint, int(MEMORY), most=job.rows_per_update)
     plan = memory.plan_memory(replace(footprint, micro_batch=rows))
     total = sum(phase.flop(flop, recompute, backward) for phase in job.epoch_rows().values())
-    peak = cost.device_peak(PEAK, job.config.dtype)
+    peak = cost.device_peak(PEAK, job.config.dtype, tf32=settings.performance.tf32 == "on")
     assert peak is not None and plan.fits(int(MEMORY))
     precision = {torch.bfloat16: "bf16", torch.float32: "float32 (TF32)"}[job.config.dtype]
-    assert job.config.dtype != torch.float32 or settings.performance.tf32 == "on", "that peak is the tensor cores'"
     seconds = total / (SHARE * peak * gpus)
     hours = seconds * settings.schedule.epochs / 3600
     whole = f"{hours:.0f} hours" if hours > 2 else f"{60 * hours:.0f} minutes"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -333,3 +334,17 @@ def test_the_hubs_refusals_name_the_way_out(monkeypatch) -> None:
             load_scheduler("some/model")
     monkeypatch.undo()
     assert "neither a directory nor a hub id" in refusal("./not/here/")
+
+
+@pytest.mark.parametrize(("side", "batches"), [(8, [16, 4]), (64, [16, 4]), (96, [7, 7, 6]), (128, [4] * 5), (512, [1] * 20)])
+def test_large_pictures_are_decoded_a_few_at_a_time(side: int, batches: list[int]) -> None:
+    class Vae:
+        dtype, config, seen = torch.float32, SimpleNamespace(scaling_factor=1.0), []
+
+        def decode(self, latents: torch.Tensor, return_dict: bool) -> tuple[torch.Tensor]:
+            self.seen.append(len(latents))
+            return (torch.zeros(len(latents), 3, 2, 2),)
+
+    own = Pipeline(unet=None, vae=Vae(), scheduler=None, whole=None)
+    assert own.decode(torch.zeros(20, 1, 1, 1).expand(20, 4, side, side)).shape == (20, 3, 2, 2)
+    assert own.vae.seen == batches
