@@ -37,8 +37,8 @@ FAMILIES: dict[str, type[DiffusionPipeline]] = {
     "StableDiffusionPipeline": StableDiffusionPipeline,
     "StableDiffusionXLPipeline": StableDiffusionXLPipeline,
 }
-# Images that the VAE decodes at once, of up to 64 x 64 latents: at 512 pixels their tensors take 12 GiB in float32. Of the embedded
-# model's 32 pixels 16 are about the fastest on a CPU.
+# Images that the VAE decodes at once, of up to 64 x 64 latents: at 512 pixels their tensors take 12 GiB in float32. Of the
+# embedded model's 32 pixels 16 are about the fastest on a CPU.
 DECODED, LATENTS_OF_512 = 16, 64 * 64
 COMPONENTS = {
     "StableDiffusionPipeline": ("unet", "vae", "scheduler", "text_encoder", "tokenizer"),
