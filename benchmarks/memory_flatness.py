@@ -64,7 +64,9 @@ def update_memory(preset: str, steps: int, config: str, overrides: list[str]) ->
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory) / Path(config).name
             path.write_text(json.dumps(values))
-            workload = Workload.build(preset, [*sizes, *overrides], config=str(path))
+            # Choices that are measured anew in every process would take memory of their own.
+            fixed = ["performance.attention=sdpa", "performance.fuse_qkv=off"]
+            workload = Workload.build(preset, [*fixed, *sizes, *overrides], config=str(path))
         trajectories = workload.rollout()
         reference = workload.reference(trajectories)
         rewards = torch.arange(workload.images, dtype=torch.float32)
