@@ -28,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 from prdp_fast.errors import UserError
 from prdp_fast.hub import hub_file
 from prdp_fast.models.lora import export_adapter
+from prdp_fast.models.upsampling import join_upsampling
 from prdp_fast.settings import LoraSettings
 
 TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
@@ -37,9 +38,9 @@ FAMILIES: dict[str, type[DiffusionPipeline]] = {
     "StableDiffusionPipeline": StableDiffusionPipeline,
     "StableDiffusionXLPipeline": StableDiffusionXLPipeline,
 }
-# Images that the VAE decodes at once, of up to 64 x 64 latents: at 512 pixels their tensors take 12 GiB in float32. Of the
-# embedded model's 32 pixels 16 are about the fastest on a CPU.
-DECODED, LATENTS_OF_512 = 16, 64 * 64
+# Images that the VAE decodes at once, and latents of all of them: 16 images of 512 pixels, whose tensors take 12 GiB in float32.
+# Of the embedded model's 32 pixels more than 32 are no faster on a CPU.
+DECODED, DECODED_LATENTS = 32, 16 * 64 * 64
 COMPONENTS = {
     "StableDiffusionPipeline": ("unet", "vae", "scheduler", "text_encoder", "tokenizer"),
     "StableDiffusionXLPipeline": ("unet", "vae", "scheduler", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
@@ -194,6 +195,7 @@ class Pipeline:
         for module in (vae, unet, *text_encoders):
             module.requires_grad_(False).eval()
         overflows = name == "StableDiffusionXLPipeline" and frozen_dtype == torch.float16 and vae.config.force_upcast
+        join_upsampling(vae.decoder)
         # Convolutions alone: channels-last decodes a fifth faster on a CPU, and is what tensor cores want.
         vae.to(device, torch.float32 if overflows else frozen_dtype, memory_format=torch.channels_last)
         for module in text_encoders:
@@ -210,11 +212,11 @@ class Pipeline:
 
         Args:
             latents: (N, C, H, W) float32, x_0.
-            batch: images at once; None: 16 of 512 x 512 pixels or fewer, less of larger ones.
+            batch: images at once; None: 16 of 512 x 512 pixels, fewer of larger ones, at most 32.
         Returns: (N, 3, H, W) uint8 on the CPU, rounded exactly as diffusers rounds on its way to PIL.
         """
         if batch is None:
-            batch = max(1, min(DECODED, DECODED * LATENTS_OF_512 // latents[0, 0].numel())) if len(latents) else 1
+            batch = max(1, min(DECODED, DECODED_LATENTS // latents[0, 0].numel())) if len(latents) else 1
         images = []
         for part in latents.split(batch):
             scaled = self._unscaled(part.to(self.vae.dtype)).contiguous(memory_format=torch.channels_last)

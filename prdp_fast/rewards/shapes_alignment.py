@@ -30,21 +30,29 @@ from prdp_fast.scenes import COLOURS, COLUMNS, IMAGE_SIZE, ROWS, SHAPES, SIZES
 
 COLOUR_SIGMA = 0.12  # unit-cube distance; the closest two colours are 0.33 apart, so their midpoint is well resolved
 PIXELS = 8.0  # an attribute that costs this many to force keeps 1/e of its score; a shape this large is believed to 1 - 1/e
-CHUNK = 8  # images read together: large enough for a good matrix product, small enough for its 1 MB an image to stay in cache
+SMALLEST = 1e-30  # share of a pixel that counts; with denormal numbers a matrix product takes twice as long
+CHUNK = 64  # images read together: a block's pixels of all of them stay in cache
 
-_GRID = (len(SHAPES), len(SIZES), len(ROWS), len(COLUMNS), (2 * scenes.JITTER + 1) ** 2)  # K templates, in this order
+_JITTER = range(-scenes.JITTER, scenes.JITTER + 1)
+_GRID = (len(SHAPES), len(SIZES), len(ROWS), len(COLUMNS), len(_JITTER) ** 2)  # the templates, in this order
 _LABELS = {"shape": SHAPES, "size": SIZES, "row": ROWS, "column": COLUMNS}  # the first four axes of the grid
 _REGIONS = ("fill", "outline", "background")
 
 
+class _Block(NamedTuple):
+    """Templates of one size in one row of cells: outside a band of rows they are background, so only the band is read."""
+
+    band: slice  # of the picture's pixels, row by row
+    masks: torch.Tensor  # (P, 2*C) float32, coverage of the band's P pixels by the fill of the block's C templates, then outline
+
+
 class _Templates(NamedTuple):
-    masks: torch.Tensor  # (H*W, 2*K) float32: fill coverage of the K templates, then outline coverage
-    areas: torch.Tensor  # (3, K) float32, pixels of fill, outline, background
+    masks: torch.Tensor  # (K, 3, H*W) float32: coverage by fill, outline and background of all templates, in the grid's order
+    blocks: list[_Block]  # by size, then row; in each, templates by shape, column, jitter
 
 
 @cache
 def _templates(device: torch.device) -> _Templates:
-    jitter = range(-scenes.JITTER, scenes.JITTER + 1)
     masks = torch.stack(
         [
             scenes.region_masks(shape, size, y + dy, x + dx).flatten(1)
@@ -52,12 +60,21 @@ def _templates(device: torch.device) -> _Templates:
             for size in SIZES
             for y in scenes.CENTRES
             for x in scenes.CENTRES
-            for dy in jitter
-            for dx in jitter
-        ],
-        dim=1,
-    )  # (3, K, H*W)
-    return _Templates(masks[:2].flatten(0, 1).T.contiguous().to(device), masks.sum(-1).to(device))
+            for dy in _JITTER
+            for dx in _JITTER
+        ]
+    )
+    grid = masks.view(*_GRID, 3, IMAGE_SIZE, IMAGE_SIZE)
+    blocks = []
+    for size in range(len(SIZES)):
+        for row in range(len(ROWS)):
+            shapes = grid[:, size, row, :, :, :2].flatten(0, 2)  # (C, 2, H, W)
+            used = shapes.amax((0, 1, 3)).nonzero().flatten().tolist()
+            first, end = used[0], used[-1] + 1
+            band = shapes[:, :, first:end].flatten(2)  # (C, 2, P)
+            pixels = slice(first * IMAGE_SIZE, end * IMAGE_SIZE)
+            blocks.append(_Block(pixels, band.transpose(0, 1).flatten(0, 1).T.contiguous().to(device)))
+    return _Templates(masks.to(device), blocks)
 
 
 class Reading(NamedTuple):
@@ -75,7 +92,8 @@ def _colour_shares(images: torch.Tensor) -> torch.Tensor:
     pixels = images.float().flatten(2) / 255  # (N, 3, H*W)
     # Minus half the squared distance, without the pixel's own square: it is the same for all colours.
     closeness = palette @ pixels - palette.square().sum(-1, keepdim=True) / 2
-    return torch.softmax(closeness / COLOUR_SIGMA**2, dim=1)
+    shares = torch.softmax(closeness / COLOUR_SIGMA**2, dim=1)
+    return torch.nn.functional.threshold_(shares, SMALLEST, 0.0)
 
 
 def _read_chunk(images: torch.Tensor, wanted: Sequence[scenes.Scene]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,14 +101,19 @@ def _read_chunk(images: torch.Tensor, wanted: Sequence[scenes.Scene]) -> tuple[t
     templates = _templates(images.device)
     n, rows = len(images), torch.arange(len(images), device=images.device)
     shares = _colour_shares(images)
-    # Pixels of each region in each colour, (n, 11, K) a region. Coverages add up to 1, so the background is what remains.
-    fill, outline = (shares.flatten(0, 1) @ templates.masks).view(n, len(COLOURS), 2, -1).unbind(2)
-    whole = shares.sum(-1, keepdim=True)
-    background = whole - fill - outline
-    regions = (fill, outline, background)
-    evidence = fill.amax(1) + outline.amax(1) + background.amax(1)  # (n, K) pixels explained
+    whole = shares.sum(-1, keepdim=True)  # (n, 11, 1) pixels of each colour
+    explained = []
+    for block in templates.blocks:
+        # Pixels of each region in each colour, (n, 11, C). Coverages add up to 1, so the background is what remains.
+        fill, outline = (shares[..., block.band] @ block.masks).chunk(2, dim=-1)
+        background = whole - fill - outline
+        explained.append(fill.amax(1) + outline.amax(1) + background.amax(1))
+    blocks = torch.stack(explained, 1).view(n, len(SIZES), len(ROWS), len(SHAPES), len(COLUMNS), -1)
+    evidence = blocks.permute(0, 3, 1, 2, 4, 5).flatten(1)  # (n, K) pixels explained, in the grid's order
     most, best = evidence.max(-1)
     presence = 1 - torch.exp((whole.amax((1, 2)) - most).clamp(max=0) / PIXELS)
+    masks = templates.masks[best]  # (n, 3, H*W)
+    regions, areas = masks @ shares.transpose(1, 2), masks.sum(-1)  # (n, 3, 11) and (n, 3) pixels, of the best template
 
     def indices(attribute: str, names: Sequence[str]) -> torch.Tensor:
         return torch.tensor([names.index(getattr(scene, attribute)) for scene in wanted], device=images.device)
@@ -98,8 +121,8 @@ def _read_chunk(images: torch.Tensor, wanted: Sequence[scenes.Scene]) -> tuple[t
     scores, right = {}, {}
     for number, attribute in enumerate(_REGIONS):
         colour = indices(attribute, COLOURS)
-        pixels = regions[number][rows, :, best]  # (n, 11)
-        scores[attribute] = (pixels[rows, colour] / templates.areas[number, best].clamp(min=1.0)).clamp(0, 1)
+        pixels = regions[:, number]  # (n, 11)
+        scores[attribute] = (pixels[rows, colour] / areas[:, number].clamp(min=1.0)).clamp(0, 1)
         right[attribute] = pixels.argmax(-1) == colour
     grid = evidence.view(n, *_GRID)
     best_labels = torch.unravel_index(best, _GRID)

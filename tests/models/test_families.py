@@ -336,7 +336,10 @@ def test_the_hubs_refusals_name_the_way_out(monkeypatch) -> None:
     assert "neither a directory nor a hub id" in refusal("./not/here/")
 
 
-@pytest.mark.parametrize(("side", "batches"), [(8, [16, 4]), (64, [16, 4]), (96, [7, 7, 6]), (128, [4] * 5), (512, [1] * 20)])
+@pytest.mark.parametrize(
+    ("side", "batches"),
+    [(8, [32, 8]), (64, [16, 16, 8]), (96, [7, 7, 7, 7, 7, 5]), (128, [4] * 10), (512, [1] * 40)],
+)
 def test_large_pictures_are_decoded_a_few_at_a_time(side: int, batches: list[int]) -> None:
     class Vae:
         dtype, config, seen = torch.float32, SimpleNamespace(scaling_factor=1.0), []
@@ -346,5 +349,5 @@ def test_large_pictures_are_decoded_a_few_at_a_time(side: int, batches: list[int
             return (torch.zeros(len(latents), 3, 2, 2),)
 
     own = Pipeline(unet=None, vae=Vae(), scheduler=None, whole=None)
-    assert own.decode(torch.zeros(20, 1, 1, 1).expand(20, 4, side, side)).shape == (20, 3, 2, 2)
+    assert own.decode(torch.zeros(40, 1, 1, 1).expand(40, 4, side, side)).shape == (40, 3, 2, 2)
     assert own.vae.seen == batches
