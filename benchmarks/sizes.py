@@ -29,7 +29,7 @@ def resized(
         if workload.preset != "tiny":
             raise ValueError(f"resized: steps of preset {workload.preset!r}; expected 'tiny', build the others at their steps")
         settings = workload.settings
-        scheduler = load_scheduler(settings.model.pretrained)
+        scheduler = load_scheduler(settings.model.pretrained, settings.sampler.scheduler)
         policy = build_policy(settings, Transitions.from_scheduler(scheduler, steps, settings.sampler.eta))
     return replace(
         workload,

@@ -123,7 +123,7 @@ class Workload:
         pipeline = text = stream = None
         torch.manual_seed(0)
         if preset == "tiny":
-            pipeline = Pipeline.load("tiny", device, dtype)
+            pipeline = Pipeline.load("tiny", device, dtype, settings.sampler.scheduler)
             text = TextEncoder(pipeline, dtype)
             unet: nn.Module = pipeline.unet
             transitions, latent_shape, shapes = job.transitions, pipeline.latent_shape, Shapes.load("tiny")

@@ -43,7 +43,7 @@ class Job:
         if 0 < evaluation.prompts < world_size:
             raise UserError(f"evaluation.prompts is {evaluation.prompts}, fewer than the {world_size} ranks; raise it or set 0")
         rewards = build_rewards(settings.rewards)
-        scheduler = load_scheduler(settings.model.pretrained)
+        scheduler = load_scheduler(settings.model.pretrained, settings.sampler.scheduler)
         if settings.model.lora is not None:
             Shapes.load(settings.model.pretrained, settings.model.lora).meta_unet()  # refuses an adapter that does not fit
         transitions = Transitions.from_scheduler(scheduler, settings.sampler.num_inference_steps, settings.sampler.eta)

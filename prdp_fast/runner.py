@@ -71,7 +71,7 @@ def train(job: Job, output: Path, device: torch.device) -> dict[str, Any]:
     performance = settings.performance
     process = prepare_process(performance, device, job.config.dtype)
     fused = choose_fused_optimizer(performance.fused_optimizer, device, job.config.offloads_optimizer)
-    pipeline = Pipeline.load(settings.model.pretrained, device, frozen_dtype=job.config.dtype)
+    pipeline = Pipeline.load(settings.model.pretrained, device, job.config.dtype, settings.sampler.scheduler)
     encode = choose_encoder(job, TextEncoder(pipeline, job.config.dtype), device)
     policy = build_policy(settings, job.transitions)
     objective = build_objective(settings.objective, settings.kernels)

@@ -72,6 +72,10 @@ class SamplerSettings(Section):
         None,
         description="guide only at timesteps from the first to the second (arXiv:2404.07724); steps outside cost one evaluation",
     )
+    scheduler: Literal["DDPMScheduler", "DDIMScheduler"] | None = Field(
+        None,
+        description="sample with this class on the model's noise schedule; null: its own if it is one of them, else DDIM",
+    )
     eta: float = Field(1.0, description="DDIM's share of noise, 0 < eta <= 1; DDPM has only 1")
     rollout_batch: int = Field(
         64, ge=1, description="trajectories per U-Net call (guidance doubles the rows); changes speed only"

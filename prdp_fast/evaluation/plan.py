@@ -96,7 +96,7 @@ def prepare(args: argparse.Namespace, *, cuda: bool) -> Plan:
             "; ".join(f"{model.name!r} has {shapes(model.pretrained)}" for model in models.values())
             + "; models can share noise only if their latents and pictures have one size: choose another --base"
         )
-    schedulers = {role: choose_scheduler(model.pretrained, args.scheduler) for role, model in models.items()}
+    schedulers = {role: load_scheduler(model.pretrained, sampler.scheduler) for role, model in models.items()}
     policies = {role: build_policy(scheduler, sampler) for role, scheduler in schedulers.items()}
 
     *_, last = models
@@ -189,7 +189,9 @@ def shapes(pretrained: str) -> str:
 def choose_sampler(args: argparse.Namespace, recipe: Settings | None) -> SamplerSettings:
     """The run's sampler with what the command line says instead. Raises: UserError for a value that makes no sense."""
     values = (recipe.sampler if recipe else SamplerSettings()).model_dump()
-    given = {"num_inference_steps": args.steps, "eta": args.eta, "rollout_batch": args.batch}
+    if args.scheduler not in (None, *SCHEDULERS):
+        raise UserError(f"--scheduler is {args.scheduler!r}; expected {' or '.join(SCHEDULERS)}, or nothing for the model's own")
+    given = {"num_inference_steps": args.steps, "eta": args.eta, "rollout_batch": args.batch, "scheduler": args.scheduler}
     values |= {key: value for key, value in given.items() if value is not None}
     if args.guidance is not None:
         try:
@@ -204,16 +206,6 @@ def choose_sampler(args: argparse.Namespace, recipe: Settings | None) -> Sampler
         return SamplerSettings(**values)
     except ValidationError as error:
         raise UserError(f"sampling: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
-
-
-def choose_scheduler(pretrained: str, name: str | None) -> Any:
-    """The model's own scheduler, or one of class `name` on the same noise schedule. Raises: UserError if the class is unknown."""
-    scheduler = load_scheduler(pretrained)
-    if name is None:
-        return scheduler
-    if name not in SCHEDULERS:
-        raise UserError(f"--scheduler is {name!r}; expected {' or '.join(SCHEDULERS)}, or nothing for the model's own")
-    return SCHEDULERS[name].from_config(scheduler.config)
 
 
 def build_policy(scheduler: Any, sampler: SamplerSettings) -> Policy:

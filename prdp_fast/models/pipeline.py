@@ -92,25 +92,25 @@ def family(pretrained: str) -> str:
     return name
 
 
-def load_scheduler(pretrained: str) -> SchedulerMixin:
+def load_scheduler(pretrained: str, wanted: str | None = None) -> SchedulerMixin:
     """The pipeline's scheduler alone: kilobytes of JSON, so that settings can be checked before weights are touched.
 
-    A sampler without a density (SD v1.4's PNDM, SDXL's Euler) becomes a DDIMScheduler on the same noise schedule, which with
-    eta 1 is the paper's DDPM sampler.
-
+    Args:
+        wanted: a key of SCHEDULERS, to sample with on the same noise schedule; None: the pipeline's own. One without a density
+            (SD v1.4's PNDM, SDXL's Euler) becomes a DDIMScheduler, which with eta 1 takes the steps of DDPM, but for the last.
     Raises: UserError if the model is of no family, or was not trained on a schedule of betas.
     """
     family(pretrained)
     config = read_json(pretrained, "scheduler/scheduler_config.json")
     name = config.get("_class_name", "")
-    scheduler_class = SCHEDULERS.get(name, DDIMScheduler)
-    if scheduler_class.__name__ != name:
+    scheduler_class = SCHEDULERS[wanted] if wanted else SCHEDULERS.get(name, DDIMScheduler)
+    if name not in SCHEDULERS:
         if not {"beta_start", "beta_end", "beta_schedule"} <= config.keys() and not config.get("trained_betas"):
             raise UserError(
                 f"model.pretrained {pretrained!r} samples with {name or 'an unnamed scheduler'}, which has no betas (flow "
                 "matching or EDM); expected a model trained on a DDPM noise schedule, as SD 1, SD 2 and SDXL are"
             )
-        # Samplers without these settings neither clip nor threshold; DDIM's own default would.
+        # Samplers without these settings neither clip nor threshold; the default of those that have them would.
         config = {"clip_sample": False, "thresholding": False} | config
     try:
         return scheduler_class.from_config(config)
@@ -167,15 +167,16 @@ class Pipeline:
         return [*size, 0, 0, *size]
 
     @classmethod
-    def load(cls, pretrained: str, device: torch.device, frozen_dtype: torch.dtype) -> Pipeline:
+    def load(cls, pretrained: str, device: torch.device, frozen_dtype: torch.dtype, scheduler: str | None = None) -> Pipeline:
         """Load every component.
 
         Args:
             frozen_dtype: of text encoders and VAE; the U-Net is loaded in float32 and cast by DeepSpeed. A VAE of SDXL that
                 overflows in float16 (`force_upcast`) stays in float32, as in its pipeline.
+            scheduler: as `load_scheduler` takes it.
         Raises: UserError if it is no pipeline of FAMILIES, or one that takes other inputs than theirs.
         """
-        name, scheduler = family(pretrained), load_scheduler(pretrained)
+        name, sampled_with = family(pretrained), load_scheduler(pretrained, scheduler)
         quiet_loading()
         # What would warn of images, or mark them.
         options: dict[str, Any] = (
@@ -200,7 +201,7 @@ class Pipeline:
         vae.to(device, torch.float32 if overflows else frozen_dtype, memory_format=torch.channels_last)
         for module in text_encoders:
             module.to(device, frozen_dtype)
-        return cls(unet.to(device), vae, scheduler, whole)
+        return cls(unet.to(device), vae, sampled_with, whole)
 
     def reference_unet(self, dtype: torch.dtype) -> nn.Module:
         """A frozen copy of the U-Net as it is now, in the policy's dtype."""

@@ -187,6 +187,22 @@ def test_sdxl_with_an_encoded_empty_prompt(directories: dict[str, Path], tmp_pat
     assert DiffusionPipeline.from_pretrained(tmp_path / "export").config.force_zeros_for_empty_prompt is False
 
 
+@pytest.mark.parametrize("name", ["DDPMScheduler", "DDIMScheduler"])
+def test_the_sampler_can_be_chosen(own: Pipeline, family: str, directories: dict[str, Path], name: str, tmp_path: Path) -> None:
+    """Whatever the model ships with: its noise schedule, the class that was asked for, and its export samples with that."""
+    directory = str(directories[family])
+    chosen = Pipeline.load(directory, CPU, torch.float32, name)
+    assert type(chosen.scheduler).__name__ == name and load_scheduler(directory, name).config == chosen.scheduler.config
+    assert torch.equal(chosen.scheduler.alphas_cumprod, own.scheduler.alphas_cumprod)
+    default, table = (Transitions.from_scheduler(one.scheduler, 50) for one in (own, chosen))
+    assert torch.equal(table.timesteps, default.timesteps)
+    for column in ("sample_coef", "output_coef", "std"):
+        torch.testing.assert_close(getattr(table, column)[:-1], getattr(default, column)[:-1], rtol=1e-5, atol=1e-7)
+    assert len(table.stochastic) == (49 if name == "DDPMScheduler" else len(default.stochastic))
+    chosen.export(tmp_path, chosen.unet.state_dict())
+    assert type(DiffusionPipeline.from_pretrained(tmp_path).scheduler).__name__ == name
+
+
 def test_the_vae_of_sdxl_stays_in_float32_beside_float16(directories: dict[str, Path]) -> None:
     for name, dtype in (("sdxl", torch.float32), ("sd1", torch.float16)):
         own = Pipeline.load(str(directories[name]), CPU, torch.float16)
