@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,9 @@ from prdp_fast.errors import UserError
 from prdp_fast.models.ema import Average
 from prdp_fast.models.lora import has_adapter, trained_parameters
 from prdp_fast.settings import REPOSITORY, OptimizerSettings, Settings
+
+# DeepSpeed calls collectives by names that torch 2.13 has replaced, and every rank would say so in every run.
+warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 
 CONFIGS = REPOSITORY / "configs"
 FP16_HEADROOM = 4096.0  # fp16 gradients start with the largest weight at 2**12 and halve on overflow, like any loss scale

@@ -138,7 +138,7 @@ def plan_compiling(setting: str, device: torch.device, stage: int, past: dict[st
     if setting == "off":
         return dict.fromkeys(ROLES, Decision("off", "as set"))
     if setting == "auto" and device.type != "cuda":
-        reason = "auto on a CPU: compiling takes minutes and saves a tenth; full pays in jobs of hours, or from compile_cache"
+        reason = "auto on a CPU: compiling takes minutes and saves 10 to 15%; full pays in jobs of hours, or from compile_cache"
         return dict.fromkeys(ROLES, Decision("off", reason))
     # The trained one's blocks start soon and leave DeepSpeed's hooks between them; the others have none.
     auto = {"trained": "blocks", "rollout": "full", "reference": "full"}

@@ -5,7 +5,7 @@ it is one transposed convolution of stride 2, whose 4 x 4 kernel is the full con
 channel instead of nine, and the enlarged tensor is never written. Zero padding is the same on both sides: padding 1.
 
 Of SD's decoder at 512 pixels these layers are 0.70 of 2.51 TFLOP an image. Only frozen weights are joined: those that are trained
-would have to be at every call.
+would have to be joined at every call.
 """
 
 from __future__ import annotations
