@@ -26,6 +26,7 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 import torch
 
 from benchmarks.phases import Phase, Profile, profile, table
+from benchmarks.provenance import arguments_of, provenance, result_file
 from benchmarks.resident import MIB
 from benchmarks.sizes import share_of_rank
 from benchmarks.workload import UNETS, Workload
@@ -69,12 +70,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--config", default="zero2.json", help="DeepSpeed JSON, as for training")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", type=Path, help="JSON")
+    result_file(parser)
     parser.add_argument("--chart", type=Path, help="PNG")
     parser.add_argument("--trace", type=Path, help="torch.profiler trace of one epoch")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's own
     args = parser.parse_args(arguments)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    given = [word for word in arguments_of(arguments) if not word.startswith("--local_rank")]
+    origin = provenance(__file__, given) if args.output else {}  # of what runs, so at the start
     try:
         workload = Workload.build(args.preset, args.overrides, config=args.config)
         rank, ranks = zero.launched_rank(), zero.launched_world_size()
@@ -94,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
     if rank > 0:
         return 0
     if args.output:
-        write_json(args.output, result.as_dict())
+        write_json(args.output, origin | result.as_dict())
     if args.chart:
         chart(result, args.chart)
     print(table(result))

@@ -85,6 +85,7 @@ def test_profile_step_runs_and_its_numbers_fit_together(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     profile = json.loads(output.read_text())
+    assert profile["machine"]["torch"] and "--rounds 1" in profile["command"] and {"date", "commit", "dirty"} <= profile.keys()
     phases = {phase["name"]: phase for phase in profile["phases"]}
     assert list(phases) == ["rollout", "reference", "update", "text", "decode", "reward"]
     assert phases["rollout"]["unet_rows"] == 4 * 5 * 2 and phases["update"]["unet_rows"] == 4 * 4 * 2
