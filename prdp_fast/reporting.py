@@ -277,7 +277,8 @@ def plot_curves(run_directory: Path) -> Path:
         axes = figure.add_subplot(lines, columns, number)
         for name, points in series.items():
             epochs, values = zip(*points, strict=True)
-            axes.plot(epochs, values, label=name, linewidth=1.2, marker="o" if len(points) == 1 else None)
+            label = name.partition("/")[2] or name  # the title says the rest
+            axes.plot(epochs, values, label=label, linewidth=1.2, marker="o" if len(points) == 1 else None)
         if logarithmic and all(value > 0 for points in series.values() for _, value in points):
             axes.set_yscale("log")
         axes.set_title(title, fontsize=10)
@@ -285,7 +286,7 @@ def plot_curves(run_directory: Path) -> Path:
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
         if len(series) > 1:
-            axes.legend(fontsize=7)
+            axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))  # beside the curves, not on them
     path = run_directory / "curves.png"
     partial = path.with_name(f".{path.name}.partial")
     figure.savefig(partial, format="png", dpi=120)
