@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import math
@@ -22,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from prdp_fast import cli, evaluate_command
 from prdp_fast.evaluation import work as evaluation_work
-from prdp_fast.evaluation.plan import find_set, parse_reward
+from prdp_fast.evaluation.plan import find_set, parse_reward, prepare
 from prdp_fast.models.pipeline import TINY
 from prdp_fast.settings import PromptSettings, load_recipe
 
@@ -346,6 +347,18 @@ def test_sets_are_found_as_the_recipe_means_them():
     assert find_set("animals:train", prompts) == ("animals", "train", None)
     assert find_set("seen", prompts.model_copy(update={"limit": 7})) == ("scenes", "train", 7)
     assert find_set("some/where.txt", None) == ("some/where.txt", "train", None)
+
+
+@pytest.mark.parametrize(("words", "expected"), [([], "DDIMScheduler"), (["--scheduler", "DDPMScheduler"], "DDPMScheduler")])
+def test_both_models_sample_as_the_run_did_unless_told(run, tmp_path, words, expected):
+    """The embedded model ships with DDPM; its recipe may have asked for another."""
+    recipe = load_recipe("tiny", ["sampler.scheduler=DDIMScheduler"])
+    shutil.copytree(run / "model", tmp_path / "model")
+    (tmp_path / "run.json").write_text(json.dumps({"recipe": recipe.model_dump(mode="json"), "deepspeed": {}, "world_size": 1}))
+    parser = argparse.ArgumentParser()
+    evaluate_command.add_arguments(parser)
+    plan = prepare(parser.parse_args([str(tmp_path), *words]), cuda=False)
+    assert [model["scheduler"] for model in plan.settings["models"].values()] == [expected, expected]
 
 
 def test_sdxl_is_evaluated_like_the_others(tmp_path, monkeypatch):

@@ -148,6 +148,15 @@ def test_batched_reading_equals_the_plain_one(drawn: tuple[list[scenes.Scene], t
         assert reading.attribute_right[number].tolist() == right
 
 
+def test_bands_of_rows_leave_no_covered_pixel_out() -> None:
+    templates = shapes_alignment._templates(torch.device("cpu"))
+    whole = templates.masks[:, :2].double().sum((0, 2))  # pixels of all fills, and of all outlines
+    bands = [block.masks.double().sum(0).chunk(2) for block in templates.blocks]
+    read = torch.stack([torch.stack([half.sum() for half in band]) for band in bands]).sum(0)
+    torch.testing.assert_close(read, whole, rtol=1e-12, atol=0)
+    assert all(block.masks.shape[0] == block.band.stop - block.band.start for block in templates.blocks)
+
+
 def test_batch_size_does_not_matter(drawn: tuple[list[scenes.Scene], torch.Tensor]) -> None:
     chosen, images = drawn
     prompts = [scene.prompt() for scene in chosen]
