@@ -14,4 +14,4 @@ def test_rollout(measure_against_bare: Any) -> None:
 
 @pytest.mark.benchmark(group="rollout")
 def test_its_unet_calls(measure: Any, phase_calls: Any) -> None:
-    measure(phase_calls["rollout"].bare, rows=phase_calls["rollout"].unet_rows)
+    measure(phase_calls["rollout"].bare, rows=phase_calls["rollout"].denoiser_rows)

@@ -14,7 +14,7 @@ def test_update(measure_against_bare: Any) -> None:
 
 @pytest.mark.benchmark(group="update")
 def test_its_unet_calls(measure: Any, phase_calls: Any) -> None:
-    measure(phase_calls["update"].bare, rows=phase_calls["update"].unet_rows)
+    measure(phase_calls["update"].bare, rows=phase_calls["update"].denoiser_rows)
 
 
 @pytest.mark.benchmark(group="reference")
@@ -24,4 +24,4 @@ def test_reference(measure_against_bare: Any) -> None:
 
 @pytest.mark.benchmark(group="reference")
 def test_its_unet_forwards(measure: Any, phase_calls: Any) -> None:
-    measure(phase_calls["reference"].bare, rows=phase_calls["reference"].unet_rows)
+    measure(phase_calls["reference"].bare, rows=phase_calls["reference"].denoiser_rows)

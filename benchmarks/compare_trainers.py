@@ -47,9 +47,9 @@ from benchmarks.plain_ddpo import PlainDdpo
 from benchmarks.provenance import arguments_of, provenance, result_file
 from benchmarks.timing import Timing
 from benchmarks.workload import Workload
-from prdp_fast import zero
-from prdp_fast.errors import UserError
-from prdp_fast.files import write_json
+from prdp_fast.core import distributed
+from prdp_fast.core.errors import UserError
+from prdp_fast.core.files import write_json
 
 BASELINES = ("eager", "plain DDPO", "plain large")
 PHASES = ("rollout", "update", "epoch")
@@ -94,7 +94,7 @@ def phases_of(contestant: Contestant, overrides: list[str]) -> tuple[dict[str, C
         }, workload.images
     text, prompts, count = workload.text, workload.prompts, workload.images_per_prompt
     plain = PlainDdpo(
-        copy.deepcopy(workload.reference_unet), workload.pipeline, workload.policy.transitions, workload.rewards,
+        copy.deepcopy(workload.reference_denoiser), workload.pipeline, workload.policy.transitions, workload.rewards,
         guidance_scale=workload.policy.guidance_scale, batch=contestant.plain[0], train_batch=contestant.plain[1],
     )  # fmt: skip
     embeds, empty = workload.embeddings.prompt_embeds.repeat_interleave(count, 0), workload.embeddings.negative_prompt_embeds
@@ -124,7 +124,7 @@ def work(contestant: Contestant, overrides: list[str]) -> int:
     answers.write(f"{images}\n")
     for line in sys.stdin:
         answers.write(f"{watch(calls[line.strip()])}\n")
-    zero.shutdown_distributed()
+    distributed.shutdown()
     return 0
 
 

@@ -20,11 +20,11 @@ ROUNDS = 5
 def workload() -> Iterator[Workload]:
     """The embedded model at an eighth of its recipe's epoch."""
     from benchmarks.workload import Workload  # DeepSpeed and diffusers: not for the operators' benchmarks
-    from prdp_fast import zero
+    from prdp_fast.core import distributed
 
     torch.set_num_threads(1)
     yield Workload.build("tiny", ["schedule.prompts_per_epoch=2"])
-    zero.shutdown_distributed()
+    distributed.shutdown()
 
 
 @pytest.fixture(scope="session")
@@ -67,10 +67,10 @@ def measure_against_bare(benchmark: Any, measure: Measure, workload: Workload, p
         measure(phase_call.run, setup=before)
         own = benchmark.stats.stats.data  # seconds, of the rounds that count: the warm-up came first
         ratios = [1e3 * one / other for one, other in zip(own, taken[-len(own) :], strict=True)]
-        tflop = phase_call.unet_rows * phase_call.forwards * phases.tflop_per_row(workload)
+        tflop = phase_call.denoiser_rows * phase_call.forwards * phases.tflop_per_row(workload)
         share = tflop / statistics.median(own) / peak
         benchmark.extra_info.update(
-            rows=phase_call.unet_rows, tflop=tflop, share_of_peak=share, overhead=statistics.median(ratios)
+            rows=phase_call.denoiser_rows, tflop=tflop, share_of_peak=share, overhead=statistics.median(ratios)
         )  # fmt: skip
 
     return run

@@ -95,19 +95,19 @@ class PhaseResult:
 
 def compare(eager: Any, full: Any) -> Agreement:
     """Before either has been trained. Args: two `Workload`s with the same weights."""
-    from prdp_fast.update import log_prob_pass
+    from prdp_fast.training.update import log_prob_pass
 
     trajectories = eager.rollout()
 
     def log_probs(workload: Any) -> dict[str, torch.Tensor]:
         policy, batch = workload.policy, workload.micro_batch
-        with workload.engine.sampling_unet() as unet:
-            rollout = log_prob_pass(policy, unet, trajectories, workload.rollout_batch)
-        reference = log_prob_pass(policy, workload.reference_unet, trajectories, batch)
+        with workload.engine.sampling_denoiser() as denoiser:
+            rollout = log_prob_pass(policy, denoiser, trajectories, workload.rollout_batch)
+        reference = log_prob_pass(policy, workload.reference_denoiser, trajectories, batch)
         return {
             "rollout": rollout,
             "reference": reference,
-            "update": log_prob_pass(policy, workload.engine.unet, trajectories, batch),
+            "update": log_prob_pass(policy, workload.engine.denoiser, trajectories, batch),
         }
 
     own, plain = log_probs(full), log_probs(eager)
@@ -120,9 +120,9 @@ def compare(eager: Any, full: Any) -> Agreement:
 def gradients(workload: Any, trajectories: Any) -> list[torch.Tensor]:
     """Of the trained U-Net's weights, one micro-batch whose log-probs weigh +1 and -1 in turn. Nothing lands on the weights,
     where DeepSpeed would take it for an update's."""
-    from prdp_fast.sampling.rows import pack
+    from prdp_fast.sampling.rows import micro_batches
 
-    part = next(pack(workload.policy, trajectories, workload.micro_batch))
+    part = next(micro_batches(workload.policy, trajectories, workload.micro_batch))
     weights = torch.ones(len(part.rows), device=part.latents.device)
     weights[1::2] = -1
     module = workload.engine.engine.module
@@ -216,8 +216,8 @@ def bench(args: argparse.Namespace, arguments: list[str], started: float) -> int
     from benchmarks.provenance import provenance
     from benchmarks.resident import MIB, can_measure, peak_over_baseline
     from benchmarks.workload import Workload
-    from prdp_fast.files import write_json
-    from prdp_fast.models.process import set_tf32
+    from prdp_fast.acceleration.process import set_tf32
+    from prdp_fast.core.files import write_json
 
     def elapsed() -> float:
         return time.monotonic() - started
@@ -317,7 +317,7 @@ def bench(args: argparse.Namespace, arguments: list[str], started: float) -> int
         )
         return 1
     per_row = tflop_per_row(workloads["full"])
-    tflop = {phase: calls["full"][phase].unet_rows * calls["full"][phase].forwards * per_row for phase in PHASES}
+    tflop = {phase: calls["full"][phase].denoiser_rows * calls["full"][phase].forwards * per_row for phase in PHASES}
     images = workloads["full"].images
     found = {path: results(times[path], tflop, images, peak) for path in PATHS}
     ratios = speed_ups(times)
@@ -364,8 +364,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"gpu-bench: this python lacks {', '.join(missing)}; install setup.py's requirements into it", file=sys.stderr)
         return 1
 
-    from prdp_fast import zero
-    from prdp_fast.errors import UserError
+    from prdp_fast.core import distributed
+    from prdp_fast.core.errors import UserError
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     try:
@@ -374,7 +374,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:
-        zero.shutdown_distributed()
+        distributed.shutdown()
 
 
 if __name__ == "__main__":

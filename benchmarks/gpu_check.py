@@ -38,7 +38,7 @@ import torch
 
 from benchmarks import kernel_cases, report
 from benchmarks.report import Machine, Report, Row, Step
-from prdp_fast.files import write_json
+from prdp_fast.core.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 

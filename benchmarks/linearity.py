@@ -33,9 +33,9 @@ from benchmarks.provenance import arguments_of, provenance, result_file
 from benchmarks.sizes import resized
 from benchmarks.timing import Timing, interleave
 from benchmarks.workload import Workload
-from prdp_fast import zero
-from prdp_fast.errors import UserError
-from prdp_fast.files import write_json
+from prdp_fast.core import distributed
+from prdp_fast.core.errors import UserError
+from prdp_fast.core.files import write_json
 
 # What stays while another varies, and what it varies over. 16 images fill one batch of the rollout and one micro-batch a step, so
 # that every size makes calls of one shape and only their number differs.
@@ -168,7 +168,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:
-        zero.shutdown_distributed()
+        distributed.shutdown()
     device = device_name(workload.embeddings.prompt_embeds.device)
     clock = "wall" if torch.cuda.is_available() else "processor"
     if args.output:

@@ -33,10 +33,10 @@ import torch
 
 from benchmarks.provenance import arguments_of, provenance, result_file
 from benchmarks.resident import MIB, peak_over_baseline
-from prdp_fast.errors import UserError
-from prdp_fast.files import write_json
+from prdp_fast.core.errors import UserError
+from prdp_fast.core.files import write_json
+from prdp_fast.core.records import Prompt
 from prdp_fast.prompts import PromptSet, PromptStream, write_index, write_shards
-from prdp_fast.records import Prompt
 
 STEPS = [10, 50, 200]
 PROMPTS = [100_000, 1_000_000]
@@ -50,7 +50,9 @@ UPDATES = 3  # pages of a process come and go by a few MiB for reasons of the C 
 def update_memory(preset: str, steps: int, config: str, overrides: list[str]) -> dict[str, Any]:
     """Bytes of one update at T steps, the median of `UPDATES`, after one that makes the optimizer's state and loads libraries."""
     from benchmarks.workload import PARAMETERS, Workload
-    from prdp_fast import memory, zero
+    from prdp_fast.config.deepspeed import find_config
+    from prdp_fast.core import distributed
+    from prdp_fast.planning.memory import peak_bytes
 
     sizes = [
         f"sampler.num_inference_steps={steps}", f"schedule.prompts_per_epoch={MICRO_BATCH // IMAGES_PER_PROMPT}",
@@ -58,7 +60,7 @@ def update_memory(preset: str, steps: int, config: str, overrides: list[str]) ->
         f"sampler.rollout_batch={MICRO_BATCH}",
     ]  # fmt: skip
     # DeepSpeed's buffer for gradients takes 2 GB whatever the model's size, most of it never written to: here it is the model's.
-    values = json.loads(zero.find_config(config).read_text())
+    values = json.loads(find_config(config).read_text())
     values.setdefault("zero_optimization", {})["reduce_bucket_size"] = PARAMETERS[preset]
     try:
         with tempfile.TemporaryDirectory() as directory:
@@ -79,10 +81,10 @@ def update_memory(preset: str, steps: int, config: str, overrides: list[str]) ->
         peaks = [peak_over_baseline(update, device) for _ in range(UPDATES)]
         found = {"steps": steps, "trajectories": trajectories.latents.nbytes, "peak": statistics.median(peaks), "peaks": peaks}
         # Of a CPU's tensors an exact count beside its pages; on CUDA the peak is that already.
-        found["tensors"] = found["peak"] if device.type == "cuda" else memory.peak_bytes(update, workload.engine.engine.module)
+        found["tensors"] = found["peak"] if device.type == "cuda" else peak_bytes(update, workload.engine.engine.module)
         return found
     finally:
-        zero.shutdown_distributed()
+        distributed.shutdown()
 
 
 def stream_memory(directory: Path, epochs: int) -> dict[str, int]:

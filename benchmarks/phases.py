@@ -19,9 +19,9 @@ from benchmarks.resident import MIB, can_measure, peak_during
 from benchmarks.timing import Timing
 from benchmarks.traffic import Traffic, count_traffic
 from benchmarks.workload import Call, Workload
-from prdp_fast import zero
-from prdp_fast.cost import unet_flop
-from prdp_fast.models.shapes import Shapes
+from prdp_fast.core import distributed
+from prdp_fast.models.families import StableDiffusion
+from prdp_fast.planning.cost import denoiser_flop
 
 PEAK_SIZE = {"cpu": 1024, "cuda": 8192}  # of the square matrix product that measures the peak
 
@@ -35,7 +35,7 @@ class Phase:
     bare: Timing | None = None  # its U-Net calls alone
     overhead: float | None = None  # phase / bare, the median of the rounds' ratios
     overhead_spread: float | None = None  # their interquartile range
-    unet_rows: int = 0
+    denoiser_rows: int = 0
     tflop: float = 0.0  # of those rows; a backward counts twice its forward
     tflop_per_s: float = 0.0
     share_of_peak: float = 0.0
@@ -106,7 +106,7 @@ class PhaseCalls:
 
     run: Call
     bare: Call | None = None  # its U-Net calls alone: same rows, same mode
-    unet_rows: int = 0
+    denoiser_rows: int = 0
     forwards: int = 1  # that a row costs: a backward counts for two
 
 
@@ -118,18 +118,18 @@ def phase_calls(workload: Workload) -> dict[str, PhaseCalls]:
     rewards = torch.rand(workload.images, generator=torch.Generator().manual_seed(0))
     reference = workload.reference(trajectories)
     # The policy's calls in the policy's own mode, on a module that no sharding touches.
-    plain = copy.deepcopy(workload.reference_unet).requires_grad_(True).train()
+    plain = copy.deepcopy(workload.reference_denoiser).requires_grad_(True).train()
 
     n, density = workload.images, workload.images * len(stochastic)
     calls = {
         "rollout": PhaseCalls(
             workload.rollout,
-            workload.bare_forward(workload.reference_unet, n, guided, workload.rollout_batch, repeat=steps),
+            workload.bare_forward(workload.reference_denoiser, n, guided, workload.rollout_batch, repeat=steps),
             n * policy.evaluations(torch.arange(steps)),
         ),
         "reference": PhaseCalls(
             lambda: workload.reference(trajectories),
-            workload.bare_forward(workload.reference_unet, density, guided, workload.micro_batch),
+            workload.bare_forward(workload.reference_denoiser, density, guided, workload.micro_batch),
             n * policy.evaluations(stochastic),
         ),
         "update": PhaseCalls(
@@ -150,8 +150,8 @@ def phase_calls(workload: Workload) -> dict[str, PhaseCalls]:
 
 def tflop_per_row(workload: Workload) -> float:
     """Of one forward of the workload's U-Net."""
-    shapes = Shapes(dict(workload.reference_unet.config), workload.embeddings.prompt_embeds.shape[1])
-    return 1e-12 * unet_flop(shapes)
+    shapes = StableDiffusion(dict(workload.reference_denoiser.config), workload.embeddings.prompt_embeds.shape[1])
+    return 1e-12 * denoiser_flop(shapes)
 
 
 def profile(workload: Workload, rounds: int = 5) -> Profile:
@@ -159,13 +159,13 @@ def profile(workload: Workload, rounds: int = 5) -> Profile:
 
     Every rank of a job calls it. Ranks wait for each other before each call, so that none is charged for another's delay.
     """
-    device, ranks = workload.embeddings.prompt_embeds.device, zero.launched_world_size()
+    device, ranks = workload.embeddings.prompt_embeds.device, distributed.world_size()
     calls = phase_calls(workload)
     watch = stopwatch(device)
 
     def together(call: Call) -> float:
         if ranks > 1:
-            zero.barrier()
+            distributed.barrier()
         return watch(call)
 
     dtype = workload.embeddings.prompt_embeds.dtype
@@ -193,10 +193,10 @@ def profile(workload: Workload, rounds: int = 5) -> Profile:
     )  # fmt: skip
     for name, phase_call in calls.items():
         timing = Timing.of(samples[name, "phase"])
-        tflop = phase_call.unet_rows * phase_call.forwards * per_row
+        tflop = phase_call.denoiser_rows * phase_call.forwards * per_row
         rate = tflop / (timing.median_ms * 1e-3)
         phase = Phase(
-            name, timing, None, None, None, phase_call.unet_rows, tflop, rate, rate / peak, memory.get(name),
+            name, timing, None, None, None, phase_call.denoiser_rows, tflop, rate, rate / peak, memory.get(name),
             traffic[name].sent, traffic[name].whole, traffic[name].calls,
         )  # fmt: skip
         if phase_call.bare is not None:
@@ -225,7 +225,7 @@ def table(profile: Profile) -> str:
     for p in profile.phases:
         overhead = f"{p.overhead:.3f} ({p.overhead_spread:.3f})" if p.overhead else ""
         work = (
-            f"{p.unet_rows:>11} {1e3 * p.tflop:>9.1f} {1e3 * p.tflop_per_s:>9.1f} {p.share_of_peak:>8.0%}" if p.unet_rows else ""
+            f"{p.denoiser_rows:>11} {1e3 * p.tflop:>9.1f} {1e3 * p.tflop_per_s:>9.1f} {p.share_of_peak:>8.0%}" if p.denoiser_rows else ""
         )
         memory = "" if p.peak_memory_mib is None else f"{p.peak_memory_mib:.0f}"
         lines.append(

@@ -13,8 +13,8 @@ import math
 import torch
 from torch import nn
 
+from prdp_fast.core.records import Prompt
 from prdp_fast.models.pipeline import Pipeline
-from prdp_fast.records import Prompt
 from prdp_fast.rewards import WeightedRewards
 from prdp_fast.sampling.transitions import Transitions
 
@@ -30,7 +30,7 @@ class PlainDdpo:
 
     def __init__(
         self,
-        unet: nn.Module,
+        denoiser: nn.Module,
         pipeline: Pipeline,
         transitions: Transitions,
         rewards: WeightedRewards,
@@ -41,7 +41,7 @@ class PlainDdpo:
         learning_rate: float = 6e-5,
         clip_range: float = 1e-4,
     ) -> None:
-        self.unet, self.pipeline, self.rewards = unet.requires_grad_(True), pipeline, rewards
+        self.denoiser, self.pipeline, self.rewards = denoiser.requires_grad_(True), pipeline, rewards
         self.guidance_scale, self.batch, self.clip_range = guidance_scale, batch, clip_range
         self.train_batch = train_batch or batch  # of the update; `batch` samples
         self.steps = [
@@ -50,13 +50,13 @@ class PlainDdpo:
                 transitions.timesteps, transitions.sample_coef, transitions.output_coef, transitions.std, strict=True
             )
         ]
-        self.optimizer = torch.optim.AdamW(unet.parameters(), lr=learning_rate, weight_decay=1e-4, fused=True)
+        self.optimizer = torch.optim.AdamW(denoiser.parameters(), lr=learning_rate, weight_decay=1e-4, fused=True)
 
     def noise_pred(self, latents: torch.Tensor, timestep: int, embeds: torch.Tensor, empty: torch.Tensor) -> torch.Tensor:
         if self.guidance_scale is None:
-            return self.unet(latents, timestep, encoder_hidden_states=embeds).sample
+            return self.denoiser(latents, timestep, encoder_hidden_states=embeds).sample
         both = torch.cat([empty.expand_as(embeds), embeds])
-        uncond, cond = self.unet(torch.cat([latents] * 2), timestep, encoder_hidden_states=both).sample.chunk(2)
+        uncond, cond = self.denoiser(torch.cat([latents] * 2), timestep, encoder_hidden_states=both).sample.chunk(2)
         return uncond + self.guidance_scale * (cond - uncond)
 
     def epoch(self, prompts: list[Prompt], images_per_prompt: int, embeds: torch.Tensor, empty: torch.Tensor) -> torch.Tensor:
@@ -105,6 +105,6 @@ class PlainDdpo:
                 clipped = torch.clamp(ratio, 1 - self.clip_range, 1 + self.clip_range)
                 loss = torch.maximum(-advantages[part] * ratio, -advantages[part] * clipped).sum() / count
                 loss.backward()
-        nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(self.denoiser.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -30,9 +30,9 @@ from benchmarks.provenance import arguments_of, provenance, result_file
 from benchmarks.resident import MIB
 from benchmarks.sizes import share_of_rank
 from benchmarks.workload import UNETS, Workload
-from prdp_fast import zero
-from prdp_fast.errors import UserError
-from prdp_fast.files import write_json
+from prdp_fast.core import distributed
+from prdp_fast.core.errors import UserError
+from prdp_fast.core.files import write_json
 
 
 def annotation(phase: Phase) -> str:
@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     origin = provenance(__file__, given) if args.output else {}  # of what runs, so at the start
     try:
         workload = Workload.build(args.preset, args.overrides, config=args.config)
-        rank, ranks = zero.launched_rank(), zero.launched_world_size()
+        rank, ranks = distributed.rank(), distributed.world_size()
         if ranks > 1:
             workload = share_of_rank(workload, rank, ranks)
         if args.trace:
@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:
-        zero.shutdown_distributed()
+        distributed.shutdown()
     if rank > 0:
         return 0
     if args.output:

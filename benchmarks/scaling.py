@@ -37,9 +37,9 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 import torch
 
 from benchmarks.provenance import arguments_of, provenance, result_file
-from prdp_fast.cost import predict_epoch
-from prdp_fast.errors import UserError
-from prdp_fast.files import write_json
+from prdp_fast.core.errors import UserError
+from prdp_fast.core.files import write_json
+from prdp_fast.planning.cost import predict_epoch
 
 REDUCTIONS = 9  # all-reduces that are timed
 UNDISTURBED = 0.95  # processor time over time on the wall, of one thread outside the update, which waits for other ranks
@@ -141,11 +141,11 @@ def run_rank(config: str, overrides: list[str], rounds: int) -> Launch:
     from benchmarks.sizes import share_of_rank
     from benchmarks.traffic import count_traffic
     from benchmarks.workload import Workload
-    from prdp_fast import zero
-    from prdp_fast.models.shapes import Shapes
+    from prdp_fast.core import distributed
+    from prdp_fast.models.families import StableDiffusion
 
     workload = Workload.build("tiny", overrides, config=config)
-    rank, ranks = zero.launched_rank(), zero.launched_world_size()
+    rank, ranks = distributed.rank(), distributed.world_size()
     workload = share_of_rank(workload, rank, ranks)
     device = workload.embeddings.prompt_embeds.device
     watch = stopwatch(device)
@@ -174,21 +174,21 @@ def run_rank(config: str, overrides: list[str], rounds: int) -> Launch:
     epoch()
     totals, phases, shares = [], [], []
     for _ in range(rounds):
-        zero.barrier()
+        distributed.barrier()
         start = time.perf_counter()
         taken, share = epoch()
         total = time.perf_counter() - start
-        slowest = zero.all_reduce([total, *taken.values()], "max")
+        slowest = distributed.all_reduce([total, *taken.values()], "max")
         totals.append(slowest[0])
-        shares.append(zero.all_reduce([share], "min")[0])
+        shares.append(distributed.all_reduce([share], "min")[0])
         phases.append(dict(zip(taken, slowest[1:], strict=True)))
 
     # From the configuration: a reference whose projections were fused holds their weights twice.
-    parameters = Shapes(dict(workload.reference_unet.config), text_length=0).unet_parameters
+    parameters = StableDiffusion(dict(workload.reference_denoiser.config), text_length=0).denoiser_parameters
     gradients = torch.zeros(parameters, device=device)
     reductions = []
     for _ in range(REDUCTIONS + 2):
-        zero.barrier()
+        distributed.barrier()
         reductions.append(watch(lambda: dist.all_reduce(gradients)) / 1e3)
     with count_traffic() as traffic:
         epoch()
@@ -239,14 +239,14 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--ranks is {args.ranks}; expected 2 or more, to compare with one")
     try:
         if args.rank_result:
-            from prdp_fast import zero
+            from prdp_fast.core import distributed
 
             try:
                 result = run_rank(args.config, args.overrides, args.rounds)
-                if zero.launched_rank() == 0:
+                if distributed.rank() == 0:
                     args.rank_result.write_text(json.dumps(asdict(result)))
             finally:
-                zero.shutdown_distributed()
+                distributed.shutdown()
             return 0
         origin = provenance(__file__, arguments_of(arguments)) if args.output else {}
         turns = [

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from benchmarks.workload import Workload
-from prdp_fast.job import build_policy
-from prdp_fast.models.pipeline import load_scheduler
+from prdp_fast.sampling.policy import build_policy
 from prdp_fast.sampling.transitions import Transitions
 
 

@@ -30,13 +30,13 @@ import torch
 
 from benchmarks.provenance import arguments_of, provenance, result_file
 from benchmarks.workload import Workload
-from prdp_fast import zero
-from prdp_fast.errors import UserError
-from prdp_fast.files import write_json
+from prdp_fast.core import distributed
+from prdp_fast.core.errors import UserError
+from prdp_fast.core.files import write_json
+from prdp_fast.core.records import Trajectories
 from prdp_fast.objectives import ObjectiveInput
-from prdp_fast.records import Trajectories
 from prdp_fast.sampling.rows import UPDATE_STREAM, strata, stratified
-from prdp_fast.update import Reference, gradient_pass, reference_pass
+from prdp_fast.training.update import Reference, gradient_pass, reference_pass
 
 
 @dataclass(frozen=True)
@@ -53,15 +53,15 @@ class Noise:
 @torch.enable_grad()
 def gradient(workload: Workload, trajectories: Trajectories, weights: torch.Tensor, chosen: torch.Tensor | None) -> torch.Tensor:
     """The gradient of sum(weights * log_prob) by all weights of the U-Net, one vector."""
-    unet = workload.engine.engine.module
-    parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    denoiser = workload.engine.engine.module
+    parameters = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
     total = torch.zeros(sum(parameter.numel() for parameter in parameters))
 
     def backward(loss: torch.Tensor, *, last: bool) -> None:
         # Not loss.backward(): DeepSpeed's hooks would take the gradients away.
         total.add_(torch.cat([part.flatten() for part in torch.autograd.grad(loss, parameters)]))
 
-    gradient_pass(workload.policy, unet, trajectories, weights, workload.micro_batch, backward, chosen=chosen)
+    gradient_pass(workload.policy, denoiser, trajectories, weights, workload.micro_batch, backward, chosen=chosen)
     return total
 
 
@@ -127,7 +127,7 @@ def measure(workload: Workload, *, warm_epochs: int, epochs: int, draws: int) ->
         errors = []
         for number in range(draws):
             other = replace(trajectories, seeds=trajectories.seeds + 1 + number)
-            reference = reference_pass(workload.policy, workload.reference_unet, other, workload.micro_batch, m)
+            reference = reference_pass(workload.policy, workload.reference_denoiser, other, workload.micro_batch, m)
             drawn = weights_of(workload, trajectories, rewards, reference)
             errors.append(square(gradient(workload, trajectories, drawn, None) - exact))
         add(f"reference at {m} of {total} steps", (m / total + 3) / 4, errors)
@@ -159,7 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:
-        zero.shutdown_distributed()
+        distributed.shutdown()
     print(table(results))
     if args.output:
         write_json(args.output, origin | {"noise": [asdict(noise) for noise in results]})

@@ -16,21 +16,23 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import nn
 
-from prdp_fast import runner, zero
-from prdp_fast.job import Job, build_policy
-from prdp_fast.models.acceleration import Acceleration
+from prdp_fast.acceleration.choose import Acceleration
+from prdp_fast.acceleration.process import choose_fused_optimizer, prepare_process
+from prdp_fast.config.load import load_recipe
+from prdp_fast.core import distributed
+from prdp_fast.core.records import Prompt, TextEmbeddings, Trajectories
+from prdp_fast.models.families import Family, StableDiffusion, read_family
 from prdp_fast.models.pipeline import Pipeline
-from prdp_fast.models.process import choose_fused_optimizer, prepare_process
-from prdp_fast.models.shapes import Shapes
 from prdp_fast.models.text import TextEncoder
 from prdp_fast.objectives import build_objective
+from prdp_fast.planning.job import Job
 from prdp_fast.prompts.stream import PromptStream
-from prdp_fast.records import Prompt, TextEmbeddings, Trajectories
-from prdp_fast.sampling.policy import Policy, conditioning
+from prdp_fast.sampling.policy import Policy, build_policy, conditioning
 from prdp_fast.sampling.rollout import rollout
 from prdp_fast.sampling.transitions import Transitions
-from prdp_fast.settings import load_recipe
-from prdp_fast.update import Reference, UpdateReport, reference_pass, run_updates
+from prdp_fast.training import trainer as runner
+from prdp_fast.training.engine import ZeroEngine
+from prdp_fast.training.update import Reference, UpdateReport, reference_pass, run_updates
 
 Call = Callable[[], object]
 
@@ -63,14 +65,14 @@ PREDICTION = {"sd14": "epsilon", "sd21": "v_prediction", "sdxl": "epsilon"}
 TOKENS = 77
 
 
-def random_unet(preset: str) -> nn.Module:
+def random_denoiser(preset: str) -> nn.Module:
     """The U-Net of a preset with random weights, on the current default device."""
     return UNet2DConditionModel(**UNETS[preset])
 
 
-def random_embeddings(shapes: Shapes, prompts: int, device: torch.device, dtype: torch.dtype) -> TextEmbeddings:
+def random_embeddings(shapes: Family, prompts: int, device: torch.device, dtype: torch.dtype) -> TextEmbeddings:
     """What the U-Net is told of so many prompts and of the empty one; SDXL also of one square picture's size."""
-    told = shapes.unet_inputs(prompts + 1, device, dtype)
+    told = shapes.denoiser_inputs(prompts + 1, device, dtype)
     embeds = torch.randn_like(told["encoder_hidden_states"])
     if "added_cond_kwargs" not in told:
         return TextEmbeddings(embeds[1:], embeds[:1])
@@ -92,8 +94,8 @@ class Workload:
 
     preset: str
     policy: Policy
-    engine: zero.ZeroEngine
-    reference_unet: nn.Module
+    engine: ZeroEngine
+    reference_denoiser: nn.Module
     objective: Any
     embeddings: TextEmbeddings
     prompts: list[Prompt]
@@ -117,7 +119,7 @@ class Workload:
         prepare: set what the engine sets for its whole process (memory that stays, TF32).
         """
         settings = load_recipe("tiny", ["schedule.time_limit_minutes=null", *overrides])
-        device = zero.init_distributed()
+        device = distributed.init()
         job = Job.prepare(settings, config, world_size=1, cuda=device.type == "cuda")
         schedule, dtype = settings.schedule, job.config.dtype
         pipeline = text = stream = None
@@ -125,8 +127,8 @@ class Workload:
         if preset == "tiny":
             pipeline = Pipeline.load("tiny", device, dtype, settings.sampler.scheduler)
             text = TextEncoder(pipeline, dtype)
-            unet: nn.Module = pipeline.unet
-            transitions, latent_shape, shapes = job.transitions, pipeline.latent_shape, Shapes.load("tiny")
+            denoiser: nn.Module = pipeline.denoiser
+            transitions, latent_shape, shapes = job.transitions, pipeline.latent_shape, read_family("tiny")
             stream = PromptStream(
                 job.train_prompts, seed=0, prompts_per_epoch=schedule.prompts_per_epoch, rank=0, world_size=1
             )  # fmt: skip
@@ -134,23 +136,23 @@ class Workload:
             embeddings = text.encode(prompts)
         else:
             with device:
-                unet = random_unet(preset)
+                denoiser = random_denoiser(preset)
             scheduler = DDIMScheduler(
                 beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, set_alpha_to_one=False,
                 steps_offset=1, prediction_type=PREDICTION[preset],
             )  # fmt: skip
             transitions = Transitions.from_scheduler(scheduler, settings.sampler.num_inference_steps)
-            shapes = Shapes(dict(unet.config), TOKENS)
+            shapes = StableDiffusion(dict(denoiser.config), TOKENS)
             latent_shape = shapes.latent_shape
             prompts = [Prompt(i, f"prompt {i}", {}) for i in range(schedule.prompts_per_epoch)]
             embeddings = random_embeddings(shapes, len(prompts), device, dtype)
         policy = build_policy(settings, transitions)
-        reference = copy.deepcopy(unet).to(dtype).requires_grad_(False).eval()
+        reference = copy.deepcopy(denoiser).to(dtype).requires_grad_(False).eval()
         performance = settings.performance
         process = prepare_process(performance, device, dtype) if prepare else {}
         fused = choose_fused_optimizer(performance.fused_optimizer, device, job.config.offloads_optimizer)
-        engine = zero.ZeroEngine(
-            unet, settings.optimizer, job.config, device, performance.coalesce_gradients, fused.value == "on"
+        engine = ZeroEngine(
+            denoiser, settings.optimizer, job.config, device, performance.coalesce_gradients, fused.value == "on"
         )  # fmt: skip
         micro_batch = schedule.micro_batch if isinstance(schedule.micro_batch, int) else job.rows_per_update
         speed = runner.speed_up(job, engine, reference, shapes, micro_batch, device)
@@ -168,20 +170,20 @@ class Workload:
     # The engine's phases.
 
     def rollout(self) -> Trajectories:
-        with self.engine.sampling_unet() as unet:
+        with self.engine.sampling_denoiser() as denoiser:
             return rollout(
-                self.policy, unet, self.prompts, self.embeddings, images_per_prompt=self.images_per_prompt,
+                self.policy, denoiser, self.prompts, self.embeddings, images_per_prompt=self.images_per_prompt,
                 latent_shape=self.latent_shape, batch=self.rollout_batch, seed=0, epoch=0,
             )  # fmt: skip
 
     def reference(self, trajectories: Trajectories) -> Reference:
         timesteps = self.settings.schedule.reference_timesteps
-        return reference_pass(self.policy, self.reference_unet, trajectories, self.micro_batch, timesteps)
+        return reference_pass(self.policy, self.reference_denoiser, trajectories, self.micro_batch, timesteps)
 
     def update(self, trajectories: Trajectories, rewards: torch.Tensor, reference: Reference | None) -> UpdateReport:
         return run_updates(
             self.policy, self.engine, self.objective, trajectories, rewards, reference=reference, updates=1,
-            micro_batch=self.micro_batch, last_drift=0.0, reduce=zero.all_reduce,
+            micro_batch=self.micro_batch, last_drift=0.0, reduce=distributed.all_reduce,
             timesteps=self.settings.schedule.update_timesteps,
         )  # fmt: skip
 
@@ -210,7 +212,7 @@ class Workload:
         told = self.embeddings.rows(torch.arange(rows, device=embeds.device) % len(embeds))
         return x, torch.full((rows,), 500, device=embeds.device), conditioning(told, guided=False)
 
-    def bare_forward(self, unet: nn.Module, latents: int, guided: bool, batch: int, repeat: int = 1) -> Call:
+    def bare_forward(self, denoiser: nn.Module, latents: int, guided: bool, batch: int, repeat: int = 1) -> Call:
         """This many latents in calls of at most `batch`, `repeat` times, without gradients."""
         calls, even = _even(latents, batch)
         x, t, told = self._rows(even * (2 if guided else 1))
@@ -218,11 +220,11 @@ class Workload:
         @torch.no_grad()
         def run() -> None:
             for _ in range(calls * repeat):
-                unet(x, t, **told, return_dict=False)
+                denoiser(x, t, **told, return_dict=False)
 
         return run
 
-    def bare_forward_backward(self, unet: nn.Module, latents: int, guided: bool) -> Call:
+    def bare_forward_backward(self, denoiser: nn.Module, latents: int, guided: bool) -> Call:
         """The same with a given gradient at the output, on a module whose weights have gradients."""
         calls, even = _even(latents, self.micro_batch)
         x, t, told = self._rows(even * (2 if guided else 1))
@@ -230,7 +232,7 @@ class Workload:
 
         def run() -> None:
             for _ in range(calls):
-                unet(x, t, **told, return_dict=False)[0].backward(grad)
-            unet.zero_grad(set_to_none=True)
+                denoiser(x, t, **told, return_dict=False)[0].backward(grad)
+            denoiser.zero_grad(set_to_none=True)
 
         return run

@@ -1,7 +1,7 @@
 """The command line: `prdp SUBCOMMAND ...`.
 
 A subcommand is a module with `add_arguments(parser)` and `run(args) -> int`, imported when it is named and not before, so that
-`prdp --help` stays quick and a subcommand costs its own libraries only. One whose module is not there is not offered.
+`prdp --help` stays quick and a subcommand costs its own libraries only.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
-from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from prdp_fast.errors import UserError
+from prdp_fast.core import environment
 
-# transformers and diffusers speak while they are imported.
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+environment.prepare()
+
+from prdp_fast.core.errors import UserError  # noqa: E402
 
 
 class Subcommand(NamedTuple):
@@ -28,23 +27,14 @@ class Subcommand(NamedTuple):
 
 
 SUBCOMMANDS = {
-    "doctor": Subcommand("prdp_fast.doctor_command", "examine this machine before the first job"),
-    "shards": Subcommand("prdp_fast.prompts.command", "build, describe and verify prompt sets"),
-    "embed": Subcommand("prdp_fast.embed_command", "store the text embeddings of a prompt set"),
-    "serve-reward": Subcommand("prdp_fast.rewards.server", "serve a reward over HTTP"),
-    "evaluate": Subcommand("prdp_fast.evaluate_command", "score a run or a model on held prompts"),
-    "report": Subcommand("prdp_fast.report_command", "table and curves of a run"),
+    "train": Subcommand("prdp_fast.commands.train", "finetune a model"),
+    "doctor": Subcommand("prdp_fast.commands.doctor", "examine this machine before the first job"),
+    "shards": Subcommand("prdp_fast.commands.shards", "build, describe and verify prompt sets"),
+    "embed": Subcommand("prdp_fast.commands.embed", "store the text embeddings of a prompt set"),
+    "serve-reward": Subcommand("prdp_fast.commands.serve_reward", "serve a reward over HTTP"),
+    "evaluate": Subcommand("prdp_fast.commands.evaluate", "score a run or a model on held prompts"),
+    "report": Subcommand("prdp_fast.commands.report", "table and curves of a run"),
 }
-
-
-def _is_there(subcommand: Subcommand) -> bool:
-    """Looks for the file: `find_spec` would import the package around it."""
-    path = Path(__file__).parent.joinpath(*subcommand.module.split(".")[1:])
-    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
-
-
-def offered() -> dict[str, Subcommand]:
-    return {name: subcommand for name, subcommand in SUBCOMMANDS.items() if _is_there(subcommand)}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -62,7 +52,7 @@ def _overview(subcommands: dict[str, Subcommand]) -> argparse.ArgumentParser:
         prog="prdp",
         usage="prdp [-h] SUBCOMMAND ...",
         description=f"Finetune text-to-image diffusion models on rewards.\n\nsubcommands:{listed}",
-        epilog="'prdp SUBCOMMAND --help' says more. Training starts with 'deepspeed prdp_fast/train.py'.",
+        epilog="'prdp SUBCOMMAND --help' says more.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -71,7 +61,7 @@ def _overview(subcommands: dict[str, Subcommand]) -> argparse.ArgumentParser:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    subcommands = offered()
+    subcommands = SUBCOMMANDS
     parser = _overview(subcommands)
     name = parser.parse_args(arguments[:1]).subcommand
     if name not in subcommands:

@@ -7,6 +7,7 @@ torch's aot_eager stands in for the compiler: the same capture and the same part
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import tempfile
@@ -22,23 +23,25 @@ ROWS, EPS = 4, 1e-4
 
 def run_case(name: str, mode: str, device, fast: bool) -> dict:
     import torch
-    from small_model import SHAPE, small_unet, small_unet_shapes
+    from small_model import SHAPE, small_family, small_unet
 
-    from prdp_fast import zero
-    from prdp_fast.models.acceleration import UNets, accelerate
-    from prdp_fast.settings import OptimizerSettings, PerformanceSettings, load_recipe
+    from prdp_fast.acceleration.choose import Denoisers, accelerate
+    from prdp_fast.config.deepspeed import resolve_config
+    from prdp_fast.config.load import load_recipe
+    from prdp_fast.config.recipe import OptimizerSettings, PerformanceSettings
+    from prdp_fast.training.engine import ZeroEngine
 
     settings = load_recipe("smoke", ["schedule.prompts_per_epoch=2", "optimizer.learning_rate=1e-3", f"optimizer.eps={EPS}"])
-    config = zero.resolve_config(name, settings, world_size=1, stochastic_steps=2, cuda=False)
-    unet, reference = small_unet(), small_unet().requires_grad_(False)
-    names = [name for name, _ in unet.named_parameters()]
+    config = resolve_config(name, settings, world_size=1, stochastic_steps=2, cuda=False)
+    denoiser, reference = small_unet(), small_unet().requires_grad_(False)
+    names = [name for name, _ in denoiser.named_parameters()]
     optimizer = OptimizerSettings(learning_rate=1e-3, eps=EPS)
-    engine = zero.ZeroEngine(unet, optimizer, config, device, fused_optimizer=fast)
+    engine = ZeroEngine(denoiser, optimizer, config, device, fused_optimizer=fast)
     if fast:
         speed = accelerate(
-            UNets(unet, engine.gathered, reference if config.stage < 2 else None),
+            Denoisers(denoiser, engine.gathered, reference if config.stage < 2 else None),
             PerformanceSettings(compile=mode, attention="auto", fuse_qkv="on"),
-            small_unet_shapes(), train_rows=ROWS, sample_rows=ROWS, stage=config.stage, device=device, dtype=config.dtype,
+            small_family(), train_rows=ROWS, sample_rows=ROWS, stage=config.stage, device=device, dtype=config.dtype,
         )  # fmt: skip
         engine.sampling_view = speed.sampling_view
     generator = torch.Generator().manual_seed(5)
@@ -50,7 +53,7 @@ def run_case(name: str, mode: str, device, fast: bool) -> dict:
         engine.set_scale(1.0)
         with engine.accumulating():
             for last in (False, True):
-                engine.backward(engine.unet(sample, time, **inputs)[0].square().mean(), last=last)
+                engine.backward(engine.denoiser(sample, time, **inputs)[0].square().mean(), last=last)
         return engine.step().grad_norm
 
     norms = [update()]
@@ -59,9 +62,9 @@ def run_case(name: str, mode: str, device, fast: bool) -> dict:
         norms.append(update())
         engine.load(Path(folder))
     norms.append(update())
-    with torch.no_grad(), engine.sampling_unet() as sampled:
+    with torch.no_grad(), engine.sampling_denoiser() as sampled:
         rollout = sampled(sample, time, **inputs)[0]
-        trained = engine.unet(sample, time, **inputs)[0]
+        trained = engine.denoiser(sample, time, **inputs)[0]
         frozen = reference(sample, time, **inputs)[0]
     state = engine.full_state_dict()
     return {
@@ -74,13 +77,12 @@ def run_case(name: str, mode: str, device, fast: bool) -> dict:
 def main() -> None:
     import torch
 
-    from prdp_fast import zero
-    from prdp_fast.models import compiled
-    from prdp_fast.models.probe import distance
+    from prdp_fast.acceleration.probe import distance
+    from prdp_fast.core import distributed
 
     torch.set_num_threads(1)
-    compiled.BACKEND = "aot_eager"
-    device = zero.init_distributed()
+    importlib.import_module("prdp_fast.acceleration.compile").BACKEND = "aot_eager"
+    device = distributed.init()
     from small_model import small_unet
 
     start = small_unet().state_dict()
@@ -100,7 +102,7 @@ def main() -> None:
             "decisions": fast["decisions"],
         }
     Path(sys.argv[-1]).write_text(json.dumps(results))
-    zero.shutdown_distributed()
+    distributed.shutdown()
 
 
 if __name__ == "__main__":

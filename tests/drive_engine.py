@@ -26,18 +26,22 @@ def run_case(name: str, precision: str, device) -> dict[str, float | bool | None
     import torch
     import torch.distributed as dist
 
-    from prdp_fast import memory, zero
-    from prdp_fast.settings import OptimizerSettings, load_recipe
+    from prdp_fast.config.deepspeed import resolve_config
+    from prdp_fast.config.load import load_recipe
+    from prdp_fast.config.recipe import OptimizerSettings
+    from prdp_fast.core import distributed
+    from prdp_fast.planning.micro_batch import halve_on_oom
+    from prdp_fast.training.engine import ZeroEngine
 
     settings = load_recipe("smoke", ["schedule.prompts_per_epoch=2"])
     config = json.loads((ROOT / "configs" / f"{name}.json").read_text())
     config["bf16"] = {"enabled": precision == "bfloat16"}
     path = Path(sys.argv[-1]).with_name(f"{name}-{precision}-{dist.get_rank()}.json")
     path.write_text(json.dumps(config))
-    resolved = zero.resolve_config(str(path), settings, world_size=dist.get_world_size(), stochastic_steps=BACKWARDS, cuda=False)
+    resolved = resolve_config(str(path), settings, world_size=dist.get_world_size(), stochastic_steps=BACKWARDS, cuda=False)
     torch.manual_seed(0)
     layer = torch.nn.Linear(WIDTH, 1, bias=False)
-    engine = zero.ZeroEngine(layer, OptimizerSettings(learning_rate=1e-2, weight_decay=0.0), resolved, device)
+    engine = ZeroEngine(layer, OptimizerSettings(learning_rate=1e-2, weight_decay=0.0), resolved, device)
     # Rank r's gradient is (r + 1) * weight per backward; ranks average.
     x = torch.full((1, WIDTH), float(dist.get_rank() + 1), dtype=resolved.dtype)
     mean_x = (dist.get_world_size() + 1) / 2
@@ -47,7 +51,7 @@ def run_case(name: str, precision: str, device) -> dict[str, float | bool | None
         with engine.accumulating():
             for number in range(backwards):
                 factor = math.inf if poison and number == 7 else weight
-                engine.backward((engine.unet(x).float() * factor).sum(), last=number == backwards - 1)
+                engine.backward((engine.denoiser(x).float() * factor).sum(), last=number == backwards - 1)
         return engine.step()
 
     def weights():
@@ -67,16 +71,16 @@ def run_case(name: str, precision: str, device) -> dict[str, float | bool | None
                 if len(attempts) == 1 and number == 5 and dist.get_rank() == dist.get_world_size() - 1:
                     hook = layer.weight.register_post_accumulate_grad_hook(run_out)
                 try:
-                    engine.backward((engine.unet(x).float() * 3.0).sum(), last=number == 15)
+                    engine.backward((engine.denoiser(x).float() * 3.0).sum(), last=number == 15)
                 finally:
                     if hook:
                         hook.remove()
 
         engine.set_scale(3.0)
         with engine.accumulating():
-            memory.halve_on_oom(
-                attempt, 2, clear=engine.discard_gradients, recoverable=engine.local_passes, say=lambda line: None,
-                any_rank=lambda failed: zero.all_reduce([float(failed)], "max")[0] > 0,
+            halve_on_oom(
+                attempt, 2, clear=engine.discard_gradients, recoverable=engine.passes_are_local, say=lambda line: None,
+                any_rank=lambda failed: distributed.all_reduce([float(failed)], "max")[0] > 0,
             )  # fmt: skip
         assert attempts == [2, 1], attempts
         ratio = engine.step().grad_norm / (3.0 * 16 * mean_x * math.sqrt(WIDTH))
@@ -93,7 +97,7 @@ def run_case(name: str, precision: str, device) -> dict[str, float | bool | None
     ]
     after = weights()
     return {
-        "restart_error": restart_error() if engine.local_passes else None,
+        "restart_error": restart_error() if engine.passes_are_local else None,
         "poison_applied": poisoned.applied,
         "poison_moved": float((after_poison - before).abs().max()),
         "worst_norm_ratio_error": max(abs(ratio - 1) for ratio in norms),
@@ -102,19 +106,19 @@ def run_case(name: str, precision: str, device) -> dict[str, float | bool | None
 
 
 def main() -> None:
-    from prdp_fast import zero
-    from prdp_fast.errors import UserError
+    from prdp_fast.core import distributed
+    from prdp_fast.core.errors import UserError
 
-    device = zero.init_distributed()
+    device = distributed.init()
     results = {}
     for name, precision in CASES:
         try:
             results[f"{name} {precision}"] = run_case(name, precision, device)
         except UserError as error:
             results[f"{name} {precision}"] = {"refused": str(error)}
-    if zero.launched_rank() == 0:
+    if distributed.rank() == 0:
         Path(sys.argv[-1]).write_text(json.dumps(results))
-    zero.shutdown_distributed()
+    distributed.shutdown()
 
 
 if __name__ == "__main__":

@@ -21,22 +21,24 @@ OVERRIDES = [
 def main() -> None:
     import torch
 
-    from prdp_fast import checkpoint, runner, zero
-    from prdp_fast.job import Job
-    from prdp_fast.settings import load_recipe
+    from prdp_fast.config.load import load_recipe
+    from prdp_fast.core import distributed
+    from prdp_fast.core.run_directory import claim
+    from prdp_fast.planning.job import Job
+    from prdp_fast.training import trainer as runner
 
     torch.set_num_threads(1)
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
     output, configs = Path(arguments[0]), arguments[1:]
-    device = zero.init_distributed()
+    device = distributed.init()
     for config in configs:
-        job = Job.prepare(load_recipe("smoke", OVERRIDES), config, world_size=zero.launched_world_size(), cuda=False)
+        job = Job.prepare(load_recipe("smoke", OVERRIDES), config, world_size=distributed.world_size(), cuda=False)
         directory = output / Path(config).stem
-        if zero.launched_rank() == 0:
-            checkpoint.claim_run_directory(directory, job.record(), "never")
-        zero.barrier()
+        if distributed.rank() == 0:
+            claim(directory, job.record(), "never")
+        distributed.barrier()
         runner.train(job, directory, device)
-    zero.shutdown_distributed()
+    distributed.shutdown()
 
 
 if __name__ == "__main__":

@@ -61,37 +61,40 @@ def update_of(case: str, device) -> dict:
     import torch
 
     from benchmarks.traffic import count_traffic
-    from prdp_fast import zero
-    from prdp_fast.settings import OptimizerSettings, load_recipe
+    from prdp_fast.config.deepspeed import resolve_config
+    from prdp_fast.config.load import load_recipe
+    from prdp_fast.config.recipe import OptimizerSettings
+    from prdp_fast.core import distributed
+    from prdp_fast.training.engine import ZeroEngine
 
     changes, coalesce = CASES[case]
     values = json.loads((ROOT / "configs" / f"{case.split()[0]}.json").read_text())
     values["zero_optimization"] |= changes
-    path = Path(sys.argv[-1]).with_name(f"{case}-{zero.launched_rank()}.json")
+    path = Path(sys.argv[-1]).with_name(f"{case}-{distributed.rank()}.json")
     path.write_text(json.dumps(values))
     settings = load_recipe("smoke", ["schedule.prompts_per_epoch=2"])
-    config = zero.resolve_config(str(path), settings, world_size=zero.launched_world_size(), stochastic_steps=4, cuda=False)
+    config = resolve_config(str(path), settings, world_size=distributed.world_size(), stochastic_steps=4, cuda=False)
     torch.manual_seed(0)
     layers = torch.nn.Sequential(*(torch.nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)))
-    engine = zero.ZeroEngine(layers, OptimizerSettings(learning_rate=1e-2), config, device, coalesce)
+    engine = ZeroEngine(layers, OptimizerSettings(learning_rate=1e-2), config, device, coalesce)
     for _ in range(2):
         with count_traffic() as traffic:
             engine.set_scale(1.0)
             with engine.accumulating():
                 for number in range(BACKWARDS):
-                    engine.backward(engine.unet(torch.ones(2, WIDTH)).sum(), last=number == BACKWARDS - 1)
+                    engine.backward(engine.denoiser(torch.ones(2, WIDTH)).sum(), last=number == BACKWARDS - 1)
             engine.step()
     return asdict(traffic)
 
 
 def main() -> None:
-    from prdp_fast import zero
+    from prdp_fast.core import distributed
 
-    device = zero.init_distributed()
+    device = distributed.init()
     results = known(device) | {case: update_of(case, device) for case in CASES}
-    if zero.launched_rank() == 0:
+    if distributed.rank() == 0:
         Path(sys.argv[-1]).write_text(json.dumps(results))
-    zero.shutdown_distributed()
+    distributed.shutdown()
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
-from prdp_fast.models.shapes import Shapes
-from prdp_fast.records import Prompt, TextEmbeddings, Trajectories
+from prdp_fast.core.records import Prompt, TextEmbeddings, Trajectories
+from prdp_fast.models.families import Family, StableDiffusion
 from prdp_fast.sampling.policy import Policy
 from prdp_fast.sampling.rollout import rollout
 from prdp_fast.sampling.transitions import Transitions
@@ -17,7 +17,7 @@ WIDTH = 16
 
 def small_unet(seed: int = 0, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
     torch.manual_seed(seed)
-    unet = UNet2DConditionModel(
+    denoiser = UNet2DConditionModel(
         sample_size=SHAPE[1],
         block_out_channels=(8, 16),
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -27,11 +27,11 @@ def small_unet(seed: int = 0, dtype: torch.dtype = torch.float32) -> UNet2DCondi
         attention_head_dim=2,
         norm_num_groups=4,
     )
-    return unet.to(dtype).eval()
+    return denoiser.to(dtype).eval()
 
 
-def small_unet_shapes() -> Shapes:
-    return Shapes(dict(small_unet().config), text_length=6)
+def small_family() -> Family:
+    return StableDiffusion(dict(small_unet().config), text_length=6)
 
 
 def small_policy(steps: int = 5, guidance_scale: float | None = 3.0, interval: tuple[int, int] | None = None) -> Policy:
@@ -52,7 +52,7 @@ def small_embeddings(groups: int, dtype: torch.dtype = torch.float32) -> TextEmb
 
 def small_trajectories(
     policy: Policy,
-    unet: torch.nn.Module,
+    denoiser: torch.nn.Module,
     *,
     groups: int = 2,
     images: int = 3,
@@ -61,7 +61,7 @@ def small_trajectories(
 ) -> Trajectories:
     prompts = [Prompt(index=10 + g, text=f"prompt {g}", metadata={}) for g in range(groups)]
     trajectories = rollout(
-        policy, unet, prompts, small_embeddings(groups, torch.float32), images_per_prompt=images, latent_shape=SHAPE, batch=batch,
+        policy, denoiser, prompts, small_embeddings(groups, torch.float32), images_per_prompt=images, latent_shape=SHAPE, batch=batch,
         seed=3, epoch=0,
     )  # fmt: skip
     trajectories.latents = trajectories.latents.to(dtype)

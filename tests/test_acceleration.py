@@ -12,13 +12,16 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 from launching import ROOT, deepspeed_command
-from small_model import small_unet, small_unet_shapes
+from small_model import small_family, small_unet
 
-from prdp_fast.errors import UserError
-from prdp_fast.models import acceleration, attention, compiled, process
-from prdp_fast.models.acceleration import Ranks, UNets, accelerate
-from prdp_fast.models.probe import Decision, Probe, Unsuitable, choose_variant, distance, fastest
-from prdp_fast.settings import PerformanceSettings
+from prdp_fast.acceleration import attention, process
+from prdp_fast.acceleration import choose as acceleration
+from prdp_fast.acceleration.choose import Denoisers, Ranks, accelerate
+from prdp_fast.acceleration.compile import CompiledForward, compile_trained, own_forward, uncompile
+from prdp_fast.acceleration.cuda_graph import CudaGraphForward
+from prdp_fast.acceleration.probe import Decision, Probe, Unsuitable, choose_variant, distance, fastest
+from prdp_fast.config.recipe import PerformanceSettings
+from prdp_fast.core.errors import UserError
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-5
@@ -29,22 +32,22 @@ ALONE = Ranks()
 @pytest.fixture(autouse=True)
 def fresh_compiler(monkeypatch):
     """aot_eager captures and partitions as the real compiler does, without compiling."""
-    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    monkeypatch.setattr("prdp_fast.acceleration.compile.BACKEND", "aot_eager")
     torch._dynamo.reset()
 
 
-def probe_of(unet, *, gradients: bool = True, rows: int = ROWS) -> Probe:
-    return Probe(unet, small_unet_shapes(), rows, CPU, torch.float32, gradients)
+def probe_of(denoiser, *, gradients: bool = True, rows: int = ROWS) -> Probe:
+    return Probe(denoiser, small_family(), rows, CPU, torch.float32, gradients)
 
 
-def outputs(unet, *, gradients: bool = True, call=None, rows: int = ROWS) -> list[torch.Tensor]:
-    probe = probe_of(unet, gradients=gradients, rows=rows)
+def outputs(denoiser, *, gradients: bool = True, call=None, rows: int = ROWS) -> list[torch.Tensor]:
+    probe = probe_of(denoiser, gradients=gradients, rows=rows)
     return probe.run(probe.inputs(), call)
 
 
-def choose(unet, reference=None, *, ranks=ALONE, remembered=None, **performance):
+def choose(denoiser, reference=None, *, ranks=ALONE, remembered=None, **performance):
     return accelerate(
-        UNets(unet, None, reference), PerformanceSettings(**performance), small_unet_shapes(), train_rows=ROWS, sample_rows=ROWS,
+        Denoisers(denoiser, None, reference), PerformanceSettings(**performance), small_family(), train_rows=ROWS, sample_rows=ROWS,
         stage=2, device=CPU, dtype=torch.float32, ranks=ranks, remembered=remembered,
     )  # fmt: skip
 
@@ -66,23 +69,23 @@ def planned(monkeypatch):
 # ------------------------------------------------------------------------------------------------------------------ attention
 def test_a_unet_of_diffusers_does_not_listen_to_its_own_switch():
     """Why the project has a processor: should this fail one day, diffusers' own will do."""
-    unet = small_unet()
-    unet.set_attention_backend("_native_math")
-    assert not any(hasattr(layer.processor, "_attention_backend") for layer in attention.attention_layers(unet))
-    unet.set_attention_backend("native")
+    denoiser = small_unet()
+    denoiser.set_attention_backend("_native_math")
+    assert not any(hasattr(layer.processor, "_attention_backend") for layer in attention.attention_layers(denoiser))
+    denoiser.set_attention_backend("native")
 
 
 @pytest.mark.parametrize("name", ["sdpa", "math"])
 @pytest.mark.parametrize("fused", [False, True])
 def test_attention_is_the_same_by_every_kernel(name, fused):
-    unet = small_unet()
-    plain = outputs(unet)
+    denoiser = small_unet()
+    plain = outputs(denoiser)
     if fused:
-        attention.fuse_qkv(unet)
-    attention.set_attention(unet, name)
-    kinds = {type(layer.processor) for layer in attention.attention_layers(unet)}
+        attention.fuse_qkv(denoiser)
+    attention.set_attention(denoiser, name)
+    kinds = {type(layer.processor) for layer in attention.attention_layers(denoiser)}
     assert kinds == {AttnProcessor2_0 if (name, fused) == ("sdpa", False) else attention.DispatchedAttention}
-    fast = outputs(unet)
+    fast = outputs(denoiser)
     assert distance(fast[:1], plain[:1]) < TOLERANCE
     if not fused:
         assert distance(fast[1:], plain[1:]) < TOLERANCE
@@ -98,9 +101,9 @@ def test_a_compiler_sees_through_math():
 
     for name in ("sdpa", "math"):
         seen[name] = set()
-        unet = small_unet()
-        attention.set_attention(unet, name)
-        layer = next(attention.attention_layers(unet))
+        denoiser = small_unet()
+        attention.set_attention(denoiser, name)
+        layer = next(attention.attention_layers(denoiser))
         torch._dynamo.reset()
         torch.compile(layer.forward, backend=record)(torch.randn(ROWS, 9, layer.to_q.in_features))
     assert any("scaled_dot_product" in target for target in seen["sdpa"])
@@ -108,50 +111,50 @@ def test_a_compiler_sees_through_math():
 
 
 def test_fusing_reads_copies_and_can_be_undone():
-    unet = small_unet().requires_grad_(False)
-    names = list(unet.state_dict())
-    attention.fuse_qkv(unet)
-    assert not any(parameter.requires_grad for parameter in unet.parameters())
-    used = [layer for layer in attention.attention_layers(unet) if layer.fused_projections]
+    denoiser = small_unet().requires_grad_(False)
+    names = list(denoiser.state_dict())
+    attention.fuse_qkv(denoiser)
+    assert not any(parameter.requires_grad for parameter in denoiser.parameters())
+    used = [layer for layer in attention.attention_layers(denoiser) if layer.fused_projections]
     assert used
-    attention.unfuse_qkv(unet, forget=True)
-    assert list(unet.state_dict()) == names
+    attention.unfuse_qkv(denoiser, forget=True)
+    assert list(denoiser.state_dict()) == names
 
 
 def test_layers_with_more_than_projections_keep_the_whole_arithmetic():
     """An attention mask, and the four-dimensional input of the VAE's kind of layer, go the way of diffusers."""
-    unet = small_unet()
-    probe = probe_of(unet, gradients=False)
+    denoiser = small_unet()
+    probe = probe_of(denoiser, gradients=False)
     inputs = probe.inputs() | {"encoder_attention_mask": torch.tensor([[1, 1, 1, 0, 0, 0]] * ROWS)}
     plain = probe.run(inputs)
-    attention.set_attention(unet, "math")
+    attention.set_attention(denoiser, "math")
     assert distance(probe.run(inputs), plain) < TOLERANCE
-    assert distance(plain, outputs(unet, gradients=False)) > 1e-3
+    assert distance(plain, outputs(denoiser, gradients=False)) > 1e-3
 
 
 def test_the_fastest_kernel_that_is_right_is_taken(monkeypatch):
-    unet = small_unet()
+    denoiser = small_unet()
     monkeypatch.setattr(Probe, "time", lambda self, calls: {name: 10.0 if name == "sdpa" else 7.0 for name in calls})
-    decision = choose(unet).decisions["attention"]
+    decision = choose(denoiser).decisions["attention"]
     assert (decision.value, decision.milliseconds) == ("math", {"sdpa": 10.0, "math": 7.0})
     assert "math 7.0 ms" in str(decision)
     monkeypatch.setattr(Probe, "time", lambda self, calls: {name: 10.0 if name == "sdpa" else 9.5 for name in calls})
-    assert choose(unet).decisions["attention"].value == "sdpa", "left a default for a difference that noise makes"
+    assert choose(denoiser).decisions["attention"].value == "sdpa", "left a default for a difference that noise makes"
 
 
 def test_a_kernel_that_fails_or_is_wrong_is_not_taken(monkeypatch):
-    unet = small_unet()
+    denoiser = small_unet()
     real = attention.DispatchedAttention.__call__
     for wrong, words in (
         (lambda self, *args, **kwargs: real(self, *args, **kwargs) * 1.01, "Unsuitable: its output is off by"),
         (lambda self, *args, **kwargs: 1 / 0, "ZeroDivisionError"),
     ):
         monkeypatch.setattr(attention.DispatchedAttention, "__call__", wrong)
-        decision = choose(unet).decisions["attention"]
+        decision = choose(denoiser).decisions["attention"]
         assert decision.value == "sdpa"
         assert f"no math: {words}" in decision.reason
     with pytest.raises(UserError, match=r"performance\.attention flash.*CUDA.*set auto or sdpa|needs a CUDA device; set auto"):
-        choose(unet, attention="flash")
+        choose(denoiser, attention="flash")
 
 
 def test_a_resumed_run_keeps_what_it_chose(monkeypatch):
@@ -164,12 +167,12 @@ def test_a_resumed_run_keeps_what_it_chose(monkeypatch):
 
 def test_rank_zero_chooses_for_all():
     told = Decision("math", "faster there")
-    unet = small_unet()
+    denoiser = small_unet()
     # Another rank: what it hears first is what rank 0 remembers, and then what rank 0 decides.
     answers = iter([[None, None], [(told, None), (None, None)]])
-    speed = choose(unet, ranks=Ranks(1, lambda value: next(answers, [value, value])), compile="off")
+    speed = choose(denoiser, ranks=Ranks(1, lambda value: next(answers, [value, value])), compile="off")
     assert speed.decisions["attention"] == told
-    assert all(isinstance(layer.processor, attention.DispatchedAttention) for layer in attention.attention_layers(unet))
+    assert all(isinstance(layer.processor, attention.DispatchedAttention) for layer in attention.attention_layers(denoiser))
     with pytest.raises(UserError, match="its line"):
         Ranks(1, lambda value: [(None, "its line"), value]).first(lambda: told)
     # Rank 0 compiles first; a fault of any rank is every rank's.
@@ -182,36 +185,36 @@ def test_rank_zero_chooses_for_all():
 # ------------------------------------------------------------------------------------------------------------------ compiling
 @pytest.mark.parametrize("mode", ["blocks", "full"])
 def test_compiled_in_place(mode):
-    unet = small_unet()
-    names, plain = list(unet.state_dict()), outputs(unet)
-    inputs = probe_of(unet).inputs()
-    compiled.compile_trained(unet, mode, [ROWS])
-    fast = outputs(unet)
+    denoiser = small_unet()
+    names, plain = list(denoiser.state_dict()), outputs(denoiser)
+    inputs = probe_of(denoiser).inputs()
+    compile_trained(denoiser, mode, [ROWS])
+    fast = outputs(denoiser)
     assert distance(fast[:1], plain[:1]) < TOLERANCE
     assert distance(fast[1:], plain[1:]) < TOLERANCE
-    assert list(unet.state_dict()) == names
+    assert list(denoiser.state_dict()) == names
     # With and without gradients it is the same code, so old and new log-probs are the same bits.
     with torch.no_grad():
-        again = unet(**inputs)[0]
+        again = denoiser(**inputs)[0]
     assert torch.equal(again, fast[0]) and not again.requires_grad
     # The tail of an epoch does not compile.
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    outputs(unet, rows=ROWS - 1)
+    outputs(denoiser, rows=ROWS - 1)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before > 0
-    compiled.undo(unet)
-    assert not any("forward" in module.__dict__ for module in unet.modules())
+    uncompile(denoiser)
+    assert not any("forward" in module.__dict__ for module in denoiser.modules())
 
 
 def test_everything_compiled(planned, no_compiler, monkeypatch):
     monkeypatch.setattr(Probe, "time", lambda self, calls: {name: 1.0 if name == "fast" else 2.0 for name in calls})
-    unet, reference = small_unet(), small_unet().requires_grad_(False)
-    plain = outputs(unet)[0]
-    speed = choose(unet, reference)
+    denoiser, reference = small_unet(), small_unet().requires_grad_(False)
+    plain = outputs(denoiser)[0]
+    speed = choose(denoiser, reference)
     values = {name: decision.value for name, decision in speed.decisions.items() if name.startswith("compile")}
     assert values == {"compile trained": "blocks", "compile rollout": "full", "compile reference": "full"}
-    view = speed.sampling_view(unet)
-    assert isinstance(view, compiled.ForRows)
-    assert distance(outputs(unet, gradients=False, call=view), [plain]) < TOLERANCE
+    view = speed.sampling_view(denoiser)
+    assert isinstance(view, CompiledForward)
+    assert distance(outputs(denoiser, gradients=False, call=view), [plain]) < TOLERANCE
     assert distance(outputs(reference, gradients=False), [plain]) < TOLERANCE
     json.dumps(speed.record())
 
@@ -226,25 +229,25 @@ def wrong(graph, example_inputs):
 
 @pytest.mark.parametrize(("backend", "words"), [(failing, "RuntimeError: no C"), (wrong, "off by")])
 def test_a_compiler_that_fails_or_errs_is_left(planned, monkeypatch, backend, words):
-    monkeypatch.setattr(compiled, "BACKEND", backend)
-    unet = small_unet()
-    plain = outputs(unet)
-    speed = choose(unet, small_unet().requires_grad_(False), attention="sdpa")
+    monkeypatch.setattr("prdp_fast.acceleration.compile.BACKEND", backend)
+    denoiser = small_unet()
+    plain = outputs(denoiser)
+    speed = choose(denoiser, small_unet().requires_grad_(False), attention="sdpa")
     lines = [line for line in str(speed).splitlines() if "compile" in line]
     assert len(lines) == 1 and words in lines[0], lines
     assert "many lines" not in str(speed)
-    assert speed.sampling_view(unet) is unet
-    assert all(torch.equal(*pair) for pair in zip(outputs(unet), plain))
+    assert speed.sampling_view(denoiser) is denoiser
+    assert all(torch.equal(*pair) for pair in zip(outputs(denoiser), plain))
     with pytest.raises(UserError, match=rf"performance\.compile does not work here: .*{words}.*; set auto or off"):
-        choose(unet, compile="full", attention="sdpa")
+        choose(denoiser, compile="full", attention="sdpa")
 
 
 def test_no_faster_is_not_kept(planned, no_compiler, monkeypatch):
     monkeypatch.setattr(Probe, "time", lambda self, calls: dict.fromkeys(calls, 1.0))
-    unet = small_unet()
-    speed = choose(unet)
+    denoiser = small_unet()
+    speed = choose(denoiser)
     assert [speed.decisions[f"compile {role}"].reason for role in ("trained", "rollout")] == ["no faster"] * 2
-    assert "forward" not in unet.__dict__
+    assert "forward" not in denoiser.__dict__
 
 
 def test_plans():
@@ -263,7 +266,7 @@ def test_a_second_start_finds_the_first_one_s_code(tmp_path, monkeypatch):
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_FX_GRAPH_CACHE", "TORCHINDUCTOR_AUTOGRAD_CACHE"):
         monkeypatch.setenv(name, "")  # put back afterwards
     process.prepare_process(PerformanceSettings(compile_cache=str(tmp_path / "cache")), CPU, torch.float32)
-    monkeypatch.setattr(compiled, "BACKEND", "inductor")
+    monkeypatch.setattr("prdp_fast.acceleration.compile.BACKEND", "inductor")
     torch.manual_seed(0)
     layers = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU()).requires_grad_(False)
     x = torch.randn(4, 8)
@@ -271,7 +274,7 @@ def test_a_second_start_finds_the_first_one_s_code(tmp_path, monkeypatch):
     def start() -> dict[str, int]:
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        fast = compiled.ForRows(compiled.own_forward(layers), [4])
+        fast = CompiledForward(own_forward(layers), [4])
         assert distance([fast(x)], [layers(x)]) < TOLERANCE
         counters = torch._dynamo.utils.counters["inductor"]
         return {name: counters[f"fxgraph_cache_{name}"] for name in ("hit", "miss")}
@@ -302,18 +305,18 @@ def test_graphs_are_for_cuda():
 
 
 def test_a_capture_is_for_its_rows_and_without_gradients():
-    captured = compiled.Captured(lambda x: ("plain", x), [ROWS])
+    captured = CudaGraphForward(lambda x: ("plain", x), [ROWS])
     with torch.no_grad():
         assert captured(torch.zeros(ROWS - 1))[0] == "plain"
     assert captured(torch.zeros(ROWS))[0] == "plain"
 
 
 def test_channels_last_on_the_reference():
-    unet, reference = small_unet(), small_unet().requires_grad_(False)
+    denoiser, reference = small_unet(), small_unet().requires_grad_(False)
     plain = outputs(reference, gradients=False)
-    assert choose(unet, reference, channels_last="on").decisions["channels_last"].value == "on"
+    assert choose(denoiser, reference, channels_last="on").decisions["channels_last"].value == "on"
     assert reference.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-    assert unet.conv_in.weight.is_contiguous()
+    assert denoiser.conv_in.weight.is_contiguous()
     assert distance(outputs(reference, gradients=False), plain) < TOLERANCE
 
 
@@ -322,13 +325,13 @@ def test_fused_adamw(monkeypatch):
     assert process.choose_fused_optimizer("off", CPU, offload=False).value == "off"
     results = []
     for fused in (False, True):
-        unet = small_unet()
-        optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3, eps=1e-4, weight_decay=1e-2, fused=fused)
+        denoiser = small_unet()
+        optimizer = torch.optim.AdamW(denoiser.parameters(), lr=1e-3, eps=1e-4, weight_decay=1e-2, fused=fused)
         for _ in range(3):
-            for parameter, gradient in zip(unet.parameters(), outputs(unet)[1:]):
+            for parameter, gradient in zip(denoiser.parameters(), outputs(denoiser)[1:]):
                 parameter.grad = gradient
             optimizer.step()
-        results.append([parameter.detach() for parameter in unet.parameters()])
+        results.append([parameter.detach() for parameter in denoiser.parameters()])
     moved = [[after - before for after, before in zip(result, small_unet().parameters())] for result in results]
     assert distance(moved[1], moved[0]) < 1e-4  # a difference of weights near 1: their rounding is 1e-4 of a step of 1e-3
 
@@ -360,9 +363,9 @@ def test_freed_memory_stays():
 
 # --------------------------------------------------------------------------------------------------------------------- probing
 def test_a_probe_leaves_no_gradient_behind():
-    unet = small_unet()
-    outputs(unet)
-    assert all(parameter.grad is None for parameter in unet.parameters())
+    denoiser = small_unet()
+    outputs(denoiser)
+    assert all(parameter.grad is None for parameter in denoiser.parameters())
 
 
 def test_a_wrong_gradient_is_found():
@@ -376,9 +379,9 @@ def test_a_wrong_gradient_is_found():
 
 
 def test_choosing_times_only_what_works():
-    unet = small_unet()
+    denoiser = small_unet()
     bad = {"default": lambda: None, "broken": lambda: 1 / 0}
-    assert choose_variant(probe_of(unet), bad, "default") == ("default", {}, {"broken": "ZeroDivisionError: division by zero"})
+    assert choose_variant(probe_of(denoiser), bad, "default") == ("default", {}, {"broken": "ZeroDivisionError: division by zero"})
     assert fastest({"a": 10.0, "b": 9.8}, "a", 0.03) == "a"
     assert fastest({"a": 10.0, "b": 9.6}, "a", 0.03) == "b"
 

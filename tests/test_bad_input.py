@@ -187,31 +187,31 @@ def snapshot(directory: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("kind", ["another run", "never", "foreign files"])
 def test_output_directory_in_use_is_refused_and_untouched(tmp_path: Path, kind: str) -> None:
-    from prdp_fast.checkpoint import claim_run_directory
-    from prdp_fast.errors import UserError
+    from prdp_fast.core.errors import UserError
+    from prdp_fast.core.run_directory import claim
 
     job = {"recipe": {"schedule": {"epochs": 3, "micro_batch": 16}}, "world_size": 1}
     if kind == "foreign files":
         (tmp_path / "thesis.tex").write_text("years of work")
         expected = "not empty"
     else:
-        claim_run_directory(tmp_path, job, "auto")
+        claim(tmp_path, job, "auto")
         expected = "holds a run already" if kind == "never" else "micro_batch was 16, now 32"
     before = snapshot(tmp_path)
     other = json.loads(json.dumps(job))
     if kind == "another run":
         other["recipe"]["schedule"]["micro_batch"] = 32
     with pytest.raises(UserError, match=expected):
-        claim_run_directory(tmp_path, other, "never" if kind == "never" else "auto")
+        claim(tmp_path, other, "never" if kind == "never" else "auto")
     assert snapshot(tmp_path) == before
 
 
 def test_the_same_job_may_go_on_longer(tmp_path: Path) -> None:
-    from prdp_fast.checkpoint import claim_run_directory
+    from prdp_fast.core.run_directory import claim
 
     job = {"recipe": {"schedule": {"epochs": 3}}}
-    claim_run_directory(tmp_path, job, "auto")
-    claim_run_directory(tmp_path, {"recipe": {"schedule": {"epochs": 9}}}, "auto")
+    claim(tmp_path, job, "auto")
+    claim(tmp_path, {"recipe": {"schedule": {"epochs": 9}}}, "auto")
     assert json.loads((tmp_path / "run.json").read_text())["recipe"]["schedule"]["epochs"] == 9
 
 

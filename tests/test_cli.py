@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from prdp_fast import cli
-from prdp_fast.errors import UserError
+from prdp_fast.core.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -88,7 +88,7 @@ def test_the_status_of_the_subcommand_is_the_status(monkeypatch):
     module = argparse.Namespace(
         __doc__="A test.", add_arguments=lambda parser: parser.add_argument("--status", type=int, required=True), run=run
     )
-    monkeypatch.setitem(cli.SUBCOMMANDS, "status", cli.Subcommand("prdp_fast.errors", "test"))
+    monkeypatch.setitem(cli.SUBCOMMANDS, "status", cli.Subcommand("prdp_fast.core.errors", "test"))
     monkeypatch.setattr(cli, "import_module", lambda name: module)
     assert [cli.main(["status", "--status", str(n)]) for n in (0, 1, 3, -1)] == [0, 1, 3, 2]
 

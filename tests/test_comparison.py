@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from prdp_fast.evaluation import comparison
-from prdp_fast.evaluation.comparison import (
+from prdp_fast.evaluation import statistics as comparison
+from prdp_fast.evaluation.statistics import (
     bootstrap,
     diversity,
     mean,

@@ -9,12 +9,13 @@ import torch
 from diffusers import DDIMScheduler
 from small_model import small_policy, small_trajectories, small_unet
 
-from prdp_fast.cost import PhaseRows, describe, device_peak, epoch_rows, predict_epoch, terms, unet_flop
-from prdp_fast.models.shapes import Shapes
+from prdp_fast.config.recipe import ScheduleSettings
+from prdp_fast.core.format import format_flop
+from prdp_fast.models.families import Family, StableDiffusion, read_family
+from prdp_fast.planning.cost import PhaseRows, denoiser_flop, describe, device_peak, epoch_rows, predict_epoch
 from prdp_fast.sampling.policy import Policy
-from prdp_fast.sampling.rows import UPDATE_STREAM, pack, stratified
+from prdp_fast.sampling.rows import UPDATE_STREAM, micro_batches, stratified
 from prdp_fast.sampling.transitions import Transitions
-from prdp_fast.settings import ScheduleSettings
 
 # unet/config.json of the published pipelines, what differs from the class's own defaults.
 SD14 = {
@@ -40,9 +41,9 @@ SDXL = {
 
 
 @pytest.fixture(scope="module")
-def sd14() -> tuple[Shapes, int]:
-    shapes = Shapes(SD14, text_length=77)
-    return shapes, unet_flop(shapes)
+def sd14() -> tuple[Family, int]:
+    shapes = StableDiffusion(SD14, text_length=77)
+    return shapes, denoiser_flop(shapes)
 
 
 def sd_policy(steps: int = 50, guidance_scale: float | None = 5.0, interval: tuple[int, int] | None = None) -> Policy:
@@ -56,7 +57,7 @@ def sd_policy(steps: int = 50, guidance_scale: float | None = 5.0, interval: tup
 
 def test_sd14_costs_what_the_paper_scale_says(sd14) -> None:
     shapes, flop = sd14
-    assert shapes.unet_parameters == 859_520_964
+    assert shapes.denoiser_parameters == 859_520_964
     assert flop / 1e12 == pytest.approx(0.803, abs=0.0005)
     rows = epoch_rows(ScheduleSettings(prompts_per_epoch=64, images_per_prompt=8), sd_policy(), needs_reference=True)
     total = sum(phase.flop(flop) for phase in rows.values())
@@ -69,10 +70,10 @@ def test_attention_is_counted(sd14) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     shapes, _ = sd14
-    unet = shapes.meta_unet().eval()
+    denoiser = shapes.meta_denoiser().eval()
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
-        unet(**shapes.unet_inputs(1, "meta"))
+        denoiser(**shapes.denoiser_inputs(1, "meta"))
     counts = {str(operator): count for operator, count in counter.get_flop_counts()["Global"].items()}
     # Down: two blocks on each of three levels; up: three; one in the middle, at 8 x 8.
     blocks = [(64, 320, 5), (32, 640, 5), (16, 1280, 5), (8, 1280, 1)]
@@ -81,22 +82,22 @@ def test_attention_is_counted(sd14) -> None:
 
 
 def test_sdxl_is_counted_with_its_micro_conditioning() -> None:
-    shapes = Shapes(SDXL, text_length=77)
-    assert shapes.unet_parameters == 2_567_463_684
-    assert unet_flop(shapes) > 5e12
+    shapes = StableDiffusion(SDXL, text_length=77)
+    assert shapes.denoiser_parameters == 2_567_463_684
+    assert denoiser_flop(shapes) > 5e12
 
 
 def test_the_embedded_model_from_its_files() -> None:
-    shapes = Shapes.load("tiny")
+    shapes = read_family("tiny")
     # What README says of it, from the loaded weights.
-    assert [round(count / 1e6, 2) for count in (shapes.vae_parameters, shapes.text_parameters, shapes.unet_parameters)] == [
+    assert [round(count / 1e6, 2) for count in (shapes.vae_parameters, shapes.text_parameters, shapes.denoiser_parameters)] == [
         0.77, 0.62, 2.45,
     ]  # fmt: skip
     assert shapes.latent_shape == (4, 8, 8) and shapes.text_length == 20
 
 
 def counted_rows(policy: Policy, trajectories, chosen=None) -> int:
-    return sum(part.count * (2 if part.guided else 1) for part in pack(policy, trajectories, 7, chosen))
+    return sum(part.count * (2 if part.guided else 1) for part in micro_batches(policy, trajectories, 7, chosen))
 
 
 @pytest.mark.parametrize("interval", [None, (300, 700)])
@@ -145,7 +146,7 @@ def test_describe_and_peaks() -> None:
     assert device_peak("NVIDIA H100 80GB HBM3", torch.float32, tf32=True) == 989.4e12 / 2
     assert device_peak("NVIDIA H100 80GB HBM3", torch.float32) is None
     assert device_peak("NVIDIA GeForce GTX 1080", torch.bfloat16) is None
-    assert terms(205.6e15) == "205.6 PFLOP"
+    assert format_flop(205.6e15) == "205.6 PFLOP"
 
 
 # ---------------------------------------------------------------------------------------------------------------- scaling

@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from prdp_fast import cli, doctor
-from prdp_fast.doctor import Check, Outcome
-from prdp_fast.errors import UserError
+from prdp_fast import cli
+from prdp_fast.core.errors import UserError
+from prdp_fast.doctor import installation as doctor
+from prdp_fast.doctor.installation import Check, Outcome
 
 ROOT = Path(__file__).parents[1]
 RUNS = Path("runs")
@@ -559,14 +560,14 @@ def test_a_step_that_is_not_finite(monkeypatch, on_a_cpu):
 
 
 def test_attention_that_does_not_work(monkeypatch, on_a_cpu):
-    from prdp_fast.models import attention
+    from prdp_fast.acceleration import attention
 
     real = attention.set_attention
 
-    def refuse(unet: Any, name: str) -> None:
+    def refuse(denoiser: Any, name: str) -> None:
         if name == refused:
             raise RuntimeError("no kernel image is available")
-        real(unet, name)
+        real(denoiser, name)
 
     monkeypatch.setattr(attention, "set_attention", refuse)
     refused = "math"
@@ -584,10 +585,8 @@ def test_a_group_is_left_alone_under_a_launcher(monkeypatch):
 def test_a_group_that_adds_up_wrongly(monkeypatch):
     import torch.distributed as dist
 
-    from prdp_fast import zero
-
     monkeypatch.setenv("LOCAL_RANK", "0")  # set by the start of a group, and taken back by this
-    monkeypatch.setattr(zero, "all_reduce", lambda values: [0.0])
+    monkeypatch.setattr("prdp_fast.core.distributed.all_reduce", lambda values: [0.0])
     status, line = run("process group")
     assert status == "fault" and line.endswith("adds up one rank's 42 to 0; reinstall torch")
     assert not dist.is_initialized()

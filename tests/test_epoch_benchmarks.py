@@ -21,10 +21,10 @@ from benchmarks.plain_ddpo import PlainDdpo, log_prob_of
 from benchmarks.resident import can_measure, peak_over_baseline
 from benchmarks.sizes import resized
 from benchmarks.timing import Timing
-from benchmarks.workload import PARAMETERS, UNETS, Workload, random_embeddings, random_unet
-from prdp_fast import zero
-from prdp_fast.models.shapes import Shapes
-from prdp_fast.records import Prompt, Scores
+from benchmarks.workload import PARAMETERS, UNETS, Workload, random_denoiser, random_embeddings
+from prdp_fast.core import distributed
+from prdp_fast.core.records import Prompt, Scores
+from prdp_fast.models.families import StableDiffusion
 from prdp_fast.sampling.policy import conditioning
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,7 +38,7 @@ def workload() -> Iterator[Workload]:
     try:
         yield Workload.build("tiny", ["schedule.prompts_per_epoch=3", "schedule.images_per_prompt=2"])
     finally:
-        zero.shutdown_distributed()
+        distributed.shutdown()
         torch.set_num_threads(threads)
         os.environ.clear()  # a job of one rank is written into it, which launched tests would inherit
         os.environ.update(before)
@@ -48,13 +48,13 @@ def workload() -> Iterator[Workload]:
 def test_presets_are_the_published_models(preset: str) -> None:
     """The number of weights is that of the published checkpoint, and one row goes through."""
     with torch.device("meta"):
-        unet = random_unet(preset)
-    config = unet.config
-    assert sum(parameter.numel() for parameter in unet.parameters()) == PARAMETERS[preset]
+        denoiser = random_denoiser(preset)
+    config = denoiser.config
+    assert sum(parameter.numel() for parameter in denoiser.parameters()) == PARAMETERS[preset]
     latents = torch.empty(2, 4, config.sample_size, config.sample_size, device="meta")
     timestep = torch.empty(2, dtype=torch.long, device="meta")
-    embeddings = random_embeddings(Shapes(dict(config), 77), 1, torch.device("meta"), torch.float32)
-    assert unet(latents, timestep, **conditioning(embeddings, guided=True), return_dict=False)[0].shape == latents.shape
+    embeddings = random_embeddings(StableDiffusion(dict(config), 77), 1, torch.device("meta"), torch.float32)
+    assert denoiser(latents, timestep, **conditioning(embeddings, guided=True), return_dict=False)[0].shape == latents.shape
 
 
 def timing(median: float) -> Timing:
@@ -88,7 +88,7 @@ def test_profile_step_runs_and_its_numbers_fit_together(tmp_path: Path) -> None:
     assert profile["machine"]["torch"] and "--rounds 1" in profile["command"] and {"date", "commit", "dirty"} <= profile.keys()
     phases = {phase["name"]: phase for phase in profile["phases"]}
     assert list(phases) == ["rollout", "reference", "update", "text", "decode", "reward"]
-    assert phases["rollout"]["unet_rows"] == 4 * 5 * 2 and phases["update"]["unet_rows"] == 4 * 4 * 2
+    assert phases["rollout"]["denoiser_rows"] == 4 * 5 * 2 and phases["update"]["denoiser_rows"] == 4 * 4 * 2
     # A backward is twice its forward.
     assert phases["update"]["tflop"] == pytest.approx(3 * phases["reference"]["tflop"])
     for phase in profile["phases"]:
@@ -135,17 +135,17 @@ def test_the_plain_trainer_calls_the_unet_as_often_as_the_engine() -> None:
         def score(self, images: torch.Tensor, *_: object) -> Scores:
             return Scores(torch.arange(len(images), dtype=torch.float32), {}, {})
 
-    unet, policy = small_unet(0), small_policy(steps=3)
-    before = [parameter.clone() for parameter in unet.parameters()]
+    denoiser, policy = small_unet(0), small_policy(steps=3)
+    before = [parameter.clone() for parameter in denoiser.parameters()]
     widths: list[int] = []
-    unet.register_forward_pre_hook(lambda module, args: widths.append(len(args[0])))
-    trainer = PlainDdpo(unet, Pipeline(), policy.transitions, Rewards(), guidance_scale=3.0, batch=4)  # type: ignore[arg-type]
+    denoiser.register_forward_pre_hook(lambda module, args: widths.append(len(args[0])))
+    trainer = PlainDdpo(denoiser, Pipeline(), policy.transitions, Rewards(), guidance_scale=3.0, batch=4)  # type: ignore[arg-type]
     embeddings = small_embeddings(2)
     prompts = [Prompt(i, f"prompt {i}", {}) for i in range(2)]
     images = trainer.epoch(prompts, 3, embeddings.prompt_embeds, embeddings.negative_prompt_embeds)
     assert len(images) == 6
     assert sum(widths) == 6 * (policy.evaluations(torch.arange(3)) + policy.evaluations(policy.transitions.stochastic))
-    assert any(not torch.equal(a, b) for a, b in zip(before, unet.parameters(), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(before, denoiser.parameters(), strict=True))
 
 
 # Cost against sizes

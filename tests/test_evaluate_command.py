@@ -21,11 +21,13 @@ from launching import ROOT, free_port
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from prdp_fast import cli, evaluate_command
-from prdp_fast.evaluation import work as evaluation_work
+from prdp_fast import cli
+from prdp_fast.commands import evaluate as evaluate_command
+from prdp_fast.config.load import load_recipe
+from prdp_fast.config.recipe import PromptSettings
+from prdp_fast.evaluation import blocks as evaluation_work
 from prdp_fast.evaluation.plan import find_set, parse_reward, prepare
-from prdp_fast.models.pipeline import TINY
-from prdp_fast.settings import PromptSettings, load_recipe
+from prdp_fast.world import TINY
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 FAST = ["--steps", "2", "--samples", "2", "--limit", "5", "--batch", "4"]  # blocks of two prompts: 2, 2, 1
@@ -99,7 +101,7 @@ def test_a_run_against_its_base(run, evaluated):
 
 def test_the_scores_are_those_of_training_s_own_evaluation(evaluated):
     """The same prompts and noise through `evaluation.evaluate`, which training calls before and after."""
-    from prdp_fast.evaluation.held import evaluate as evaluate_policy
+    from prdp_fast.evaluation.run import evaluate as evaluate_policy
     from prdp_fast.models.pipeline import Pipeline
     from prdp_fast.models.text import TextEncoder
     from prdp_fast.prompts.stream import PromptSet
@@ -111,7 +113,7 @@ def test_the_scores_are_those_of_training_s_own_evaluation(evaluated):
     policy = Policy(Transitions.from_scheduler(pipeline.scheduler, 2), None)
     prompts = PromptSet.open("scenes", "unseen_eval").draw(5, seed=0)
     expected = evaluate_policy(
-        policy, pipeline.unet, pipeline, TextEncoder(pipeline, torch.float32).encode, build_rewards(load_recipe("tiny").rewards),
+        policy, pipeline.denoiser, pipeline, TextEncoder(pipeline, torch.float32).encode, build_rewards(load_recipe("tiny").rewards),
         prompts, images_per_prompt=2, batch=4, seed=0,
     )  # fmt: skip
     found = result(evaluated)["sets"]["unseen"]
@@ -220,14 +222,14 @@ def test_other_weights_are_another_evaluation(run, tmp_path, capsys):
 
 
 def test_lora_weights_are_loaded_onto_the_base(run, tmp_path):
+    from prdp_fast.config.recipe import LoraSettings
     from prdp_fast.evaluation.plan import Model
     from prdp_fast.models.lora import add_adapter
     from prdp_fast.models.pipeline import Pipeline
-    from prdp_fast.settings import LoraSettings
 
     settings = LoraSettings(rank=2, alpha=6)
     pipeline = Pipeline.load("tiny", torch.device("cpu"), torch.float32)
-    trained = copy.deepcopy(pipeline.unet)
+    trained = copy.deepcopy(pipeline.denoiser)
     add_adapter(trained, settings, seed=0)
     generator = torch.Generator().manual_seed(0)
     for name, weight in trained.named_parameters():
@@ -239,8 +241,8 @@ def test_lora_weights_are_loaded_onto_the_base(run, tmp_path):
     loaded = evaluate_command.load(Model("x", "tiny", lora_run / "model", ""), torch.device("cpu"), torch.float32)
     inputs = torch.randn(2, 4, 8, 8, generator=generator), 500, torch.randn(2, 6, 128, generator=generator)
     with torch.no_grad():
-        plain = pipeline.unet(*inputs, return_dict=False)[0]
-        expected, found = (unet(*inputs, return_dict=False)[0] for unet in (trained, loaded.unet))
+        plain = pipeline.denoiser(*inputs, return_dict=False)[0]
+        expected, found = (denoiser(*inputs, return_dict=False)[0] for denoiser in (trained, loaded.denoiser))
     assert found == pytest.approx(expected, abs=1e-5) and not torch.allclose(plain, expected, atol=1e-3)
     shutil.copy(run / "run.json", lora_run / "run.json")
     assert evaluate(lora_run, "--prompts", "unseen", *FAST, "--output", tmp_path / "out") == 0

@@ -107,7 +107,7 @@ def test_paths_that_disagree_have_no_speed_up(tmp_path: Path) -> None:
         "    def build(cls, preset, overrides, *, prepare, **options):\n"
         "        workload = Workload_build(preset, overrides, prepare=prepare, **options)\n"
         "        with torch.no_grad():\n"
-        "            list(workload.reference_unet.parameters())[0].mul_(1.1 if prepare else 1.0)\n"
+        "            list(workload.reference_denoiser.parameters())[0].mul_(1.1 if prepare else 1.0)\n"
         "        return workload\n"
         "Workload_build = Workload.build\n"
         "import benchmarks.workload; benchmarks.workload.Workload = Off"

@@ -15,10 +15,10 @@ from small_model import SHAPE, small_embeddings, small_policy, small_unet
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from prdp_fast.records import Prompt, TextEmbeddings, Trajectories
+from prdp_fast.core.records import Prompt, TextEmbeddings, Trajectories
 from prdp_fast.sampling.policy import Policy
 from prdp_fast.sampling.rollout import rollout
-from prdp_fast.update import gradient_pass, log_prob_pass
+from prdp_fast.training.update import gradient_pass, log_prob_pass
 
 DEVICE = torch.device("meta")
 GROUPS, IMAGES = 2, 4
@@ -56,19 +56,19 @@ class Watch(TorchDispatchMode):
         return result
 
 
-def sample(policy: Policy, unet: torch.nn.Module, batch: int) -> Trajectories:
+def sample(policy: Policy, denoiser: torch.nn.Module, batch: int) -> Trajectories:
     own = small_embeddings(GROUPS)
     embeddings = TextEmbeddings(own.prompt_embeds.to(DEVICE), own.negative_prompt_embeds.to(DEVICE))
     prompts = [Prompt(index=group, text="", metadata={}) for group in range(GROUPS)]
     return rollout(
-        policy, unet, prompts, embeddings, images_per_prompt=IMAGES, latent_shape=SHAPE, batch=batch, seed=0, epoch=0
+        policy, denoiser, prompts, embeddings, images_per_prompt=IMAGES, latent_shape=SHAPE, batch=batch, seed=0, epoch=0
     )  # fmt: skip
 
 
 def loops(steps: int, batch: int, interval: tuple[int, int] | None, chosen: int | None = None) -> dict[str, Watch]:
     """What each loop asks of the device in an epoch after the first, whose tables are on the device already."""
-    policy, unet = small_policy(steps, interval=interval), Stub().to(DEVICE)
-    trajectories = sample(policy, unet, batch)
+    policy, denoiser = small_policy(steps, interval=interval), Stub().to(DEVICE)
+    trajectories = sample(policy, denoiser, batch)
     weights = torch.empty_like(trajectories.log_probs)
     rows = None if chosen is None else torch.arange(chosen).expand(GROUPS * IMAGES, -1)
 
@@ -76,9 +76,9 @@ def loops(steps: int, batch: int, interval: tuple[int, int] | None, chosen: int 
         loss.backward()
 
     runs: dict[str, Callable[[], object]] = {
-        "rollout": lambda: sample(policy, unet, batch),
-        "log-probs": lambda: log_prob_pass(policy, unet, trajectories, batch, rows),
-        "gradient": lambda: gradient_pass(policy, unet, trajectories, weights, batch, backward, chosen=rows),
+        "rollout": lambda: sample(policy, denoiser, batch),
+        "log-probs": lambda: log_prob_pass(policy, denoiser, trajectories, batch, rows),
+        "gradient": lambda: gradient_pass(policy, denoiser, trajectories, weights, batch, backward, chosen=rows),
     }
     seen = {}
     for name, run in runs.items():
@@ -97,10 +97,10 @@ def test_no_loop_waits_and_what_is_moved_does_not_grow(interval: tuple[int, int]
 
 
 def test_a_unet_itself_does_not_wait() -> None:
-    policy, unet = small_policy(2), small_unet().to(DEVICE)
-    trajectories = sample(policy, unet, 8)
+    policy, denoiser = small_policy(2), small_unet().to(DEVICE)
+    trajectories = sample(policy, denoiser, 8)
     with Watch() as watch:
-        log_prob_pass(policy, unet, trajectories, 8)
+        log_prob_pass(policy, denoiser, trajectories, 8)
     assert watch.operators > 500 and len(watch.moved) <= 4
 
 

@@ -11,30 +11,27 @@ import torch
 from small_model import SHAPE, small_policy, small_trajectories, small_unet
 from test_update import PlainEngine, run
 
-from prdp_fast.errors import OneRankError, UserError
-from prdp_fast.memory import (
+from prdp_fast.core.errors import OneRankError, UserError
+from prdp_fast.core.format import format_bytes
+from prdp_fast.models.families import StableDiffusion
+from prdp_fast.planning.memory import (
     Activations,
     Footprint,
     Item,
     MemoryPlan,
-    choose_micro_batch,
     fake_activations,
-    fit,
     forward_backward,
-    halve_on_oom,
-    human,
     measure_activations,
     peak_bytes,
     plan_memory,
-    sizes_up_to,
 )
-from prdp_fast.models.shapes import Shapes
-from prdp_fast.update import gradient_pass
+from prdp_fast.planning.micro_batch import choose_micro_batch, fit, halve_on_oom, sizes_up_to
+from prdp_fast.training.update import gradient_pass
 
-SMALL = Shapes(dict(small_unet().config), text_length=6)
+SMALL = StableDiffusion(dict(small_unet().config), text_length=6)
 P = 859_520_964  # SD v1.4
 SD = Footprint(
-    unet_parameters=P, frozen_parameters=206_000_000, dtype=torch.bfloat16, stage=2, world_size=8, rows=64, steps=50,
+    denoiser_parameters=P, frozen_parameters=206_000_000, dtype=torch.bfloat16, stage=2, world_size=8, rows=64, steps=50,
     latent_shape=(4, 64, 64), needs_reference=True, activations=Activations(10**9, 10**8, 10**7, 10**6), micro_batch=16,
     evaluations=2, rollout_batch=64, reduce_bucket=500_000_000,
 )  # fmt: skip
@@ -82,7 +79,7 @@ def test_the_worst_moment_and_the_margin() -> None:
     assert plan.fits(170 / 0.9 + 1) and not plan.fits(170 / 0.9 - 1)
     assert not plan.fits(1000, host=9)
     assert "c " in plan.table() and "170 B" in plan.table() and "(rollout)" in plan.table()
-    assert human(1536) == "1.5 KiB" and human(3 * 2**30) == "3.0 GiB"
+    assert format_bytes(1536) == "1.5 KiB" and format_bytes(3 * 2**30) == "3.0 GiB"
 
 
 # -------------------------------------------------------------------------------------------------------------- measuring
@@ -101,18 +98,18 @@ def test_peak_of_known_tensors() -> None:
 
 
 def test_activations_grow_by_the_row_and_fake_ones_are_real_ones() -> None:
-    unet = small_unet(0).requires_grad_(True).train()
-    real = measure_activations(unet, SMALL, torch.float32)
+    denoiser = small_unet(0).requires_grad_(True).train()
+    real = measure_activations(denoiser, SMALL, torch.float32)
     assert real.per_row > real.forward_per_row > 0
     fake = fake_activations(SMALL, torch.float32)
     assert fake.per_row == pytest.approx(real.per_row, rel=0.1)
-    five = peak_bytes(lambda: forward_backward(unet, SMALL, 5, torch.float32), unet)
+    five = peak_bytes(lambda: forward_backward(denoiser, SMALL, 5, torch.float32), denoiser)
     assert real.training(5) == pytest.approx(five, rel=0.05)
 
 
-def saved_bytes(unet: torch.nn.Module, rows: int) -> int:
+def saved_bytes(denoiser: torch.nn.Module, rows: int) -> int:
     """Bytes that autograd keeps between forward and backward: unique storages that are no weights."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in unet.parameters()}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in denoiser.parameters()}
     saved: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -122,7 +119,7 @@ def saved_bytes(unet: torch.nn.Module, rows: int) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        unet(**SMALL.unet_inputs(rows, "cpu"))
+        denoiser(**SMALL.denoiser_inputs(rows, "cpu"))
     return sum(storage.nbytes() for storage in saved.values())
 
 
@@ -132,13 +129,13 @@ def test_checkpointing_saves_memory_and_keeps_the_gradient() -> None:
     weights = torch.randn(trajectories.log_probs.shape, generator=torch.Generator().manual_seed(1))
     gradients, saved, peaks = [], [], []
     for checkpointing in (False, True):
-        unet = small_unet(0).requires_grad_(True).train()
+        denoiser = small_unet(0).requires_grad_(True).train()
         if checkpointing:
-            unet.enable_gradient_checkpointing()
-        gradient_pass(policy, unet, trajectories, weights, 8, lambda loss, last: loss.backward())
-        gradients.append([parameter.grad for parameter in unet.parameters()])
-        saved.append(saved_bytes(unet, 2) - saved_bytes(unet, 1))
-        peaks.append(measure_activations(unet, SMALL, torch.float32).per_row)
+            denoiser.enable_gradient_checkpointing()
+        gradient_pass(policy, denoiser, trajectories, weights, 8, lambda loss, last: loss.backward())
+        gradients.append([parameter.grad for parameter in denoiser.parameters()])
+        saved.append(saved_bytes(denoiser, 2) - saved_bytes(denoiser, 1))
+        peaks.append(measure_activations(denoiser, SMALL, torch.float32).per_row)
     for plain, again in zip(*gradients, strict=True):
         torch.testing.assert_close(again, plain, rtol=1e-5, atol=1e-6 * float(plain.abs().max()))
     assert saved[1] < saved[0] / 2
@@ -167,14 +164,14 @@ def test_the_largest_micro_batch_that_fits() -> None:
 
 
 def test_auto_on_a_cpu() -> None:
-    unet = small_unet(0)
-    job = replace(SD, unet_parameters=SMALL.unet_parameters, dtype=torch.float32, latent_shape=SHAPE, reduce_bucket=0, stage=0)
+    denoiser = small_unet(0)
+    job = replace(SD, denoiser_parameters=SMALL.denoiser_parameters, dtype=torch.float32, latent_shape=SHAPE, reduce_bucket=0, stage=0)
     options = {"local_ranks": 1, "agree": lambda size: size}
-    size, plan, available = fit(job, unet, SMALL, wanted=None, most=1000, **options)
+    size, plan, available = fit(job, denoiser, SMALL, wanted=None, most=1000, **options)
     assert size == 64 and plan.fits(available)
-    assert fit(job, unet, SMALL, wanted=None, most=40, **options)[0] == 40
-    assert fit(job, unet, SMALL, wanted=7, most=1000, **options)[0] == 7
-    assert all(parameter.grad is None for parameter in unet.parameters()), "the real U-Net must be left alone"
+    assert fit(job, denoiser, SMALL, wanted=None, most=40, **options)[0] == 40
+    assert fit(job, denoiser, SMALL, wanted=7, most=1000, **options)[0] == 7
+    assert all(parameter.grad is None for parameter in denoiser.parameters()), "the real U-Net must be left alone"
 
 
 # ---------------------------------------------------------------------------------------------------------- out of memory
@@ -197,7 +194,7 @@ class Exhausted(PlainEngine):
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         if next(self.calls) in self.failing:
-            list(self.unet.parameters())[3].grad.add_(1.0)
+            list(self.denoiser.parameters())[3].grad.add_(1.0)
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         loss.backward()
 

@@ -17,11 +17,16 @@ import pytest
 import torch
 from published import PIPELINES, write_configurations
 
-from prdp_fast import cost, evaluate_command, memory
+from prdp_fast.commands import evaluate as evaluate_command
+from prdp_fast.config.load import RECIPES, load_recipe
+from prdp_fast.config.recipe import Settings
+from prdp_fast.core.format import format_flop
 from prdp_fast.evaluation.plan import choose_rewards
-from prdp_fast.job import Job
+from prdp_fast.planning import cost
+from prdp_fast.planning.job import Job
+from prdp_fast.planning.memory import Activations, fake_activations, plan_memory
+from prdp_fast.planning.micro_batch import choose_micro_batch
 from prdp_fast.prompts.stream import PromptSet
-from prdp_fast.settings import RECIPES, Settings, load_recipe
 from prdp_fast.train import parse
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,7 +94,7 @@ def test_it_loads_and_its_launch_commands_are_real(name: str) -> None:
             choose_rewards(parser.parse_args(words[2:]).rewards, settings.rewards)
         if words[:3] == ["prdp", "shards", "build"]:
             assert words[words.index("--output") + 1] == settings.prompts.source
-            from prdp_fast.prompts import command
+            from prdp_fast.commands import shards as command
 
             parser = argparse.ArgumentParser()
             command.add_arguments(parser)
@@ -123,14 +128,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @cache
-def sizes(pretrained: str, lora: str, checkpointing: bool, dtype: torch.dtype) -> tuple[Any, memory.Activations, int, float]:
+def sizes(pretrained: str, lora: str, checkpointing: bool, dtype: torch.dtype) -> tuple[Any, Activations, int, float]:
     """Everything that is counted on a U-Net of full size, once a model."""
-    from prdp_fast.models.shapes import Shapes
+    from prdp_fast.models.families import read_family
 
     settings = LORA_OF[lora]
-    shapes = Shapes.load(pretrained, settings)
+    shapes = read_family(pretrained, settings)
     return (
-        shapes, memory.fake_activations(shapes, dtype, checkpointing=checkpointing), cost.unet_flop(shapes),
+        shapes, fake_activations(shapes, dtype, checkpointing=checkpointing), cost.denoiser_flop(shapes),
         cost.backward_per_forward(shapes),
     )  # fmt: skip
 
@@ -151,8 +156,8 @@ def estimate(job: Job, settings: Settings, gpus: int) -> str:
     recompute = settings.performance.activation_checkpointing
     shapes, activations, flop, backward = sizes(settings.model.pretrained, key, recompute, job.config.dtype)
     footprint = replace(job.footprint(shapes, cuda=True), activations=activations)
-    rows = memory.choose_micro_batch(footprint, int(MEMORY), most=job.rows_per_update)
-    plan = memory.plan_memory(replace(footprint, micro_batch=rows))
+    rows = choose_micro_batch(footprint, int(MEMORY), most=job.rows_per_update)
+    plan = plan_memory(replace(footprint, micro_batch=rows))
     total = sum(phase.flop(flop, recompute, backward) for phase in job.epoch_rows().values())
     peak = cost.device_peak(PEAK, job.config.dtype, tf32=settings.performance.tf32 == "on")
     assert peak is not None and plan.fits(int(MEMORY))
@@ -163,7 +168,7 @@ def estimate(job: Job, settings: Settings, gpus: int) -> str:
     which = f"{gpus} H100s of 80 GB" if gpus > 1 else "one H100 of 80 GB"
     return (
         f"On {which}, {precision}, estimated, not measured: {plan.total() / 1e9:.0f} GB a GPU at micro-batch {rows}; "
-        f"{cost.terms(total)} an epoch, {seconds:.0f} s at {SHARE:.0%} of peak, {whole} in all, rewards not counted."
+        f"{format_flop(total)} an epoch, {seconds:.0f} s at {SHARE:.0%} of peak, {whole} in all, rewards not counted."
     )
 
 

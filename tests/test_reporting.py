@@ -12,9 +12,10 @@ import torch
 from PIL import Image, ImageFont
 from rich.console import Console
 
-from prdp_fast import reporting
-from prdp_fast.files import write_json
-from prdp_fast.reporting import PADDING, comparison_grid, final_table, image_grid, plot_curves
+from prdp_fast.core.files import write_json
+from prdp_fast.reporting.curves import plot_curves, read_metrics
+from prdp_fast.reporting.images import FONT_SIZE, PADDING, comparison_grid, image_grid, wrap
+from prdp_fast.reporting.tables import final_table
 
 COLOURS = ((200, 10, 10), (10, 200, 10), (10, 10, 200), (200, 200, 10), (10, 200, 200))
 PROMPT = "a medium orange triangle with a purple outline at the middle center on a yellow background"
@@ -84,7 +85,7 @@ def test_captions_are_drawn_below_and_stay_in_their_cell(tmp_path):
     captions = [PROMPT, "donaudampfschifffahrtsgesellschaftskapitaenskajuete"]
     picture = pixels(image_grid(images, tmp_path / "grid.png", columns=2, scale=4, captions=captions))
     bare = pixels(image_grid(images, tmp_path / "bare.png", columns=2, scale=4))
-    assert picture.shape[0] > bare.shape[0] + 4 * reporting.FONT_SIZE
+    assert picture.shape[0] > bare.shape[0] + 4 * FONT_SIZE
     below = picture[PADDING + 128 :]
     first, gap, second = (
         below[:, PADDING : PADDING + 128],
@@ -98,7 +99,7 @@ def test_captions_are_drawn_below_and_stay_in_their_cell(tmp_path):
 def test_wrap_loses_nothing():
     font = ImageFont.load_default(12)
     for text in (PROMPT, "x" * 200, "word " * 30, "", "tiny"):
-        lines = reporting.wrap(text, font, 90)
+        lines = wrap(text, font, 90)
         assert "".join(lines).replace(" ", "") == text.replace(" ", "")
         assert all(font.getlength(line) <= 90 for line in lines)
 
@@ -204,7 +205,7 @@ def test_curves_from_an_unfinished_run(tmp_path):
     path = plot_curves(tmp_path)
     assert path == tmp_path / "curves.png"
     assert pixels(path).std() > 5, "an empty picture"
-    assert [row["epoch"] for row in reporting.read_metrics(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3]
+    assert [row["epoch"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3]
 
 
 def test_curves_need_an_epoch(tmp_path):

@@ -11,7 +11,7 @@ from drive_traffic import BACKWARDS, CASES, LAYERS, WIDTH
 from launching import ROOT, deepspeed_command
 
 from benchmarks.scaling import Launch, conclude, describe
-from prdp_fast.cost import predict_epoch
+from prdp_fast.planning.cost import predict_epoch
 
 RANKS, FLOAT32 = 2, 4
 

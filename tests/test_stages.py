@@ -12,11 +12,11 @@ from drive_stages import OVERRIDES
 from launching import ROOT, deepspeed_command
 from safetensors.torch import load_file
 
+from prdp_fast.config.load import load_recipe
 from prdp_fast.models.pipeline import Pipeline
 from prdp_fast.prompts.stream import PromptSet, PromptStream
 from prdp_fast.rewards import build_rewards
 from prdp_fast.sampling.transitions import Transitions
-from prdp_fast.settings import load_recipe
 from prdp_kernels import derive_seeds, philox_normal, prdp_loss
 
 CONFIGS = ["zero0.json", "zero1.json", "zero2.json", "zero3.json", "zero3_offload.json"]
@@ -41,10 +41,10 @@ def plain() -> dict[str, torch.Tensor]:
     schedule, sampler = settings.schedule, settings.sampler
     pipeline = Pipeline.load("tiny", torch.device("cpu"), torch.float32)
     table = Transitions.from_scheduler(pipeline.scheduler, sampler.num_inference_steps)
-    unet, reference = pipeline.unet.requires_grad_(True), copy.deepcopy(pipeline.unet)
+    denoiser, reference = pipeline.denoiser.requires_grad_(True), copy.deepcopy(pipeline.denoiser)
     options = settings.optimizer
     optimizer = torch.optim.AdamW(
-        unet.parameters(), lr=options.learning_rate, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay
+        denoiser.parameters(), lr=options.learning_rate, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay
     )
     rewards = build_rewards(settings.rewards)
     stream = PromptStream(PromptSet.open("scenes", "train"), seed=settings.seed, prompts_per_epoch=schedule.prompts_per_epoch)
@@ -75,7 +75,7 @@ def plain() -> dict[str, torch.Tensor]:
             chain = [philox_normal(seeds, pipeline.latent_shape, step=0)]
             for step in range(len(table)):
                 noise = philox_normal(seeds, pipeline.latent_shape, step=step + 1)
-                chain.append(mean(unet, chain[-1], step) + table.std[step].float() * noise)
+                chain.append(mean(denoiser, chain[-1], step) + table.std[step].float() * noise)
             images = pipeline.decode(chain[-1])
         rows = [prompt for prompt in prompts for _ in range(images_per_prompt)]
         scores = rewards.score(images, [row.text for row in rows], [row.metadata for row in rows]).total
@@ -90,23 +90,23 @@ def plain() -> dict[str, torch.Tensor]:
             return torch.stack(columns, 1).view(len(prompts), images_per_prompt, -1)  # noqa: B023
 
         with torch.no_grad():
-            ref, old = log_probs(reference), log_probs(unet)
+            ref, old = log_probs(reference), log_probs(denoiser)
         for _ in range(schedule.updates_per_epoch):
             objective = settings.objective
             loss = prdp_loss(
-                log_probs(unet), old, ref, scores.view(len(prompts), -1), clip_range=objective.clip_range,
+                log_probs(denoiser), old, ref, scores.view(len(prompts), -1), clip_range=objective.clip_range,
                 kl_weight=objective.kl_weight, backend="torch",
             )  # fmt: skip
             optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(unet.parameters(), options.max_grad_norm)
+            torch.nn.utils.clip_grad_norm_(denoiser.parameters(), options.max_grad_norm)
             optimizer.step()
-    return {name: parameter.detach() for name, parameter in unet.named_parameters()}
+    return {name: parameter.detach() for name, parameter in denoiser.named_parameters()}
 
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_stage_agrees_with_a_plain_loop(config: str, weights, plain) -> None:
-    start = dict(Pipeline.load("tiny", torch.device("cpu"), torch.float32).unet.named_parameters())
+    start = dict(Pipeline.load("tiny", torch.device("cpu"), torch.float32).denoiser.named_parameters())
     assert weights[config].keys() == plain.keys()
     moved = sum(float((plain[name] - start[name]).square().sum()) for name in plain) ** 0.5
     assert moved > 1e-3, "the plain loop hardly moved: this test would accept anything"

@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from prdp_fast import telemetry as module
-from prdp_fast.telemetry import METRICS, TENSORBOARD, Telemetry, clock_time
+from prdp_fast.training import telemetry as module
+from prdp_fast.training.telemetry import METRICS, TENSORBOARD, Telemetry, clock_time
 
 
 class Clock:

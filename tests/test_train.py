@@ -130,7 +130,7 @@ torch.save(torch.from_numpy((images * 255).round().astype("uint8")).permute(0, 3
 
 
 def test_the_export_opens_in_a_fresh_process_and_scores_the_reported_reward(whole_run: tuple[Path, str], tmp_path: Path) -> None:
-    from prdp_fast.rewards.shapes_alignment import read_images
+    from prdp_fast.world.reader import read_images
 
     run, _ = whole_run
     evaluation = torch.load(run / "evaluation_after.pt", weights_only=True)["unseen"]

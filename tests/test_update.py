@@ -9,10 +9,10 @@ import pytest
 import torch
 from small_model import SHAPE, WIDTH, small_policy, small_trajectories, small_unet
 
+from prdp_fast.core.records import Trajectories
 from prdp_fast.objectives import DdpoObjective, ObjectiveInput, PrdpObjective
-from prdp_fast.records import Trajectories
-from prdp_fast.sampling.rows import pack, strata, stratified
-from prdp_fast.update import drift_warning, gradient_pass, log_prob_pass, reference_pass, run_updates
+from prdp_fast.sampling.rows import micro_batches, strata, stratified
+from prdp_fast.training.update import drift_warning, gradient_pass, log_prob_pass, reference_pass, run_updates
 from prdp_kernels import prdp_loss
 
 CLIP, BETA = 2e-4, 0.5
@@ -23,15 +23,15 @@ REWARDS = torch.tensor([0.3, 0.9, 0.1, 0.2, 0.2, 0.8], dtype=torch.float64)
 class PlainEngine:
     """The engine without DeepSpeed: a plain optimizer on plain gradients."""
 
-    unet: torch.nn.Module
+    denoiser: torch.nn.Module
     learning_rate: float = 1e-3
     scale: float = 1.0
     gradients: list[list[torch.Tensor]] = field(default_factory=list)
-    local_passes: bool = True
+    passes_are_local: bool = True
 
     def __post_init__(self) -> None:
-        self.unet.requires_grad_(True)
-        self.optimizer = torch.optim.SGD(self.unet.parameters(), lr=self.learning_rate)
+        self.denoiser.requires_grad_(True)
+        self.optimizer = torch.optim.SGD(self.denoiser.parameters(), lr=self.learning_rate)
 
     def set_scale(self, max_weight: float) -> None:
         pass
@@ -46,16 +46,16 @@ class PlainEngine:
         loss.backward()
 
     def step(self):
-        from prdp_fast.zero import StepResult
+        from prdp_fast.training.engine import StepResult
 
-        self.gradients.append([p.grad.clone() for p in self.unet.parameters()])
+        self.gradients.append([p.grad.clone() for p in self.denoiser.parameters()])
         norm = torch.nn.utils.get_total_norm(self.gradients[-1])
         self.optimizer.step()
         self.optimizer.zero_grad()
         return StepResult(float(norm), applied=True)
 
 
-def whole_log_probs(policy, unet, trajectories: Trajectories) -> torch.Tensor:
+def whole_log_probs(policy, denoiser, trajectories: Trajectories) -> torch.Tensor:
     """All N * S log-probs in one graph, written out from the definition: no policy, no micro-batches, no kernels."""
     columns = []
     table = policy.transitions
@@ -64,28 +64,28 @@ def whole_log_probs(policy, unet, trajectories: Trajectories) -> torch.Tensor:
     for step in table.stochastic.tolist():
         x, previous = trajectories.latents[:, step], trajectories.latents[:, step + 1]
         t = table.timesteps[step]
-        uncond = unet(x, t, encoder_hidden_states=empty).sample
-        cond = unet(x, t, encoder_hidden_states=embeds).sample
+        uncond = denoiser(x, t, encoder_hidden_states=empty).sample
+        cond = denoiser(x, t, encoder_hidden_states=embeds).sample
         output = uncond + policy.guidance_scale * (cond - uncond)
         mean = table.sample_coef[step] * x + table.output_coef[step] * output
         columns.append(torch.distributions.Normal(mean, table.std[step]).log_prob(previous).mean((1, 2, 3)))
     return torch.stack(columns, 1)
 
 
-def whole_loss_gradients(policy, unet, reference, trajectories, updates: int, learning_rate: float) -> list[list[torch.Tensor]]:
+def whole_loss_gradients(policy, denoiser, reference, trajectories, updates: int, learning_rate: float) -> list[list[torch.Tensor]]:
     """K updates of plain SGD by autograd through the whole loss over all steps."""
     shape = (len(trajectories.prompts), trajectories.images_per_prompt, -1)
-    unet.requires_grad_(True)
+    denoiser.requires_grad_(True)
     with torch.no_grad():
         ref = whole_log_probs(policy, reference, trajectories).view(shape)
-        old = whole_log_probs(policy, unet, trajectories).view(shape)
+        old = whole_log_probs(policy, denoiser, trajectories).view(shape)
     gradients = []
     for _ in range(updates):
-        log_probs = whole_log_probs(policy, unet, trajectories).view(shape)
+        log_probs = whole_log_probs(policy, denoiser, trajectories).view(shape)
         loss = prdp_loss(log_probs, old, ref, REWARDS.view(shape[:2]), clip_range=CLIP, kl_weight=BETA, backend="torch")
-        gradients.append(list(torch.autograd.grad(loss, list(unet.parameters()))))
+        gradients.append(list(torch.autograd.grad(loss, list(denoiser.parameters()))))
         with torch.no_grad():
-            for parameter, gradient in zip(unet.parameters(), gradients[-1], strict=True):
+            for parameter, gradient in zip(denoiser.parameters(), gradients[-1], strict=True):
                 parameter -= learning_rate * gradient
     return gradients
 
@@ -120,7 +120,7 @@ def test_two_pass_gradient_is_autograd_through_the_whole_loss(updates: int, micr
     assert len(engine.gradients) == updates
     for update, (got, want) in enumerate(zip(engine.gradients, expected, strict=True)):
         scale = max(float(w.abs().max()) for w in want)
-        for (name, _), g, w in zip(engine.unet.named_parameters(), got, want, strict=True):
+        for (name, _), g, w in zip(engine.denoiser.named_parameters(), got, want, strict=True):
             error = float((g - w).abs().max()) / scale
             assert error < 1e-9, f"update {update}, {name}: relative error {error:.1e} at {int((g - w).abs().argmax())}"
     if updates > 1:
@@ -150,11 +150,11 @@ def test_equal_rewards_contribute_exactly_nothing() -> None:
 
 def test_higher_reward_is_made_more_likely() -> None:
     policy = small_policy()
-    unet = small_unet(0)
-    trajectories = small_trajectories(policy, unet, groups=1, images=2)
-    before = log_prob_pass(policy, unet, trajectories, 8).mean(1)
-    run(policy, PlainEngine(unet, 1e-2), small_unet(0), trajectories, 1, 8, rewards=torch.tensor([1.0, 0.0]))
-    after = log_prob_pass(policy, unet, trajectories, 8).mean(1)
+    denoiser = small_unet(0)
+    trajectories = small_trajectories(policy, denoiser, groups=1, images=2)
+    before = log_prob_pass(policy, denoiser, trajectories, 8).mean(1)
+    run(policy, PlainEngine(denoiser, 1e-2), small_unet(0), trajectories, 1, 8, rewards=torch.tensor([1.0, 0.0]))
+    after = log_prob_pass(policy, denoiser, trajectories, 8).mean(1)
     assert (after - before)[0] > (after - before)[1]
     assert after[0] > before[0]
 
@@ -187,16 +187,16 @@ def test_fast_path_is_free_and_pass_one_runs_when_drift_would_show() -> None:
         for objective, drift in [(tight, 1e-6), (loose, 1e-3), (tight, None)]
     ]
     assert [report.free_first_pass for report in reports] == [True, False, False]
-    assert [report.unet_rows for report in reports] == [rows, 2 * rows, 2 * rows]
+    assert [report.denoiser_rows for report in reports] == [rows, 2 * rows, 2 * rows]
 
 
 def test_no_graph_is_longer_than_a_micro_batch() -> None:
     policy = small_policy()
-    unet = small_unet(0).requires_grad_(True)
-    trajectories = small_trajectories(policy, unet, groups=2, images=3)
+    denoiser = small_unet(0).requires_grad_(True)
+    trajectories = small_trajectories(policy, denoiser, groups=2, images=3)
     widths: list[int] = []
-    unet.register_forward_pre_hook(lambda module, args: widths.append(len(args[0])))
-    gradient_pass(policy, unet, trajectories, torch.ones_like(trajectories.log_probs), 5, lambda loss, last: loss.backward())
+    denoiser.register_forward_pre_hook(lambda module, args: widths.append(len(args[0])))
+    gradient_pass(policy, denoiser, trajectories, torch.ones_like(trajectories.log_probs), 5, lambda loss, last: loss.backward())
     assert trajectories.log_probs.numel() == 24
     assert widths == [10] * 5  # 5 rows, doubled by guidance; one row fills the last micro-batch up
 
@@ -207,11 +207,11 @@ def test_micro_batches_cover_every_row_once(interval, size: int) -> None:
     policy = small_policy(interval=interval)
     trajectories = small_trajectories(policy, small_unet(0), groups=3, images=2)
     stochastic = policy.transitions.stochastic
-    seen, unet_rows = [], set()
-    for part in pack(policy, trajectories, size):
+    seen, denoiser_rows = [], set()
+    for part in micro_batches(policy, trajectories, size):
         assert len(part.rows) == len(part.latents) == len(part.prev_latents) == len(part.embeddings.prompt_embeds)
         assert (policy.guided[part.steps] == part.guided).all()
-        unet_rows.add(len(part.rows) * (2 if part.guided else 1))
+        denoiser_rows.add(len(part.rows) * (2 if part.guided else 1))
         for row, x, previous, step, embeds in list(
             zip(part.rows, part.latents, part.prev_latents, part.steps, part.embeddings.prompt_embeds, strict=True)
         )[: part.count]:
@@ -222,35 +222,35 @@ def test_micro_batches_cover_every_row_once(interval, size: int) -> None:
             assert torch.equal(embeds, trajectories.embeddings.prompt_embeds[trajectory // 2])
             seen.append((trajectory, number))
     assert sorted(seen) == [(row, number) for row in range(6) for number in range(len(stochastic))]
-    assert max(unet_rows) <= 2 * size
+    assert max(denoiser_rows) <= 2 * size
     if interval is None:
-        assert len(unet_rows) == 1
+        assert len(denoiser_rows) == 1
 
 
 # A guidance interval is another policy, the same in every pass
 
 
 def test_guidance_interval_is_one_policy_in_rollout_and_update() -> None:
-    policy, unet = small_policy(interval=(300, 700)), small_unet(0)
+    policy, denoiser = small_policy(interval=(300, 700)), small_unet(0)
     assert policy.guided.tolist() == [False, False, True, True, False]
-    trajectories = small_trajectories(policy, unet)
-    trained = log_prob_pass(policy, unet, trajectories, 4)
+    trajectories = small_trajectories(policy, denoiser)
+    trained = log_prob_pass(policy, denoiser, trajectories, 4)
     torch.testing.assert_close(trained, trajectories.log_probs, rtol=0, atol=1e-5)
     plain, guided = small_policy(guidance_scale=None), small_policy()
-    by_hand = [log_prob_pass(p, unet, trajectories, 4) for p in (plain, guided)]
+    by_hand = [log_prob_pass(p, denoiser, trajectories, 4) for p in (plain, guided)]
     for number, step in enumerate(policy.transitions.stochastic):
         torch.testing.assert_close(trained[:, number], by_hand[int(policy.guided[step])][:, number], rtol=0, atol=1e-6)
     assert not torch.allclose(by_hand[0], by_hand[1], atol=1e-4), "guidance changes nothing here: this test would not see it"
 
 
 def test_guidance_interval_costs_one_evaluation_outside() -> None:
-    policy, unet = small_policy(interval=(300, 700)), small_unet(0)
+    policy, denoiser = small_policy(interval=(300, 700)), small_unet(0)
     widths: list[int] = []
-    unet.register_forward_pre_hook(lambda module, args: widths.append(len(args[0])))
-    trajectories = small_trajectories(policy, unet)
+    denoiser.register_forward_pre_hook(lambda module, args: widths.append(len(args[0])))
+    trajectories = small_trajectories(policy, denoiser)
     assert widths == [6, 6, 12, 12, 6]
     widths.clear()
-    log_prob_pass(policy, unet, trajectories, 6)
+    log_prob_pass(policy, denoiser, trajectories, 6)
     assert sum(widths) == 6 * policy.evaluations(policy.transitions.stochastic) == 6 * 6
 
 
@@ -259,11 +259,11 @@ def test_guidance_interval_costs_one_evaluation_outside() -> None:
 
 def mean_gradient(policy, weights_of, choices, trajectories) -> list[torch.Tensor]:
     """The average of the gradients of sum(weights * log_prob) over equally likely choices of steps."""
-    unet = small_unet(0, torch.float64).requires_grad_(True)
+    denoiser = small_unet(0, torch.float64).requires_grad_(True)
     for chosen in choices:
         weights = weights_of(chosen) / len(choices)
-        gradient_pass(policy, unet, trajectories, weights, 5, lambda loss, last: loss.backward(), chosen=chosen)
-    return [parameter.grad for parameter in unet.parameters()]
+        gradient_pass(policy, denoiser, trajectories, weights, 5, lambda loss, last: loss.backward(), chosen=chosen)
+    return [parameter.grad for parameter in denoiser.parameters()]
 
 
 def assert_same_gradient(got: list[torch.Tensor], want: list[torch.Tensor]) -> None:
@@ -290,7 +290,7 @@ def test_run_updates_weighs_the_chosen_steps_by_their_strata() -> None:
     reference, objective = small_unet(1, torch.float64), PrdpObjective(BETA, CLIP, "torch")
     engine = PlainEngine(small_unet(0, torch.float64), 0.0)
     report = run(policy, engine, reference, trajectories, 1, 7, objective, last_drift=0.0, timesteps=2)
-    assert report.unet_rows == 6 * 2 * 2
+    assert report.denoiser_rows == 6 * 2 * 2
     ref = log_prob_pass(policy, reference, trajectories, 7).view(2, 3, 5)
     sampled = trajectories.log_probs.view(2, 3, 5)
     weights = objective(ObjectiveInput(sampled, sampled, ref, REWARDS.view(2, 3), 0.0, 0.0)).weights.view(6, 5)
@@ -310,14 +310,14 @@ def test_reference_on_a_subset_of_steps_is_unbiased(monkeypatch) -> None:
         return objective(ObjectiveInput(sampled, sampled, ref.view(2, 3, 5), REWARDS.view(2, 3), 0.0, 0.0)).weights
 
     exact = reference_pass(policy, reference, trajectories, 7)
-    assert exact.error == 0 and exact.unet_rows == 6 * 5 * 2
+    assert exact.error == 0 and exact.denoiser_rows == 6 * 5 * 2
     drawn, off = [], []
     for a in (0, 1):
         for b in (2, 3, 4):
             chosen = torch.tensor([[a, b]]).expand(6, -1)
-            monkeypatch.setattr("prdp_fast.update.stratified", lambda *args, chosen=chosen: chosen)
+            monkeypatch.setattr("prdp_fast.training.update.stratified", lambda *args, chosen=chosen: chosen)
             part = reference_pass(policy, reference, trajectories, 7, timesteps=2)
-            assert part.unet_rows == 6 * 2 * 2 and part.error > 0
+            assert part.denoiser_rows == 6 * 2 * 2 and part.error > 0
             drawn.append(weights(part.log_probs))
             off.append(
                 float(
@@ -355,7 +355,7 @@ def test_the_policy_is_its_own_reference_before_the_first_update() -> None:
         short, long = (PlainEngine(small_unet(0, torch.float64)) for _ in range(2))
         report = run(policy, short, None, trajectories, updates, 7)
         run(policy, long, small_unet(0, torch.float64), trajectories, updates, 7)
-        assert report.unet_rows == (2 * updates - 1) * 2 * trajectories.log_probs.numel()
+        assert report.denoiser_rows == (2 * updates - 1) * 2 * trajectories.log_probs.numel()
         for got, want in zip(short.gradients, long.gradients, strict=True):
             assert_same_gradient(got, want)
 
@@ -427,9 +427,9 @@ def test_ddpo_drops_unscored_images_and_equal_groups() -> None:
 
 @pytest.mark.parametrize("batch", [1, 3, 16])
 def test_trajectories_do_not_depend_on_the_rollout_batch(batch: int) -> None:
-    policy, unet = small_policy(), small_unet(0)
-    whole = small_trajectories(policy, unet, groups=4, images=4, batch=64)
-    parts = small_trajectories(policy, unet, groups=4, images=4, batch=batch)
+    policy, denoiser = small_policy(), small_unet(0)
+    whole = small_trajectories(policy, denoiser, groups=4, images=4, batch=64)
+    parts = small_trajectories(policy, denoiser, groups=4, images=4, batch=batch)
     torch.testing.assert_close(parts.latents, whole.latents, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(parts.log_probs, whole.log_probs, rtol=1e-5, atol=1e-5)
     assert whole.latents.shape == (16, len(policy.transitions) + 1, *SHAPE)
@@ -437,11 +437,11 @@ def test_trajectories_do_not_depend_on_the_rollout_batch(batch: int) -> None:
 
 def test_sampler_and_trainer_agree_and_reward_noise_is_what_diffusers_would_add() -> None:
     """The stored trajectory, stepped again by the definition with the noise it used, comes out the same."""
-    policy, unet = small_policy(), small_unet(0)
-    trajectories = small_trajectories(policy, unet)
-    trained = log_prob_pass(policy, unet, trajectories, 4)
+    policy, denoiser = small_policy(), small_unet(0)
+    trajectories = small_trajectories(policy, denoiser)
+    trained = log_prob_pass(policy, denoiser, trajectories, 4)
     torch.testing.assert_close(trained, trajectories.log_probs, rtol=0, atol=1e-5)
-    expected = whole_log_probs(policy, unet, trajectories)
+    expected = whole_log_probs(policy, denoiser, trajectories)
     torch.testing.assert_close(trained.double(), expected.double(), rtol=0, atol=1e-5)
     assert trajectories.embeddings.prompt_embeds.shape[-1] == WIDTH
 

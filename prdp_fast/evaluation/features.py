@@ -8,9 +8,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from prdp_fast.errors import UserError
-from prdp_fast.evaluation.comparison import pixel_features
-from prdp_fast.evaluation.work import digest
+from prdp_fast.core.errors import UserError
+from prdp_fast.evaluation.blocks import digest
+from prdp_fast.evaluation.statistics import pixel_features
 from prdp_fast.rewards.clip import Clip, processor_pixels
 from prdp_fast.rewards.scoring_model import read_pretrained
 

@@ -15,18 +15,21 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import ValidationError
 
-from prdp_fast.errors import UserError
+from prdp_fast.config.recipe import PromptSettings, RewardSettings, SamplerSettings, Settings
+from prdp_fast.core.errors import UserError
+from prdp_fast.core.records import Prompt
+from prdp_fast.evaluation.blocks import BlockName, digest
 from prdp_fast.evaluation.features import Features, choose_features
 from prdp_fast.evaluation.report import BASE, FINETUNED, SINGLE
-from prdp_fast.evaluation.work import BlockName, digest
+from prdp_fast.models.families import find_family, read_family
+from prdp_fast.models.families.base import Family
+from prdp_fast.models.files import find_file, read_json, resolve
 from prdp_fast.models.lora import WEIGHTS
-from prdp_fast.models.pipeline import SCHEDULERS, family, find_file, load_scheduler, read_json, resolve
+from prdp_fast.models.schedulers import SCHEDULERS
 from prdp_fast.prompts.stream import SHIPPED, PromptSet
-from prdp_fast.records import Prompt
 from prdp_fast.rewards import WeightedRewards, build_reward
-from prdp_fast.sampling.policy import Policy
+from prdp_fast.sampling.policy import Policy, build_policy
 from prdp_fast.sampling.transitions import Transitions
-from prdp_fast.settings import PromptSettings, RewardSettings, SamplerSettings, Settings
 
 EXPORT = "model"  # of a run directory
 ROLE_SETS = ("seen", "unseen")  # of a run's recipe
@@ -91,13 +94,20 @@ def prepare(args: argparse.Namespace, *, cuda: bool) -> Plan:
     if pretrained is not None:
         models[BASE] = describe(pretrained)
     models[FINETUNED if models else SINGLE] = export_of(directory, models[BASE]) if recipe else describe(args.model)
-    if len({shapes(model.pretrained) for model in models.values()}) > 1:
+    families = {role: read_family(model.pretrained) for role, model in models.items()}
+    if len({shapes(family) for family in families.values()}) > 1:
         raise UserError(
-            "; ".join(f"{model.name!r} has {shapes(model.pretrained)}" for model in models.values())
+            "; ".join(f"{model.name!r} has {shapes(families[role])}" for role, model in models.items())
             + "; models can share noise only if their latents and pictures have one size: choose another --base"
         )
-    schedulers = {role: load_scheduler(model.pretrained, sampler.scheduler) for role, model in models.items()}
-    policies = {role: build_policy(scheduler, sampler) for role, scheduler in schedulers.items()}
+    schedulers = {role: families[role].scheduler(sampler.scheduler) for role, model in models.items()}
+    policies = {
+        role: build_policy(
+            sampler, Transitions.from_scheduler(scheduler, sampler.num_inference_steps, sampler.eta), families[role].predict,
+            setting="--guidance-interval",
+        )
+        for role, scheduler in schedulers.items()
+    }  # fmt: skip
 
     *_, last = models
     default = directory / "evaluation" if recipe else Path("evaluations") / models[last].name
@@ -160,7 +170,7 @@ def describe(pretrained: str) -> Model:
     path = Path(resolve(pretrained))
     if path.is_dir() and not (path / "model_index.json").is_file():
         raise UserError(f"{path} is neither a run (run.json) nor a diffusers pipeline (model_index.json); give one of the two")
-    family(pretrained)
+    find_family(pretrained)
     if path.is_dir():
         return Model(Path(pretrained).name or path.resolve().name, pretrained, None, digest(path))
     # In the hub's cache a file lies in a directory named after its commit.
@@ -178,12 +188,11 @@ def export_of(run: Path, base: Model) -> Model:
     raise UserError(f"run {run} has no export ({export} is missing); finish it with --resume auto, which writes it at the end")
 
 
-def shapes(pretrained: str) -> str:
+def shapes(family: Family) -> str:
     """Of latents and pictures, from configurations alone."""
-    unet, vae = read_json(pretrained, "unet/config.json"), read_json(pretrained, "vae/config.json")
-    return (
-        f"{unet['in_channels']} channels of {unet['sample_size']} latents, 2^{len(vae['block_out_channels']) - 1} pixels a latent"
-    )
+    channels, height, width = family.latent_shape
+    blocks = len(read_json(family.pretrained, "vae/config.json")["block_out_channels"])
+    return f"{channels} channels of {height} x {width} latents, 2^{blocks - 1} pixels a latent"
 
 
 def choose_sampler(args: argparse.Namespace, recipe: Settings | None) -> SamplerSettings:
@@ -206,18 +215,6 @@ def choose_sampler(args: argparse.Namespace, recipe: Settings | None) -> Sampler
         return SamplerSettings(**values)
     except ValidationError as error:
         raise UserError(f"sampling: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
-
-
-def build_policy(scheduler: Any, sampler: SamplerSettings) -> Policy:
-    """Raises: UserError if the schedule has no such steps, or guidance would touch none of them."""
-    transitions = Transitions.from_scheduler(scheduler, sampler.num_inference_steps, sampler.eta)
-    policy = Policy(transitions, sampler.guidance_scale, guidance_interval=sampler.guidance_interval)
-    if sampler.guidance_interval is not None and not policy.guided.any():
-        raise UserError(
-            f"--guidance-interval {list(sampler.guidance_interval)} holds none of the timesteps "
-            f"{transitions.timesteps.tolist()}; widen it, or give --guidance none"
-        )
-    return policy
 
 
 def choose_prompts(args: argparse.Namespace, recipe: Settings | None) -> tuple[dict[str, list[Prompt]], dict[str, Any]]:

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from prdp_fast.evaluation import comparison
-from prdp_fast.evaluation.comparison import Estimate
-from prdp_fast.evaluation.work import Block
-from prdp_fast.reporting import image_grid
+from prdp_fast.evaluation import statistics as comparison
+from prdp_fast.evaluation.blocks import Block
+from prdp_fast.evaluation.statistics import Estimate
+from prdp_fast.reporting.images import image_grid
 
 SHOWN_PROMPTS = 12  # of each set's picture
 PAIR_COLUMNS = 3

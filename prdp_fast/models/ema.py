@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from prdp_fast.errors import UserError
+from prdp_fast.core.errors import UserError
 
 
 def rate(updates: int, decay: float) -> float:

@@ -15,22 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline
 from torch import nn
 
-from prdp_fast.errors import UserError
-from prdp_fast.settings import LoraSettings
+from prdp_fast.config.recipe import LoraSettings
+from prdp_fast.core.errors import UserError
 
 WEIGHTS = "pytorch_lora_weights.safetensors"  # the name that `load_lora_weights` looks for
 
 
-def add_adapter(unet: UNet2DConditionModel, settings: LoraSettings, seed: int) -> None:
+def add_adapter(denoiser: nn.Module, settings: LoraSettings, seed: int) -> None:
     """Put an adapter into the U-Net, in place: it alone requires gradients, in the dtype and on the device of its layers.
 
     Args: seed: of A, drawn on the CPU: the same on every rank and device. Torch's own generator is left as it was.
     Raises: UserError if peft is missing or no layer has a name in settings.targets.
     """
-    unet.requires_grad_(False)
+    denoiser.requires_grad_(False)
     try:
         from peft import LoraConfig
     except ImportError:
@@ -45,7 +45,7 @@ def add_adapter(unet: UNet2DConditionModel, settings: LoraSettings, seed: int) -
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            unet.add_adapter(config)
+            denoiser.add_adapter(config)
         except ValueError as error:
             raise UserError(
                 f"model.lora.targets {list(settings.targets)}: {' '.join(str(error).split())[:200]}; name linear layers or "
@@ -53,60 +53,63 @@ def add_adapter(unet: UNet2DConditionModel, settings: LoraSettings, seed: int) -
             ) from None
 
 
-def check_targets(unet: UNet2DConditionModel, settings: LoraSettings) -> None:
+def check_targets(denoiser: nn.Module, settings: LoraSettings) -> None:
     """Raises: UserError if a target is the name of no layer; peft is content if one of them is."""
     for target in settings.targets:
-        if not any(name == target or name.endswith(f".{target}") for name, _ in unet.named_modules()):
+        if not any(name == target or name.endswith(f".{target}") for name, _ in denoiser.named_modules()):
             raise UserError(
                 f"model.lora.targets: the U-Net has no layer whose name ends with {target!r}; "
                 "expected names such as to_q, to_k, to_v, to_out.0, proj_in, ff.net.2"
             )
 
 
-def trained_parameters(unet: nn.Module) -> list[nn.Parameter]:
+def trained_parameters(denoiser: nn.Module) -> list[nn.Parameter]:
     """What an update moves: what requires gradients, and everything if nothing does."""
-    parameters = list(unet.parameters())
+    parameters = list(denoiser.parameters())
     return [parameter for parameter in parameters if parameter.requires_grad] or parameters
 
 
-def has_adapter(unet: nn.Module) -> bool:
-    return any(True for _ in _layers(unet))
+def has_adapter(denoiser: nn.Module) -> bool:
+    return any(True for _ in _layers(denoiser))
 
 
 @contextlib.contextmanager
-def adapter_off(unet: nn.Module) -> Iterator[nn.Module]:
+def adapter_off(denoiser: nn.Module) -> Iterator[nn.Module]:
     """Inside, the U-Net computes as it did before it was given an adapter.
 
     peft's own switch also turns `requires_grad` off and on, which is ZeRO's to mind.
     """
-    layers = list(_layers(unet))
+    layers = list(_layers(denoiser))
     for layer in layers:
         layer._disable_adapters = True
     try:
-        yield unet
+        yield denoiser
     finally:
         for layer in layers:
             layer._disable_adapters = False
 
 
-def _layers(unet: nn.Module) -> Iterator[Any]:
-    return (module for module in unet.modules() if hasattr(module, "lora_A"))
+def _layers(denoiser: nn.Module) -> Iterator[Any]:
+    return (module for module in denoiser.modules() if hasattr(module, "lora_A"))
 
 
-def export_adapter(directory: Path, whole: DiffusionPipeline, settings: LoraSettings, state: dict[str, torch.Tensor]) -> None:
+def export_adapter(
+    directory: Path, whole: DiffusionPipeline, component: str, denoiser: nn.Module, state: dict[str, torch.Tensor]
+) -> None:
     """Write what `load_lora_weights(directory)` of a pipeline of the same class opens.
 
     Args:
         whole: the pipeline that was trained.
-        state: the adapter's weights under the names they have in the U-Net, float32.
+        component: what its class calls the denoiser, denoiser or transformer.
+        denoiser: with the adapter's layers; on the meta device is enough.
+        state: the adapter's weights under the names they have in the denoiser, float32.
     """
     from peft.utils import get_peft_model_state_dict
 
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(whole.unet.config)
-    add_adapter(unet, settings, seed=0)
-    layers = get_peft_model_state_dict(unet, state_dict=dict(state))
-    type(whole).save_lora_weights(
-        directory, unet_lora_layers=layers, weight_name=WEIGHTS, safe_serialization=True,
-        unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),  # alpha, which is taken for the rank without it
-    )  # fmt: skip
+    layers = get_peft_model_state_dict(denoiser, state_dict=dict(state))
+    own = {
+        f"{component}_lora_layers": layers,
+        # alpha, which is taken for the rank without it
+        f"{component}_lora_adapter_metadata": denoiser.peft_config["default"].to_dict(),
+    }
+    type(whole).save_lora_weights(directory, weight_name=WEIGHTS, safe_serialization=True, **own)

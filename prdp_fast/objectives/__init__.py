@@ -1,9 +1,9 @@
 """Objectives: small pure functions from rewards and log-probs to the gradient with respect to each log-prob."""
 
+from prdp_fast.config.recipe import DdpoSettings, PrdpSettings
 from prdp_fast.objectives.base import Objective, ObjectiveInput, ObjectiveOutput
 from prdp_fast.objectives.ddpo import DdpoObjective
 from prdp_fast.objectives.prdp import PrdpObjective
-from prdp_fast.settings import DdpoSettings, PrdpSettings
 
 __all__ = ["DdpoObjective", "Objective", "ObjectiveInput", "ObjectiveOutput", "PrdpObjective", "build_objective"]
 

@@ -1,6 +1,6 @@
 """Prompt sets: WebDataset shards and their index (`build`), and the shuffled, resumable stream over them (`stream`)."""
 
-from prdp_fast.prompts.build import (
+from prdp_fast.prompts.shards import (
     build_animal_shards,
     build_scene_shards,
     build_text_shards,

@@ -11,7 +11,7 @@ arXiv 2310.03739, assets/eval_simple_animals.txt.
 
 from __future__ import annotations
 
-from prdp_fast.records import Prompt
+from prdp_fast.core.records import Prompt
 
 SEEN = (
     "cat", "dog", "horse", "monkey", "rabbit", "zebra", "spider", "bird", "sheep", "deer", "cow", "goat", "lion", "tiger", "bear",

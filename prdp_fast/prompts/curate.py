@@ -27,12 +27,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from prdp_fast.errors import UserError
-from prdp_fast.files import write_json
+from prdp_fast.core.errors import UserError
+from prdp_fast.core.files import write_json
+from prdp_fast.core.records import Prompt
 from prdp_fast.prompts import clean
-from prdp_fast.prompts.build import EVAL_SIZE, FORMAT, SHARD_SIZE, TEXT_SET, write_index, write_shards
+from prdp_fast.prompts.shards import EVAL_SIZE, FORMAT, SHARD_SIZE, TEXT_SET, write_index, write_shards
 from prdp_fast.prompts.sources import Row, Source
-from prdp_fast.records import Prompt
 
 REPORT = "build.json"
 EXAMPLES = 3  # dropped rows shown for each reason

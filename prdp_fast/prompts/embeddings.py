@@ -14,6 +14,7 @@ float16 keeps 11 bits of an embedding, more than the bfloat16 that a GPU run com
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,11 +24,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from prdp_fast.errors import UserError
-from prdp_fast.files import write_json
-from prdp_fast.prompts.build import INDEX, read_index
+from prdp_fast.core.errors import UserError
+from prdp_fast.core.files import write_json
+from prdp_fast.core.records import Prompt, TextEmbeddings
+from prdp_fast.prompts.shards import INDEX, read_index
 from prdp_fast.prompts.stream import PromptSet
-from prdp_fast.records import Prompt, TextEmbeddings
 
 MANIFEST = "embeddings.json"
 EMPTY = "embeddings-empty.safetensors"
@@ -273,3 +274,19 @@ def embedding_faults(directory: Path) -> list[str]:
         for entry in stored.manifest.files
         if hashlib.sha256((directory / entry.file).read_bytes()).hexdigest() != entry.sha256
     ]
+
+
+def choose_encoder(encode: Encode, prompt_set: PromptSet, *, stored: bool, device: torch.device, dtype: torch.dtype) -> Encode:
+    """Prompts to embeddings: the pipeline's encoder, or what it left beside the shards.
+
+    Args:
+        encode: the pipeline's own.
+        stored: whether to read the stored embeddings of `prompt_set`.
+        device, dtype: of what is read.
+    Raises: UserError if the stored ones are another model's.
+    """
+    found = StoredEmbeddings.open(prompt_set.directory) if stored else None
+    if found is None:
+        return encode
+    found.check(encode, list(itertools.islice(prompt_set, PROBES)))
+    return found.encoder(device, dtype)

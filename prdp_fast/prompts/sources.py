@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from prdp_fast.errors import UserError
+from prdp_fast.core.errors import UserError
 
 KINDS = ("hpdv2", "pickapic", "txt", "csv", "jsonl", "json", "parquet")  # and hf:DATASET
 COLUMNS = ("prompt", "caption", "text")  # tried in this order where none is named

@@ -28,10 +28,10 @@ from typing import Any
 import numpy as np
 from webdataset import tariterators
 
-from prdp_fast.errors import UserError
-from prdp_fast.prompts import build
-from prdp_fast.prompts.build import INDEX, SetEntry, ShardEntry, ensure_text_shards, read_index
-from prdp_fast.records import Prompt
+from prdp_fast.core.errors import UserError
+from prdp_fast.core.records import Prompt
+from prdp_fast.prompts import shards as build
+from prdp_fast.prompts.shards import INDEX, SetEntry, ShardEntry, ensure_text_shards, read_index
 
 SHIPPED = ("scenes", "animals")  # sources known by name: the drawn world; the papers' 45 animals
 CHECKED_AT_OPEN = 64_000_000  # bytes: smaller sets have their digests checked before any work starts

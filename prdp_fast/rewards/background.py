@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from prdp_fast.records import Scores
+from prdp_fast.core.records import Scores
 
 
 class BackgroundScores:

@@ -21,6 +21,8 @@ class Reward(ABC):
     by `prepare` or the first `score`, so that a job's settings can be checked without it."""
 
     name: ClassVar[str]
+    # The detail that is 1 for an image that is all right and 0 for another, reported beside the reward; None: there is none.
+    verdict: ClassVar[str | None] = None
 
     def prepare(self) -> None:  # noqa: B027
         """Load what the first `score` would load. A job calls it before it measures its memory and starts.

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from prdp_fast.errors import UserError
+from prdp_fast.core.errors import UserError
 from prdp_fast.rewards.scoring_model import ScoringModel, find_model_file, read_pretrained
 
 Pixels = Callable[[torch.Tensor], torch.Tensor]  # (n, 3, H, W) uint8 -> (n, 3, S, S) float32, both on the CPU

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from prdp_fast.errors import UserError
+from prdp_fast.core.errors import UserError
 from prdp_fast.rewards.clip import Clip, read_tokenizer
 from prdp_fast.rewards.scoring_model import ScoringModel, check_tensors, find_weights, read_checkpoint
 

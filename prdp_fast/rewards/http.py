@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import torch
 from PIL import Image
 
-from prdp_fast.errors import RewardError
+from prdp_fast.core.errors import RewardError
 from prdp_fast.rewards.base import Reward, RewardOutput
 
 LONGEST_WAIT_S = 60.0

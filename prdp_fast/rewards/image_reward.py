@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from prdp_fast.errors import UserError
+from prdp_fast.core.errors import UserError
 from prdp_fast.rewards.scoring_model import ScoringModel, check_tensors, find_model_file, find_weights, read_checkpoint
 
 HUB_ID, WEIGHTS = "zai-org/ImageReward", "ImageReward.pt"

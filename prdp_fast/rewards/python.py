@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from prdp_fast.errors import RewardError
+from prdp_fast.core.errors import RewardError
 from prdp_fast.rewards.base import Reward, RewardOutput
 
 FORMS = "expected 'path/to/file.py:function' or 'package.module:function'"

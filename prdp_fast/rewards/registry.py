@@ -8,12 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from prdp_fast.errors import RewardError, UserError
-from prdp_fast.records import Scores
+from prdp_fast.config.recipe import RewardSettings
+from prdp_fast.core.errors import RewardError, UserError
+from prdp_fast.core.records import Scores
 from prdp_fast.rewards.base import Reward, RewardOutput
 from prdp_fast.rewards.normalisation import Moments, Reduce, moments_over_ranks
 
@@ -29,19 +30,6 @@ REWARDS: dict[str, str] = {
     "python": "prdp_fast.rewards.python:PythonReward",
     "shapes_alignment": "prdp_fast.rewards.shapes_alignment:ShapesAlignment",
 }
-
-
-class RewardSpec(Protocol):
-    """One entry of a recipe's list of rewards."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def weight(self) -> float: ...
-    @property
-    def options(self) -> Mapping[str, Any]: ...
-    @property
-    def normalise(self) -> str: ...
 
 
 def _hint(word: str, known: Iterable[str]) -> str:
@@ -87,6 +75,11 @@ class WeightedRewards:
         self.rewards = list(rewards)
         self.weights = [float(weight) for weight in weights]
         self.normalise = dict(zip(names, normalise or ["none"] * len(names), strict=True))
+
+    @property
+    def verdict(self) -> str | None:
+        """The key of `Scores.details` that says whether an image is all right; of the first reward that has one."""
+        return next((f"{reward.name}/{reward.verdict}" for reward in self.rewards if reward.verdict is not None), None)
 
     def prepare(self) -> None:
         """Load every reward's model. Raises: RewardError."""
@@ -181,14 +174,14 @@ def as_numbers(name: str, output: RewardOutput, expected: int) -> RewardOutput:
     return RewardOutput(numbers("scores", output.scores), details)
 
 
-def build_rewards(specs: Iterable[RewardSpec]) -> WeightedRewards:
+def build_rewards(rewards: Iterable[RewardSettings]) -> WeightedRewards:
     """The rewards of a recipe, in its order. Nothing heavy is loaded before the first image is scored.
 
     Raises: UserError for an unknown reward or option, a wrong value, a reward listed twice, an empty list.
     """
-    specs = list(specs)
+    rewards = list(rewards)
     return WeightedRewards(
-        [build_reward(spec.name, spec.options) for spec in specs],
-        [spec.weight for spec in specs],
-        [spec.normalise for spec in specs],
+        [build_reward(reward.name, reward.options) for reward in rewards],
+        [reward.weight for reward in rewards],
+        [reward.normalise for reward in rewards],
     )

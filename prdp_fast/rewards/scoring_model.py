@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from prdp_fast.errors import RewardError, UserError
-from prdp_fast.hub import hub_file
+from prdp_fast.core.errors import RewardError, UserError
+from prdp_fast.core.hub import hub_file
 from prdp_fast.rewards.base import Reward, RewardOutput
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

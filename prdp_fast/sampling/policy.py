@@ -1,10 +1,11 @@
-"""The policy: U-Net, guidance and one Gaussian step.
+"""The policy: the denoiser, guidance and one Gaussian step.
 
 Rollout, reference pass and update all call it, so that they cannot drift apart.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -12,26 +13,34 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from prdp_fast.records import TextEmbeddings
+from prdp_fast.config.recipe import SamplerSettings
+from prdp_fast.core.errors import UserError
+from prdp_fast.core.records import TextEmbeddings
 from prdp_fast.sampling.transitions import Transitions
 from prdp_kernels import denoise_step, gaussian_log_prob, gaussian_log_prob_and_grad, philox_normal
 
 Backend = Literal["auto", "triton", "torch"]
 
 
-@dataclass(frozen=True)
+# (denoiser, latents (N, C, H, W) float32, timesteps (N,), embeddings of N rows, guided=) -> (2N, C, H, W), unconditional half
+# first, or (N, C, H, W) if not guided: `Family.predict`.
+Predict = Callable[..., torch.Tensor]
+
+
+@dataclass(eq=False)
 class Policy:
     """p(x_{t-1} | x_t, prompt) under classifier-free guidance (PRDP, arXiv:2402.08714, eq. 4).
 
-    The U-Net is an argument of every call: the trained, the frozen and the gathered copy share one policy.
+    The denoiser is an argument of every call: the trained, the frozen and the gathered copy share one policy.
     """
 
     transitions: Transitions
     guidance_scale: float | None
+    predict: Predict
     backend: Backend = "auto"
     guidance_interval: tuple[int, int] | None = None  # guide at timesteps first <= t <= second only (arXiv:2404.07724)
     _tables: dict[tuple[torch.device, torch.dtype], tuple[torch.Tensor, ...]] = field(
-        default_factory=dict, repr=False, compare=False
+        default_factory=dict, init=False, repr=False
     )
 
     @cached_property
@@ -61,24 +70,6 @@ class Policy:
             self._tables[key] = (table.timesteps.to(steps.device), *coefficients)
         return tuple(column[steps] for column in self._tables[key])
 
-    def model_output(
-        self, unet: nn.Module, latents: torch.Tensor, timesteps: torch.Tensor, embeddings: TextEmbeddings, *, guided: bool
-    ) -> torch.Tensor:
-        """The U-Net's raw output.
-
-        Args:
-            latents: (N, C, H, W) float32; cast to the U-Net's dtype at its door.
-            timesteps: (N,) int64, the scheduler's timesteps.
-            embeddings: N rows.
-            guided: every row is, or none.
-        Returns: (2N, C, H, W) unconditional half first, or (N, C, H, W) if not guided; the U-Net's dtype.
-        """
-        model_input = latents.to(embeddings.prompt_embeds.dtype)
-        if guided:
-            model_input = torch.cat([model_input, model_input])
-            timesteps = torch.cat([timesteps, timesteps])
-        return unet(model_input, timesteps, **conditioning(embeddings, guided=guided), return_dict=False)[0]
-
     def noise(self, seeds: torch.Tensor, latent_shape: tuple[int, ...]) -> torch.Tensor | None:
         """(N, T + 1, C, H, W) float32, all the noise of N trajectories, x_T's first; None where the step makes its own.
 
@@ -94,7 +85,7 @@ class Policy:
 
     def sample_step(
         self,
-        unet: nn.Module,
+        denoiser: nn.Module,
         latents: torch.Tensor,
         step: int,
         embeddings: TextEmbeddings,
@@ -109,7 +100,7 @@ class Policy:
         guided = self._guided_steps[step]
         steps = torch.full((len(latents),), step, device=latents.device)
         timesteps, sample_coef, output_coef, std = self.coefficients(steps, latents.dtype)
-        output = self.model_output(unet, latents, timesteps, embeddings, guided=guided)
+        output = self.predict(denoiser, latents, timesteps, embeddings, guided=guided)
         return denoise_step(
             output, latents, sample_coef, output_coef, std,
             noise=noise, seeds=seeds if noise is None else None, step=step + 1,
@@ -118,7 +109,7 @@ class Policy:
 
     def log_prob(
         self,
-        unet: nn.Module,
+        denoiser: nn.Module,
         latents: torch.Tensor,
         prev_latents: torch.Tensor,
         steps: torch.Tensor,
@@ -136,7 +127,7 @@ class Policy:
         Returns: (N,) float32, nats, mean over C, H, W.
         """
         timesteps, sample_coef, output_coef, std = self.coefficients(steps, latents.dtype)
-        output = self.model_output(unet, latents, timesteps, embeddings, guided=guided)
+        output = self.predict(denoiser, latents, timesteps, embeddings, guided=guided)
         return gaussian_log_prob(
             output, latents, prev_latents, sample_coef, output_coef, std,
             guidance_scale=self.guidance_scale if guided else None, backend=self.backend,
@@ -144,7 +135,7 @@ class Policy:
 
     def weighted_log_prob(
         self,
-        unet: nn.Module,
+        denoiser: nn.Module,
         latents: torch.Tensor,
         prev_latents: torch.Tensor,
         steps: torch.Tensor,
@@ -164,32 +155,37 @@ class Policy:
                 by it, since they may not be representable otherwise.
         """
         timesteps, sample_coef, output_coef, std = self.coefficients(steps, latents.dtype)
-        output = self.model_output(unet, latents, timesteps, embeddings, guided=guided)
+        output = self.predict(denoiser, latents, timesteps, embeddings, guided=guided)
         log_prob, grad = gaussian_log_prob_and_grad(
             output.detach(), latents, prev_latents, sample_coef, output_coef, std, weights * loss_scale,
             guidance_scale=self.guidance_scale if guided else None, backend=self.backend,
         )  # fmt: skip
-        return _Known.apply(output, grad, (weights * log_prob).sum(), loss_scale), log_prob
+        return PrecomputedGradient.apply(output, grad, (weights * log_prob).sum(), loss_scale), log_prob
 
 
-def conditioning(embeddings: TextEmbeddings, *, guided: bool) -> dict[str, Any]:
-    """What a U-Net is told of the prompts: (2N, ...), the empty prompt's half first, or (N, ...) if not guided."""
+def build_policy(
+    sampler: SamplerSettings,
+    transitions: Transitions,
+    predict: Predict,
+    backend: Backend = "auto",
+    *,
+    setting: str = "sampler.guidance_interval",
+) -> Policy:
+    """The policy of a recipe or a command line.
 
-    def both(negative: torch.Tensor | None, own: torch.Tensor) -> torch.Tensor:
-        if not guided:
-            return own
-        assert negative is not None
-        return torch.cat([negative.expand_as(own), own])
-
-    told: dict[str, Any] = {"encoder_hidden_states": both(embeddings.negative_prompt_embeds, embeddings.prompt_embeds)}
-    if embeddings.pooled_prompt_embeds is not None:
-        assert embeddings.time_ids is not None
-        pooled = both(embeddings.negative_pooled_prompt_embeds, embeddings.pooled_prompt_embeds)
-        told["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": embeddings.time_ids.repeat(len(pooled), 1)}
-    return told
+    Args: setting: what the user calls the guidance interval.
+    Raises: UserError if the interval holds none of the sampler's timesteps.
+    """
+    policy = Policy(transitions, sampler.guidance_scale, predict, backend, sampler.guidance_interval)
+    if sampler.guidance_interval is not None and not policy.guided.any():
+        raise UserError(
+            f"{setting} {list(sampler.guidance_interval)} holds none of the timesteps {transitions.timesteps.tolist()}; widen "
+            "it, or sample without guidance"
+        )
+    return policy
 
 
-class _Known(torch.autograd.Function):
+class PrecomputedGradient(torch.autograd.Function):
     """A scalar whose gradient with respect to `output` is known: `grad`, already multiplied by `scale`."""
 
     @staticmethod

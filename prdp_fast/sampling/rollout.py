@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from prdp_fast.records import Prompt, TextEmbeddings, Trajectories
+from prdp_fast.core.records import Prompt, TextEmbeddings, Trajectories
 from prdp_fast.sampling.policy import Policy
 from prdp_kernels import derive_seeds, philox_normal
 
@@ -25,7 +25,7 @@ def noise_seeds(prompts: list[Prompt], images_per_prompt: int, *, seed: int, epo
 @torch.no_grad()
 def rollout(
     policy: Policy,
-    unet: nn.Module,
+    denoiser: nn.Module,
     prompts: list[Prompt],
     embeddings: TextEmbeddings,
     *,
@@ -63,7 +63,7 @@ def rollout(
         embedding_rows = embeddings.rows(group[padded])
         for step in range(steps):
             given = None if noise is None else noise[:, step + 1]
-            x, log_prob = policy.sample_step(unet, x, step, embedding_rows, seeds[padded], given)
+            x, log_prob = policy.sample_step(denoiser, x, step, embedding_rows, seeds[padded], given)
             latents[part, step + 1], log_probs[part, step] = x[:count], log_prob[:count]
     stochastic = policy.transitions.stochastic.to(device)
     return Trajectories(prompts, images_per_prompt, embeddings, latents, log_probs[:, stochastic], seeds)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from prdp_fast.records import TextEmbeddings, Trajectories
+from prdp_fast.core.records import TextEmbeddings, Trajectories
 from prdp_fast.sampling.policy import Policy
 from prdp_kernels import philox_normal
 
@@ -32,7 +32,9 @@ class MicroBatch:
     embeddings: TextEmbeddings  # n rows
 
 
-def pack(policy: Policy, trajectories: Trajectories, size: int, chosen: torch.Tensor | None = None) -> Iterator[MicroBatch]:
+def micro_batches(
+    policy: Policy, trajectories: Trajectories, size: int, chosen: torch.Tensor | None = None
+) -> Iterator[MicroBatch]:
     """The rows of a pass, each once, trajectory-major; with a guidance interval the guided ones first.
 
     Args:

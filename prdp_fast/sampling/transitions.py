@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, SchedulerMixin
 
-from prdp_fast.errors import UserError
+from prdp_fast.core.errors import UserError
 
 # DDPM clamps its last variance to 1e-20 "because we always take the log"; such a step adds no noise and has no density.
 NO_NOISE = 1e-9

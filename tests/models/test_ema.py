@@ -8,14 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_model import SHAPE, WIDTH, small_unet, small_unet_shapes
+from small_model import SHAPE, WIDTH, small_family, small_unet
 
-from prdp_fast import memory, zero
-from prdp_fast.errors import UserError
-from prdp_fast.job import Job
+from prdp_fast.config.deepspeed import resolve_config
+from prdp_fast.config.load import load_recipe
+from prdp_fast.config.recipe import LoraSettings, OptimizerSettings
+from prdp_fast.core import distributed
+from prdp_fast.core.errors import UserError
 from prdp_fast.models import lora
 from prdp_fast.models.ema import Average, rate
-from prdp_fast.settings import LoraSettings, OptimizerSettings, load_recipe
+from prdp_fast.planning.job import Job
+from prdp_fast.planning.memory import Activations, Footprint, plan_memory
+from prdp_fast.training.engine import StepResult, ZeroEngine
 
 DECAY = 0.7
 OPTIMIZER = OptimizerSettings(learning_rate=1e-2, weight_decay=0.0, eps=1e-4)
@@ -50,30 +54,30 @@ def test_swapping_twice_is_nothing() -> None:
 @pytest.fixture(scope="module")
 def alone():
     """A job of one rank, in this process."""
-    device = zero.init_distributed()
+    device = distributed.init()
     yield device
-    zero.shutdown_distributed()
+    distributed.shutdown()
 
 
-def engine_of(path: str | Path, device: torch.device, adapter: bool, decay: float | None = DECAY) -> zero.ZeroEngine:
-    config = zero.resolve_config(str(path), load_recipe("smoke"), world_size=1, stochastic_steps=2, cuda=False)
-    unet = small_unet()
+def engine_of(path: str | Path, device: torch.device, adapter: bool, decay: float | None = DECAY) -> ZeroEngine:
+    config = resolve_config(str(path), load_recipe("smoke"), world_size=1, stochastic_steps=2, cuda=False)
+    denoiser = small_unet()
     if adapter:
-        lora.add_adapter(unet, LoraSettings(rank=2), 0)
-    return zero.ZeroEngine(unet, OPTIMIZER, config, device, ema_decay=decay)
+        lora.add_adapter(denoiser, LoraSettings(rank=2), 0)
+    return ZeroEngine(denoiser, OPTIMIZER, config, device, ema_decay=decay)
 
 
-def call(unet, dtype: torch.dtype) -> torch.Tensor:
+def call(denoiser, dtype: torch.dtype) -> torch.Tensor:
     generator = torch.Generator().manual_seed(5)
     sample = torch.randn(3, *SHAPE, generator=generator).to(dtype)
     context = torch.randn(3, 6, WIDTH, generator=generator).to(dtype)
-    return unet(sample, torch.arange(3) * 100, encoder_hidden_states=context, return_dict=False)[0].float()
+    return denoiser(sample, torch.arange(3) * 100, encoder_hidden_states=context, return_dict=False)[0].float()
 
 
-def update(engine: zero.ZeroEngine, poison: bool = False) -> zero.StepResult:
+def update(engine: ZeroEngine, poison: bool = False) -> StepResult:
     engine.set_scale(1.0)
     with engine.accumulating():
-        engine.backward(call(engine.unet, engine.dtype).square().mean() * (math.inf if poison else 1.0), last=True)
+        engine.backward(call(engine.denoiser, engine.dtype).square().mean() * (math.inf if poison else 1.0), last=True)
     return engine.step()
 
 
@@ -113,13 +117,13 @@ def test_the_engine_averages_samples_with_it_and_resumes_it(name: str, adapter: 
     step(poison=True)  # which moves nothing
 
     with torch.no_grad():
-        with engine.sampling_unet() as unet:
-            own = call(unet, engine.dtype)
-        with engine.averaged(), engine.sampling_unet() as unet:
-            sampled, exported = call(unet, engine.dtype), engine.full_state_dict()
-            lives = {key: value.clone() for key, value in unet.named_parameters() if value.requires_grad}
-        with engine.sampling_unet() as unet:
-            assert torch.equal(call(unet, engine.dtype), own), "left as it was entered"
+        with engine.sampling_denoiser() as denoiser:
+            own = call(denoiser, engine.dtype)
+        with engine.averaged(), engine.sampling_denoiser() as denoiser:
+            sampled, exported = call(denoiser, engine.dtype), engine.full_state_dict()
+            lives = {key: value.clone() for key, value in denoiser.named_parameters() if value.requires_grad}
+        with engine.sampling_denoiser() as denoiser:
+            assert torch.equal(call(denoiser, engine.dtype), own), "left as it was entered"
     assert not torch.equal(sampled, own)
     for key, value in exported.items():
         torch.testing.assert_close(value.double(), average[key], rtol=1e-5, atol=1e-6)
@@ -147,14 +151,14 @@ def test_the_engine_averages_samples_with_it_and_resumes_it(name: str, adapter: 
 
 def test_the_memory_plan_has_it() -> None:
     settings = load_recipe("smoke", ["model.ema_decay=0.9"])
-    shapes, sizes = small_unet_shapes(), {}
+    shapes, sizes = small_family(), {}
     for stage in (0, 2):
-        config = zero.resolve_config(f"zero{stage}.json", settings, world_size=2, stochastic_steps=4, cuda=False)
-        job = memory.Footprint.of(
-            settings, config, shapes, memory.Activations(0), 1, world_size=2, needs_reference=True, cuda=False
+        config = resolve_config(f"zero{stage}.json", settings, world_size=2, stochastic_steps=4, cuda=False)
+        job = Footprint.of(
+            settings, config, shapes, Activations(0), 1, world_size=2, needs_reference=True, cuda=False
         )  # fmt: skip
-        sizes[stage] = {item.name: item.size for item in memory.plan_memory(job).items}["average of the weights"]
-    assert sizes == {0: 4 * shapes.unet_parameters, 2: 2 * shapes.unet_parameters}
+        sizes[stage] = {item.name: item.size for item in plan_memory(job).items}["average of the weights"]
+    assert sizes == {0: 4 * shapes.denoiser_parameters, 2: 2 * shapes.denoiser_parameters}
 
 
 @pytest.mark.parametrize(("decay", "expected"), [("1", "less than 1"), ("0", "greater than 0"), ("often", "a valid number")])

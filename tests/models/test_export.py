@@ -14,13 +14,14 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tiny_pipelines import FAMILIES, build
 
-from prdp_fast import publishing
-from prdp_fast.checkpoint import first_difference
-from prdp_fast.errors import UserError
+from prdp_fast.config.load import load_recipe
+from prdp_fast.config.recipe import LoraSettings, Settings
+from prdp_fast.core.errors import UserError
+from prdp_fast.core.run_directory import first_difference
 from prdp_fast.models import lora
+from prdp_fast.models.families import Family, read_family
 from prdp_fast.models.pipeline import Pipeline
-from prdp_fast.models.shapes import Shapes
-from prdp_fast.settings import LoraSettings, Settings, load_recipe
+from prdp_fast.reporting import model_card as publishing
 
 CPU = torch.device("cpu")
 SUMMARY = {
@@ -41,7 +42,7 @@ def directories(tmp_path_factory) -> dict[str, Path]:
     return {family: build(family, root / family) for family in FAMILIES}
 
 
-def call(unet: torch.nn.Module, shapes: Shapes) -> torch.Tensor:
+def call(denoiser: torch.nn.Module, shapes: Family) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
 
     def fill(value):
@@ -49,9 +50,9 @@ def call(unet: torch.nn.Module, shapes: Shapes) -> torch.Tensor:
             return {key: fill(inner) for key, inner in value.items()}
         return torch.randn(value.shape, generator=generator) if isinstance(value, torch.Tensor) else value
 
-    inputs = fill(shapes.unet_inputs(2, "cpu")) | {"timestep": torch.tensor([3, 600])}
+    inputs = fill(shapes.denoiser_inputs(2, "cpu")) | {"timestep": torch.tensor([3, 600])}
     with torch.no_grad():
-        return unet(**inputs)[0]
+        return denoiser(**inputs)[0]
 
 
 # A rank and an alpha that differ, and a convolution (sd1) or linear layer (the others) beside the projections.
@@ -64,15 +65,15 @@ def test_an_adapter_opens_in_a_pipeline_of_its_own(
     family: str, settings: LoraSettings, directories: dict[str, Path], tmp_path: Path
 ) -> None:
     pipeline = Pipeline.load(str(directories[family]), CPU, torch.float32)
-    shapes = Shapes.load(str(directories[family]))
-    base = call(pipeline.unet, shapes)
-    lora.add_adapter(pipeline.unet, settings, 0)
+    shapes = read_family(str(directories[family]))
+    base = call(pipeline.denoiser, shapes)
+    lora.add_adapter(pipeline.denoiser, settings, 0)
     with torch.no_grad():
-        for name, parameter in pipeline.unet.named_parameters():
+        for name, parameter in pipeline.denoiser.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(len(name)))
-    state = {name: value.detach().clone() for name, value in pipeline.unet.named_parameters() if value.requires_grad}
-    expected = call(pipeline.unet, shapes)
+    state = {name: value.detach().clone() for name, value in pipeline.denoiser.named_parameters() if value.requires_grad}
+    expected = call(pipeline.denoiser, shapes)
     pipeline.export(tmp_path, state, settings)
     assert sorted(path.name for path in tmp_path.iterdir()) == [lora.WEIGHTS, "scheduler"]
     saved = load_file(tmp_path / lora.WEIGHTS)
@@ -81,11 +82,11 @@ def test_an_adapter_opens_in_a_pipeline_of_its_own(
 
     fresh = DiffusionPipeline.from_pretrained(directories[family], dtype=torch.float32)
     fresh.load_lora_weights(tmp_path)
-    opened = call(fresh.unet, shapes)
+    opened = call(fresh.denoiser, shapes)
     torch.testing.assert_close(opened, expected, rtol=1e-6, atol=1e-6)
     assert (opened - base).abs().max() > 1e-3
     fresh.unload_lora_weights()
-    assert torch.equal(call(fresh.unet, shapes), base)
+    assert torch.equal(call(fresh.denoiser, shapes), base)
 
 
 # The card
@@ -137,8 +138,8 @@ def test_the_code_of_a_card_runs(directories: dict[str, Path], tmp_path: Path, m
     settings = load_recipe("smoke", [f"model.pretrained={directories['sd1']}", "model.lora={rank: 2}"])
     assert settings.model.lora is not None
     pipeline = Pipeline.load(str(directories["sd1"]), CPU, torch.float32)
-    lora.add_adapter(pipeline.unet, settings.model.lora, 0)
-    state = {name: value for name, value in pipeline.unet.named_parameters() if value.requires_grad}
+    lora.add_adapter(pipeline.denoiser, settings.model.lora, 0)
+    state = {name: value for name, value in pipeline.denoiser.named_parameters() if value.requires_grad}
     pipeline.export(tmp_path / "model", state, settings.model.lora)
     publishing.write_model_card(tmp_path / "model", settings, "StableDiffusionPipeline", SUMMARY, tmp_path / "none.png")
     (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "model" / "README.md").read_text(), re.DOTALL)

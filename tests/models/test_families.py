@@ -12,19 +12,20 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from tiny_pipelines import FAMILIES, SAMPLE_SIZE, build
 
-from prdp_fast import hub
-from prdp_fast.errors import UserError
-from prdp_fast.models import compiled
-from prdp_fast.models.acceleration import UNets, accelerate
-from prdp_fast.models.pipeline import Pipeline, load_scheduler
-from prdp_fast.models.shapes import Shapes, count_parameters
+from prdp_fast.acceleration.choose import Denoisers, accelerate
+from prdp_fast.acceleration.compile import uncompile
+from prdp_fast.config.recipe import PerformanceSettings
+from prdp_fast.core import hub
+from prdp_fast.core.errors import UserError
+from prdp_fast.core.records import Prompt, Trajectories
+from prdp_fast.models.families import read_family
+from prdp_fast.models.families.base import count_parameters
+from prdp_fast.models.pipeline import Pipeline
 from prdp_fast.models.text import TextEncoder
-from prdp_fast.records import Prompt, Trajectories
 from prdp_fast.sampling.policy import Policy, conditioning
 from prdp_fast.sampling.rollout import rollout
 from prdp_fast.sampling.transitions import Transitions
-from prdp_fast.settings import PerformanceSettings
-from prdp_fast.update import gradient_pass, log_prob_pass
+from prdp_fast.training.update import gradient_pass, log_prob_pass
 
 CPU = torch.device("cpu")
 TEXTS = ["a red circle", "three big blue squares on a green background, and then more words than the tokenizer takes"]
@@ -62,7 +63,7 @@ def sampled(own: Pipeline, scale: float | None = SCALE, interval: tuple[int, int
     policy = Policy(Transitions.from_scheduler(own.scheduler, STEPS), scale, guidance_interval=interval)
     embeddings = TextEncoder(own, torch.float32).encode(PROMPTS)
     trajectories = rollout(
-        policy, own.unet, PROMPTS, embeddings, images_per_prompt=IMAGES, latent_shape=own.latent_shape, batch=3, seed=1, epoch=0
+        policy, own.denoiser, PROMPTS, embeddings, images_per_prompt=IMAGES, latent_shape=own.latent_shape, batch=3, seed=1, epoch=0
     )
     return policy, trajectories
 
@@ -112,8 +113,8 @@ def plain_log_probs(pipe: DiffusionPipeline, latents: torch.Tensor, guided: list
 def test_the_engine_tells_the_unet_what_the_pipeline_tells_it(own: Pipeline, plain: DiffusionPipeline, monkeypatch) -> None:
     """Every tensor that a guided call of the pipeline hands to its U-Net."""
     calls = []
-    forward = plain.unet.forward
-    monkeypatch.setattr(plain.unet, "forward", lambda *args, **kwargs: calls.append(kwargs) or forward(*args, **kwargs))
+    forward = plain.denoiser.forward
+    monkeypatch.setattr(plain.denoiser, "forward", lambda *args, **kwargs: calls.append(kwargs) or forward(*args, **kwargs))
     plain(TEXTS, num_inference_steps=1, guidance_scale=SCALE, output_type="latent")
     expected = calls[0]
     got = conditioning(TextEncoder(own, torch.float32).encode(PROMPTS), guided=True)
@@ -137,7 +138,7 @@ def test_log_probs_are_those_of_plain_diffusers(own: Pipeline, plain: DiffusionP
     assert expected.shape == trajectories.log_probs.shape
     # float32 rounding of mu times the residual over std (about 1 to 50), averaged over 256 numbers
     torch.testing.assert_close(trajectories.log_probs.double(), expected, rtol=0, atol=1e-5)
-    again = log_prob_pass(policy, own.unet, trajectories, micro_batch=5)
+    again = log_prob_pass(policy, own.denoiser, trajectories, micro_batch=5)
     torch.testing.assert_close(again.double(), expected, rtol=0, atol=1e-5)
 
 
@@ -183,7 +184,7 @@ def test_sdxl_with_an_encoded_empty_prompt(directories: dict[str, Path], tmp_pat
     encoded, empty = encoder.encode(PROMPTS), encoder.encode([Prompt(0, "", {})])
     assert torch.equal(encoded.negative_prompt_embeds, empty.prompt_embeds) and empty.prompt_embeds.any()
     assert torch.equal(encoded.negative_pooled_prompt_embeds, empty.pooled_prompt_embeds)
-    encoder.pipeline.export(tmp_path / "export", encoder.pipeline.unet.state_dict())
+    encoder.pipeline.export(tmp_path / "export", encoder.pipeline.denoiser.state_dict())
     assert DiffusionPipeline.from_pretrained(tmp_path / "export").config.force_zeros_for_empty_prompt is False
 
 
@@ -199,24 +200,24 @@ def test_the_sampler_can_be_chosen(own: Pipeline, family: str, directories: dict
     for column in ("sample_coef", "output_coef", "std"):
         torch.testing.assert_close(getattr(table, column)[:-1], getattr(default, column)[:-1], rtol=1e-5, atol=1e-7)
     assert len(table.stochastic) == (49 if name == "DDPMScheduler" else len(default.stochastic))
-    chosen.export(tmp_path, chosen.unet.state_dict())
+    chosen.export(tmp_path, chosen.denoiser.state_dict())
     assert type(DiffusionPipeline.from_pretrained(tmp_path).scheduler).__name__ == name
 
 
 def test_the_vae_of_sdxl_stays_in_float32_beside_float16(directories: dict[str, Path]) -> None:
     for name, dtype in (("sdxl", torch.float32), ("sd1", torch.float16)):
         own = Pipeline.load(str(directories[name]), CPU, torch.float16)
-        assert own.vae.dtype == dtype and own.text_encoder.dtype == torch.float16 and own.unet.dtype == torch.float32
+        assert own.vae.dtype == dtype and own.text_encoder.dtype == torch.float16 and own.denoiser.dtype == torch.float32
     assert Pipeline.load(str(directories["sdxl"]), CPU, torch.bfloat16).vae.dtype == torch.bfloat16  # has the range
 
 
 def test_shapes_count_what_is_loaded(own: Pipeline, family: str, directories: dict[str, Path]) -> None:
-    shapes = Shapes.load(str(directories[family]))
+    shapes = read_family(str(directories[family]))
     encoders = [own.text_encoder] + ([own.whole.text_encoder_2] if family == "sdxl" else [])
     assert shapes.text_parameters == sum(count_parameters(encoder) for encoder in encoders)
-    assert shapes.unet_parameters == count_parameters(own.unet) and shapes.vae_parameters == count_parameters(own.vae)
+    assert shapes.denoiser_parameters == count_parameters(own.denoiser) and shapes.vae_parameters == count_parameters(own.vae)
     assert shapes.latent_shape == own.latent_shape
-    inputs, told = shapes.unet_inputs(4, CPU), conditioning(TextEncoder(own, torch.float32).encode(PROMPTS), guided=True)
+    inputs, told = shapes.denoiser_inputs(4, CPU), conditioning(TextEncoder(own, torch.float32).encode(PROMPTS), guided=True)
     assert inputs["encoder_hidden_states"].shape == told["encoder_hidden_states"].shape
     for name, tensor in told.get("added_cond_kwargs", {}).items():
         assert inputs["added_cond_kwargs"][name].shape == tensor.shape
@@ -225,24 +226,24 @@ def test_shapes_count_what_is_loaded(own: Pipeline, family: str, directories: di
 @pytest.mark.slow
 def test_fast_paths_of_sdxl_compute_the_same(directories: dict[str, Path], monkeypatch) -> None:
     """Compiled and checkpointed, on what the policy hands over: the code compiled for the probe serves it as it is."""
-    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    monkeypatch.setattr("prdp_fast.acceleration.compile.BACKEND", "aot_eager")
     torch._dynamo.reset()
     own = Pipeline.load(str(directories["sdxl"]), CPU, torch.float32)
     policy, trajectories = sampled(own)
     micro_batch = 4
-    expected = log_prob_pass(policy, own.unet, trajectories, micro_batch)
-    trained = own.unet.requires_grad_(True)
-    shapes = Shapes.load(str(directories["sdxl"]))
+    expected = log_prob_pass(policy, own.denoiser, trajectories, micro_batch)
+    trained = own.denoiser.requires_grad_(True)
+    shapes = read_family(str(directories["sdxl"]))
     speed = accelerate(
-        UNets(trained, None, None), PerformanceSettings(compile="full", attention="sdpa"), shapes,
+        Denoisers(trained, None, None), PerformanceSettings(compile="full", attention="sdpa"), shapes,
         train_rows=2 * micro_batch, sample_rows=2 * micro_batch, stage=2, device=CPU, dtype=torch.float32,
     )  # fmt: skip
     assert speed.decisions["compile trained"].value == speed.decisions["compile rollout"].value == "full"
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for unet in (trained, speed.sampling_view(trained)):
-            again = log_prob_pass(policy, unet, trajectories, micro_batch)
+        for denoiser in (trained, speed.sampling_view(trained)):
+            again = log_prob_pass(policy, denoiser, trajectories, micro_batch)
             torch.testing.assert_close(again, expected, rtol=0, atol=1e-5)
-    compiled.undo(trained)
+    uncompile(trained)
     trained.train().enable_gradient_checkpointing()
     weights = torch.ones_like(expected)
     log_probs = gradient_pass(policy, trained, trajectories, weights, micro_batch, lambda loss, last: loss.backward())
@@ -289,7 +290,7 @@ def test_missing_files_are_named(directories, tmp_path: Path) -> None:
     assert "did not load as a StableDiffusionXLPipeline" in refusal(directory)
     (directory / "text_encoder_2" / "config.json").unlink()
     with pytest.raises(UserError, match=r"has no text_encoder_2/config.json; expected a"):
-        Shapes.load(str(directory))
+        read_family(str(directory))
     (directory / "scheduler" / "scheduler_config.json").write_text("{")
     assert "scheduler/scheduler_config.json is no JSON" in refusal(directory)
     (directory / "model_index.json").unlink()
@@ -304,19 +305,19 @@ def test_a_sampler_without_betas_is_refused(tmp_path: Path) -> None:
 
 
 def test_unets_with_other_inputs_are_refused(tmp_path: Path) -> None:
-    from prdp_fast.models.pipeline import check_inputs
+    from prdp_fast.models.families.base import check_inputs
 
     own = Pipeline.load(str(build("sdxl", tmp_path / "sdxl")), CPU, torch.float32)
-    unet, vae = own.unet.config, own.vae.config
+    denoiser, vae = own.denoiser.config, own.vae.config
 
     class Changed:
         def __init__(self, **values) -> None:
             self.values = values
 
         def __getattr__(self, name: str):
-            return self.values.get(name, getattr(unet, name))
+            return self.values.get(name, getattr(denoiser, name))
 
-    check_inputs("m", "StableDiffusionXLPipeline", unet, vae)
+    check_inputs("m", "StableDiffusionXLPipeline", denoiser, vae)
     for name, values, words in (
         ("StableDiffusionXLPipeline", {"in_channels": 9}, "9 input channels on latents of 4"),
         ("StableDiffusionXLPipeline", {"time_cond_proj_dim": 256}, "distilled"),
@@ -364,6 +365,6 @@ def test_large_pictures_are_decoded_a_few_at_a_time(side: int, batches: list[int
             self.seen.append(len(latents))
             return (torch.zeros(len(latents), 3, 2, 2),)
 
-    own = Pipeline(unet=None, vae=Vae(), scheduler=None, whole=None)
+    own = Pipeline(denoiser=None, vae=Vae(), scheduler=None, whole=None)
     assert own.decode(torch.zeros(40, 1, 1, 1).expand(40, 4, side, side)).shape == (40, 3, 2, 2)
     assert own.vae.seen == batches

@@ -8,45 +8,51 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_model import SHAPE, WIDTH, small_policy, small_trajectories, small_unet, small_unet_shapes
+from small_model import SHAPE, WIDTH, small_family, small_policy, small_trajectories, small_unet
 
-from prdp_fast import cost, memory, zero
-from prdp_fast.errors import UserError
-from prdp_fast.job import Job
-from prdp_fast.models import attention, compiled, lora
-from prdp_fast.models.acceleration import UNets, accelerate
-from prdp_fast.models.probe import distance
-from prdp_fast.models.shapes import Shapes
-from prdp_fast.runner import reference_unet
-from prdp_fast.settings import LoraSettings, OptimizerSettings, PerformanceSettings, load_recipe
-from prdp_fast.update import log_prob_pass, reference_pass
+from prdp_fast.acceleration import attention
+from prdp_fast.acceleration.choose import Denoisers, accelerate
+from prdp_fast.acceleration.probe import distance
+from prdp_fast.config.deepspeed import resolve_config
+from prdp_fast.config.load import load_recipe
+from prdp_fast.config.recipe import LoraSettings, OptimizerSettings, PerformanceSettings
+from prdp_fast.core import distributed
+from prdp_fast.core.errors import UserError
+from prdp_fast.models import lora
+from prdp_fast.models.families import StableDiffusion, read_family
+from prdp_fast.planning import cost
+from prdp_fast.planning.job import Job
+from prdp_fast.planning.memory import Activations, Footprint, fake_activations, measure_activations, plan_memory
+from prdp_fast.training.engine import StepResult, ZeroEngine
+from prdp_fast.training.trainer import reference_denoiser
+from prdp_fast.training.update import log_prob_pass, reference_pass
 
 CPU = torch.device("cpu")
 LORA = LoraSettings(rank=3, alpha=5.0)
-SHAPES = Shapes(dict(small_unet().config), text_length=6, lora=LORA)
+SHAPES = StableDiffusion(dict(small_unet().config), text_length=6, lora=LORA)
 ROWS = 4
 OPTIMIZER = OptimizerSettings(learning_rate=1e-2, weight_decay=1e-2, eps=1e-4, max_grad_norm=0.5)
 
 
 def adapted(settings: LoraSettings = LORA, seed: int = 0) -> torch.nn.Module:
-    unet = small_unet()
-    lora.add_adapter(unet, settings, seed)
-    return unet
+    denoiser = small_unet()
+    lora.add_adapter(denoiser, settings, seed)
+    return denoiser
 
 
-def disturb(unet: torch.nn.Module, seed: int = 1) -> torch.nn.Module:
+def disturb(denoiser: torch.nn.Module, seed: int = 1) -> torch.nn.Module:
     """Give B, which is zero at first, values."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in unet.named_parameters():
+        for name, parameter in denoiser.named_parameters():
             if "lora_B" in name:
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return unet
+    return denoiser
 
 
-def base_weights(unet: torch.nn.Module) -> dict[str, torch.Tensor]:
+def base_weights(denoiser: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Under their names without an adapter."""
-    return {name.replace(".base_layer", ""): value for name, value in unet.state_dict().items() if "lora_" not in name}
+    return {name.replace(".base_layer", ""): value for name, value in denoiser.state_dict().items() if "lora_" not in name}
 
 
 def inputs(rows: int = ROWS, dtype: torch.dtype = torch.float32) -> tuple[tuple, dict]:
@@ -56,10 +62,10 @@ def inputs(rows: int = ROWS, dtype: torch.dtype = torch.float32) -> tuple[tuple,
     return (sample, torch.arange(rows) * 100), {"encoder_hidden_states": context, "return_dict": False}
 
 
-def call(unet, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def call(denoiser, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     args, kwargs = inputs(dtype=dtype)
     with torch.no_grad():
-        return unet(*args, **kwargs)[0]
+        return denoiser(*args, **kwargs)[0]
 
 
 # The adapter itself
@@ -67,9 +73,9 @@ def call(unet, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def test_it_adds_what_the_paper_says() -> None:
     """W x + (alpha / rank) B A x, in every target and nowhere else."""
-    unet = disturb(adapted())
+    denoiser = disturb(adapted())
     plain = small_unet()
-    layers = {name: module for name, module in unet.named_modules() if hasattr(module, "lora_A")}
+    layers = {name: module for name, module in denoiser.named_modules() if hasattr(module, "lora_A")}
     own = {name for name, module in plain.named_modules() if name.endswith((".to_q", ".to_k", ".to_v", ".to_out.0"))}
     assert layers.keys() == own and len(own) == 32
     x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
@@ -82,8 +88,8 @@ def test_it_adds_what_the_paper_says() -> None:
 
 
 def test_alpha_is_the_rank_by_default() -> None:
-    unet = adapted(LoraSettings(rank=4))
-    assert {module.scaling["default"] for module in unet.modules() if hasattr(module, "lora_A")} == {1.0}
+    denoiser = adapted(LoraSettings(rank=4))
+    assert {module.scaling["default"] for module in denoiser.modules() if hasattr(module, "lora_A")} == {1.0}
 
 
 def test_the_seed_alone_decides_what_it_starts_from() -> None:
@@ -91,11 +97,11 @@ def test_the_seed_alone_decides_what_it_starts_from() -> None:
     one = adapted(seed=7).state_dict()
     torch.manual_seed(2)
     before = torch.get_rng_state()
-    unet = small_unet()
+    denoiser = small_unet()
     torch.set_rng_state(before)
-    lora.add_adapter(unet, LORA, 7)
+    lora.add_adapter(denoiser, LORA, 7)
     assert torch.equal(torch.get_rng_state(), before)
-    assert all(torch.equal(value, one[name]) for name, value in unet.state_dict().items())
+    assert all(torch.equal(value, one[name]) for name, value in denoiser.state_dict().items())
     other = adapted(seed=8).state_dict()
     assert any(not torch.equal(value, other[name]) for name, value in one.items() if "lora_A" in name)
 
@@ -105,17 +111,17 @@ def test_off_gives_the_log_probs_of_the_base_and_fresh_too() -> None:
     plain = small_unet()
     trajectories = small_trajectories(policy, plain)
     expected = log_prob_pass(policy, plain, trajectories, 4)
-    unet = adapted().train()
-    assert torch.equal(log_prob_pass(policy, unet, trajectories, 4), expected)
-    disturb(unet)
-    changed = log_prob_pass(policy, unet, trajectories, 4)
+    denoiser = adapted().train()
+    assert torch.equal(log_prob_pass(policy, denoiser, trajectories, 4), expected)
+    disturb(denoiser)
+    changed = log_prob_pass(policy, denoiser, trajectories, 4)
     assert (changed - expected).abs().min() > 1e-6
-    with lora.adapter_off(unet):
-        assert torch.equal(reference_pass(policy, unet, trajectories, 4).log_probs, expected)
-    assert torch.equal(log_prob_pass(policy, unet, trajectories, 4), changed), "on again outside the block"
-    with pytest.raises(KeyError), lora.adapter_off(unet):
+    with lora.adapter_off(denoiser):
+        assert torch.equal(reference_pass(policy, denoiser, trajectories, 4).log_probs, expected)
+    assert torch.equal(log_prob_pass(policy, denoiser, trajectories, 4), changed), "on again outside the block"
+    with pytest.raises(KeyError), lora.adapter_off(denoiser):
         raise KeyError
-    assert torch.equal(log_prob_pass(policy, unet, trajectories, 4), changed), "on again after an error"
+    assert torch.equal(log_prob_pass(policy, denoiser, trajectories, 4), changed), "on again after an error"
 
 
 # Training, through DeepSpeed
@@ -124,33 +130,33 @@ def test_off_gives_the_log_probs_of_the_base_and_fresh_too() -> None:
 @pytest.fixture(scope="module")
 def alone():
     """A job of one rank, in this process."""
-    device = zero.init_distributed()
+    device = distributed.init()
     yield device
-    zero.shutdown_distributed()
+    distributed.shutdown()
 
 
-def engine_of(config: str | Path, unet: torch.nn.Module, device: torch.device) -> zero.ZeroEngine:
-    resolved = zero.resolve_config(str(config), load_recipe("smoke"), world_size=1, stochastic_steps=2, cuda=False)
-    return zero.ZeroEngine(unet, OPTIMIZER, resolved, device)
+def engine_of(config: str | Path, denoiser: torch.nn.Module, device: torch.device) -> ZeroEngine:
+    resolved = resolve_config(str(config), load_recipe("smoke"), world_size=1, stochastic_steps=2, cuda=False)
+    return ZeroEngine(denoiser, OPTIMIZER, resolved, device)
 
 
-def update(engine: zero.ZeroEngine) -> zero.StepResult:
+def update(engine: ZeroEngine) -> StepResult:
     args, kwargs = inputs(dtype=engine.dtype)
     engine.set_scale(1.0)
     with engine.accumulating():
         for last in (False, True):
-            engine.backward(engine.unet(*args, **kwargs)[0].float().square().mean(), last=last)
+            engine.backward(engine.denoiser(*args, **kwargs)[0].float().square().mean(), last=last)
     return engine.step()
 
 
-def plain_updates(unet: torch.nn.Module, count: int) -> dict[str, torch.Tensor]:
+def plain_updates(denoiser: torch.nn.Module, count: int) -> dict[str, torch.Tensor]:
     """The same with torch alone."""
-    trained = {name: parameter for name, parameter in unet.named_parameters() if "lora_" in name}
-    assert {name for name, parameter in unet.named_parameters() if parameter.requires_grad} == trained.keys()
+    trained = {name: parameter for name, parameter in denoiser.named_parameters() if "lora_" in name}
+    assert {name for name, parameter in denoiser.named_parameters() if parameter.requires_grad} == trained.keys()
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-2, weight_decay=1e-2, eps=1e-4)
     args, kwargs = inputs()
     for _ in range(count):
-        (2 * unet.train()(*args, **kwargs)[0].square().mean()).backward()
+        (2 * denoiser.train()(*args, **kwargs)[0].square().mean()).backward()
         torch.nn.utils.clip_grad_norm_(trained.values(), 0.5)
         optimizer.step()
         optimizer.zero_grad()
@@ -163,10 +169,10 @@ def test_updates_move_the_adapter_as_plain_torch_does_and_nothing_else(config: s
     policy = small_policy()
     trajectories = small_trajectories(policy, small_unet())
     engine = engine_of(config, adapted(), alone)
-    with reference_unet(engine, None) as frozen:
+    with reference_denoiser(engine, None) as frozen:
         reference = log_prob_pass(policy, frozen, trajectories, 4)
     # Fresh: the ratio to the reference is 1 to the bit, through the training path.
-    assert torch.equal(log_prob_pass(policy, engine.unet, trajectories, 4), reference)
+    assert torch.equal(log_prob_pass(policy, engine.denoiser, trajectories, 4), reference)
     results = [update(engine), update(engine)]
     assert all(result.applied and result.grad_norm > 0 for result in results)
     engine.save(tmp_path)
@@ -176,20 +182,20 @@ def test_updates_move_the_adapter_as_plain_torch_does_and_nothing_else(config: s
     for name, value in state.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
         assert "lora_A" in name or (value != fresh[name]).any()
-    with engine.whole_unet() as unet:
-        trained = {name: value.clone() for name, value in base_weights(unet).items()}
+    with engine.whole_denoiser() as denoiser:
+        trained = {name: value.clone() for name, value in base_weights(denoiser).items()}
         assert trained.keys() == base.keys()
         assert all(torch.equal(trained[name], base[name]) for name in base), "the base was trained"
-        after = log_prob_pass(policy, unet, trajectories, 4)
-    with reference_unet(engine, None) as frozen:
+        after = log_prob_pass(policy, denoiser, trajectories, 4)
+    with reference_denoiser(engine, None) as frozen:
         assert torch.equal(log_prob_pass(policy, frozen, trajectories, 4), reference)
-    assert torch.equal(log_prob_pass(policy, engine.unet, trajectories, 4), after)
+    assert torch.equal(log_prob_pass(policy, engine.denoiser, trajectories, 4), after)
     assert not torch.equal(after, reference)
     # A checkpoint holds the adapter alone: weights, master weights and what the optimizer knows of them.
     for file in (tmp_path / "zero").glob("*model_states.pt"):
         assert torch.load(file, weights_only=False)["module"].keys() == expected.keys()
     floats = sum(file.stat().st_size for file in tmp_path.rglob("*.pt")) / 4
-    assert floats < SHAPES.unet_parameters
+    assert floats < SHAPES.denoiser_parameters
     # A fresh job goes on in the same bits.
     again = engine_of(config, adapted(), alone)
     again.load(tmp_path)
@@ -223,45 +229,45 @@ def test_master_weights_are_float32_and_the_base_is_of_the_models_dtype(stage: i
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["blocks", "full"])
 def test_compiled_views_see_the_adapter_and_see_it_off(mode: str, monkeypatch) -> None:
-    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    monkeypatch.setattr("prdp_fast.acceleration.compile.BACKEND", "aot_eager")
     torch._dynamo.reset()
-    unet = adapted().train()
+    denoiser = adapted().train()
     speed = accelerate(
-        UNets(unet, None, None), PerformanceSettings(compile=mode, attention="auto"), small_unet_shapes(), train_rows=ROWS,
+        Denoisers(denoiser, None, None), PerformanceSettings(compile=mode, attention="auto"), small_family(), train_rows=ROWS,
         sample_rows=ROWS, stage=2, device=CPU, dtype=torch.float32,
     )  # fmt: skip
     assert speed.decisions["fuse_qkv"].value == "off" and "lora" in speed.decisions["fuse_qkv"].reason
-    view = speed.sampling_view(unet)
+    view = speed.sampling_view(denoiser)
     plain = adapted()
     for seed in (1, 2):  # after every update
-        for one in (unet, plain):
+        for one in (denoiser, plain):
             disturb(one, seed)
         expected = call(plain)
-        assert distance([call(view)], [expected]) < 1e-5 and distance([call(unet)], [expected]) < 1e-5
+        assert distance([call(view)], [expected]) < 1e-5 and distance([call(denoiser)], [expected]) < 1e-5
         assert distance([call(small_unet())], [expected]) > 1e-4
-        with lora.adapter_off(unet):
-            assert distance([call(unet)], [call(small_unet())]) < 1e-5
+        with lora.adapter_off(denoiser):
+            assert distance([call(denoiser)], [call(small_unet())]) < 1e-5
         args, kwargs = inputs()
-        trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
-        own = torch.autograd.grad(unet(*args, **kwargs)[0].square().sum(), trained)
+        trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+        own = torch.autograd.grad(denoiser(*args, **kwargs)[0].square().sum(), trained)
         again = [parameter for parameter in plain.parameters() if parameter.requires_grad]
         assert distance(list(own), list(torch.autograd.grad(plain(*args, **kwargs)[0].square().sum(), again))) < 1e-5
 
 
 def test_joined_products_leave_adapters_their_own(monkeypatch) -> None:
-    unet = disturb(adapted())
-    expected = call(unet)
-    attention.set_attention(unet, "math")  # which joins the products of plain layers
-    assert distance([call(unet)], [expected]) < 1e-5
-    with lora.adapter_off(unet):
-        assert distance([call(unet)], [call(small_unet())]) < 1e-5
+    denoiser = disturb(adapted())
+    expected = call(denoiser)
+    attention.set_attention(denoiser, "math")  # which joins the products of plain layers
+    assert distance([call(denoiser)], [expected]) < 1e-5
+    with lora.adapter_off(denoiser):
+        assert distance([call(denoiser)], [call(small_unet())]) < 1e-5
 
 
 def test_fusing_is_refused() -> None:
     with pytest.raises(UserError, match=r"fuse_qkv is on, but with model\.lora"):
         accelerate(
-            UNets(adapted(), None, None), PerformanceSettings(compile="off", attention="sdpa", fuse_qkv="on"),
-            small_unet_shapes(), train_rows=ROWS, sample_rows=ROWS, stage=2, device=CPU, dtype=torch.float32,
+            Denoisers(adapted(), None, None), PerformanceSettings(compile="off", attention="sdpa", fuse_qkv="on"),
+            small_family(), train_rows=ROWS, sample_rows=ROWS, stage=2, device=CPU, dtype=torch.float32,
         )  # fmt: skip
 
 
@@ -280,18 +286,18 @@ def by_hand() -> int:
 
 def test_sizes_without_weights() -> None:
     assert SHAPES.trained_parameters == by_hand()
-    assert SHAPES.unet_parameters == small_unet_shapes().unet_parameters + by_hand()
-    assert small_unet_shapes().trained_parameters == small_unet_shapes().unet_parameters
+    assert SHAPES.denoiser_parameters == small_family().denoiser_parameters + by_hand()
+    assert small_family().trained_parameters == small_family().denoiser_parameters
 
 
 def test_the_memory_plan_counts_the_adapter_where_weights_are_trained() -> None:
     settings = load_recipe("smoke", ["model.lora={rank: 3}"])
-    config = zero.resolve_config("zero2.json", settings, world_size=2, stochastic_steps=4, cuda=False)
-    job = memory.Footprint.of(
-        settings, config, SHAPES, memory.Activations(0), 1, world_size=2, needs_reference=True, cuda=False
+    config = resolve_config("zero2.json", settings, world_size=2, stochastic_steps=4, cuda=False)
+    job = Footprint.of(
+        settings, config, SHAPES, Activations(0), 1, world_size=2, needs_reference=True, cuda=False
     )  # fmt: skip
-    sizes = {item.name: item.size for item in memory.plan_memory(job).items}
-    whole, adapter = SHAPES.unet_parameters, by_hand()
+    sizes = {item.name: item.size for item in plan_memory(job).items}
+    whole, adapter = SHAPES.denoiser_parameters, by_hand()
     assert sizes["weights"] == 4 * whole
     assert sizes["master weights"] == 2 * adapter and sizes["optimizer state"] == 4 * adapter
     assert sizes["gradients"] == 4 * adapter and sizes["gradient reduction buffer"] == 4 * adapter
@@ -299,22 +305,22 @@ def test_the_memory_plan_counts_the_adapter_where_weights_are_trained() -> None:
 
 
 def test_activations_of_real_and_of_fake_tensors_agree_and_gradients_are_the_adapters() -> None:
-    unet = copy.deepcopy(adapted()).train()
-    real = memory.measure_activations(unet, SHAPES, torch.float32)
-    assert {name for name, parameter in unet.named_parameters() if parameter.grad is not None} == {
-        name for name, _ in unet.named_parameters() if "lora_" in name
+    denoiser = copy.deepcopy(adapted()).train()
+    real = measure_activations(denoiser, SHAPES, torch.float32)
+    assert {name for name, parameter in denoiser.named_parameters() if parameter.grad is not None} == {
+        name for name, _ in denoiser.named_parameters() if "lora_" in name
     }
-    fake = memory.fake_activations(SHAPES, torch.float32)
+    fake = fake_activations(SHAPES, torch.float32)
     assert fake.per_row == pytest.approx(real.per_row, rel=0.02) and fake.per_row > 0
     assert fake.forward_per_row == pytest.approx(real.forward_per_row, rel=0.02)
 
 
 def test_a_backward_costs_about_a_forward() -> None:
-    assert cost.backward_per_forward(small_unet_shapes()) == 2
-    tiny = Shapes.load("tiny", LoraSettings(rank=4))
+    assert cost.backward_per_forward(small_family()) == 2
+    tiny = read_family("tiny", LoraSettings(rank=4))
     assert 0.85 < cost.backward_per_forward(tiny) < 1.1
     # 2 * rank * (inputs + outputs) operations a token and layer more
-    more = cost.unet_flop(tiny) / cost.unet_flop(Shapes.load("tiny"))
+    more = cost.denoiser_flop(tiny) / cost.denoiser_flop(read_family("tiny"))
     assert 1.005 < more < 1.05
 
 
@@ -323,8 +329,8 @@ def test_the_dry_run_tells_what_is_trained() -> None:
         Job.prepare(load_recipe("smoke", overrides), "zero2.json", world_size=1, cuda=False).dry_run(None)
         for overrides in ([], ["model.lora={rank: 4}"])
     )
-    trained = Shapes.load("tiny", LoraSettings(rank=4)).trained_parameters
-    assert adapter[0] == f"LoRA of rank 4: {trained} weights are trained, {Shapes.load('tiny').unet_parameters} stay as they are"
+    trained = read_family("tiny", LoraSettings(rank=4)).trained_parameters
+    assert adapter[0] == f"LoRA of rank 4: {trained} weights are trained, {read_family('tiny').denoiser_parameters} stay as they are"
     assert any("reference weights" in line for line in whole) and not any("reference weights" in line for line in adapter)
 
 

@@ -18,8 +18,8 @@ from launching import ROOT, deepspeed_command
 from safetensors.torch import load_file
 from tiny_pipelines import FAMILIES, build
 
+from prdp_fast.acceleration.probe import distance
 from prdp_fast.models import lora
-from prdp_fast.models.probe import distance
 
 pytestmark = pytest.mark.slow
 

@@ -7,8 +7,9 @@ import torch
 from diffusers import AutoencoderKL
 from diffusers.models.upsampling import Upsample2D
 
-from prdp_fast.models.pipeline import TINY, Pipeline
+from prdp_fast.models.pipeline import Pipeline
 from prdp_fast.models.upsampling import join_upsampling
+from prdp_fast.world import TINY
 
 
 def layer(channels: int, out_channels: int, bias: bool = True, **options) -> Upsample2D:

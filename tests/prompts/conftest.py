@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from prdp_fast.core.records import Prompt
 from prdp_fast.prompts import build_scene_shards, write_index, write_shards
-from prdp_fast.records import Prompt
 
 
 @pytest.fixture(scope="session")

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from prdp_fast.prompts import PromptSet, PromptStream, animals, build
-from prdp_fast.prompts.check import verify
-from prdp_fast.settings import PromptSettings
+from prdp_fast.config.recipe import PromptSettings
+from prdp_fast.prompts import PromptSet, PromptStream, animals
+from prdp_fast.prompts import shards as build
+from prdp_fast.prompts.verify import verify
 
 
 def test_the_papers_prompts_and_as_many_unseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

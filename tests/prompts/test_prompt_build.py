@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from prdp_fast import scenes
-from prdp_fast.errors import UserError
-from prdp_fast.prompts import PromptSet, build, build_text_shards, ensure_text_shards, write_shards
-from prdp_fast.prompts.build import read_index
-from prdp_fast.records import Prompt
+from prdp_fast.core.errors import UserError
+from prdp_fast.core.records import Prompt
+from prdp_fast.prompts import PromptSet, build_text_shards, ensure_text_shards, write_shards
+from prdp_fast.prompts import shards as build
+from prdp_fast.prompts.shards import read_index
+from prdp_fast.world import scenes
 
 
 def _hashes(directory: Path) -> dict[str, str]:

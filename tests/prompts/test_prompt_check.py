@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from prdp_fast import cli
-from prdp_fast.errors import UserError
-from prdp_fast.prompts import check, write_index, write_shards
-from prdp_fast.prompts.check import describe, verify
-from prdp_fast.records import Prompt
+from prdp_fast.core.errors import UserError
+from prdp_fast.core.records import Prompt
+from prdp_fast.prompts import verify as check
+from prdp_fast.prompts import write_index, write_shards
+from prdp_fast.prompts.verify import describe, verify
 
 
 def prompts(numbers: range, split: str = "train") -> list[Prompt]:

@@ -12,14 +12,14 @@ import pytest
 from test_prompt_sources import hpdv2, pickapic
 
 from prdp_fast import cli
-from prdp_fast.errors import UserError
+from prdp_fast.config.recipe import PromptSettings
+from prdp_fast.core.errors import UserError
+from prdp_fast.core.records import Prompt
 from prdp_fast.prompts import PromptSet, PromptStream
-from prdp_fast.prompts.check import verify
 from prdp_fast.prompts.clean import Limits
 from prdp_fast.prompts.curate import curate
 from prdp_fast.prompts.sources import Source
-from prdp_fast.records import Prompt
-from prdp_fast.settings import PromptSettings
+from prdp_fast.prompts.verify import verify
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,11 +7,11 @@ import torch
 from models.tiny_pipelines import build
 
 from prdp_fast import cli
-from prdp_fast.errors import UserError
+from prdp_fast.core.errors import UserError
+from prdp_fast.core.records import Prompt, TextEmbeddings
 from prdp_fast.prompts import PromptSet, write_index, write_shards
-from prdp_fast.prompts.check import verify
 from prdp_fast.prompts.embeddings import MANIFEST, StoredEmbeddings, write_embeddings
-from prdp_fast.records import Prompt, TextEmbeddings
+from prdp_fast.prompts.verify import verify
 
 LENGTH, WIDTH = 5, 4
 
@@ -132,11 +132,11 @@ def test_the_embedded_model(directory: Path, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize("family", ["tiny", "sdxl"])
 def test_training_reads_them_instead_of_encoding(directory: Path, tmp_path: Path, family: str) -> None:
     """One epoch's text phase, both ways, through what the runner chooses."""
-    from prdp_fast import runner
-    from prdp_fast.job import Job
+    from prdp_fast.config.load import load_recipe
     from prdp_fast.models.pipeline import Pipeline
     from prdp_fast.models.text import TextEncoder
-    from prdp_fast.settings import load_recipe
+    from prdp_fast.planning.job import Job
+    from prdp_fast.training import trainer as runner
 
     model = family if family == "tiny" else str(build(family, tmp_path / family))
     assert cli.main(["embed", str(directory), "--model", model]) == 0

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from prdp_fast.errors import UserError
+from prdp_fast.core.errors import UserError
 from prdp_fast.prompts import sources
 from prdp_fast.prompts.sources import Row, Source
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from prdp_fast.errors import UserError
+from prdp_fast.core.errors import UserError
+from prdp_fast.core.records import Prompt
 from prdp_fast.prompts import PromptSet, PromptStream, ensure_scene_shards, stream, write_index, write_shards
-from prdp_fast.records import Prompt
 
 
 def _stream(directory: Path, **settings: int) -> PromptStream:
@@ -131,7 +131,7 @@ def test_large_set(scene_directory: Path) -> None:
 
 def test_scenes_come_from_the_cache(scene_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PRDP_CACHE", str(tmp_path))
-    monkeypatch.setattr("prdp_fast.prompts.build.build_scene_shards", lambda target: target.symlink_to(scene_directory))
+    monkeypatch.setattr("prdp_fast.prompts.shards.build_scene_shards", lambda target: target.symlink_to(scene_directory))
     assert len(PromptSet.open("scenes", "unseen_eval")) == 2048
     assert ensure_scene_shards().parent.parent == tmp_path / "prompts"
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prdp_fast import scenes
+from prdp_fast.world import scenes
 
 
 @settings(max_examples=200, deadline=None)

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 import prdp_fast
-from prdp_fast.errors import RewardError, UserError
+from prdp_fast.core.errors import RewardError, UserError
 from prdp_fast.rewards import build_reward, hpsv2
 from prdp_fast.rewards.aesthetic import build_head, head_tensors
 from prdp_fast.rewards.clip import processor_pixels
@@ -313,7 +313,7 @@ def test_the_whole_head_of_aesthetic_has_its_place() -> None:
 
 
 def test_where_the_weights_come_from(monkeypatch: pytest.MonkeyPatch, clip: Path, tmp_path: Path) -> None:
-    from prdp_fast import hub
+    from prdp_fast.core import hub
 
     asked: list[tuple[str, str]] = []
 

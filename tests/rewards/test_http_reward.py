@@ -25,12 +25,13 @@ import torch
 import uvicorn
 from PIL import Image
 
-from prdp_fast import cli, scenes
-from prdp_fast.errors import RewardError, UserError
+from prdp_fast import cli
+from prdp_fast.core.errors import RewardError, UserError
 from prdp_fast.rewards import Reward, RewardOutput
 from prdp_fast.rewards.http import HttpReward, encode_png
 from prdp_fast.rewards.registry import build_reward
 from prdp_fast.rewards.server import build_app, decode_images
+from prdp_fast.world import scenes
 
 N = 5
 IMAGES = torch.randint(0, 256, (N, 3, 16, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))

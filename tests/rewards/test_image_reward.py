@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional
 
-from prdp_fast.errors import RewardError, UserError
+from prdp_fast.core.errors import RewardError, UserError
 from prdp_fast.rewards import image_reward
 from prdp_fast.rewards.image_reward import Blip, ImageReward, renamed
 from prdp_fast.rewards.registry import build_reward

@@ -17,11 +17,11 @@ import torch
 from launching import ROOT
 from safetensors.torch import load_file
 
-from prdp_fast.errors import UserError
-from prdp_fast.records import Scores
+from prdp_fast.config.load import load_recipe
+from prdp_fast.core.errors import UserError
+from prdp_fast.core.records import Scores
 from prdp_fast.rewards import Reward, RewardOutput, WeightedRewards
 from prdp_fast.rewards.normalisation import Moments, moments_over_ranks
-from prdp_fast.settings import load_recipe
 
 IMAGES = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
 

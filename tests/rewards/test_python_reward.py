@@ -12,10 +12,10 @@ import pytest
 import torch
 from launching import deepspeed_command
 
-from prdp_fast.errors import RewardError, UserError
+from prdp_fast.config.recipe import RewardSettings
+from prdp_fast.core.errors import RewardError, UserError
 from prdp_fast.rewards import RewardOutput, build_rewards
 from prdp_fast.rewards.registry import build_reward
-from prdp_fast.settings import RewardSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGES = torch.stack([torch.full((3, 4, 4), value, dtype=torch.uint8) for value in (10, 20, 30)])

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from prdp_fast import scenes
-from prdp_fast.errors import RewardError, UserError
-from prdp_fast.rewards import shapes_alignment
-from prdp_fast.rewards.shapes_alignment import ShapesAlignment, read_images
+from prdp_fast.core.errors import RewardError, UserError
+from prdp_fast.rewards.shapes_alignment import ShapesAlignment
+from prdp_fast.world import reader, scenes
+from prdp_fast.world.reader import read_images
 
 COUNT = 96
 
@@ -102,7 +102,7 @@ def _read_plainly(image: torch.Tensor, scene: scenes.Scene) -> tuple[list[float]
     palette = torch.tensor(list(scenes.PALETTE.values()), dtype=torch.float64) / 255
     pixels = image.double().permute(1, 2, 0) / 255
     distance = (pixels[:, :, None] - palette).square().sum(-1)
-    shares = torch.softmax(-distance / (2 * shapes_alignment.COLOUR_SIGMA**2), dim=-1)
+    shares = torch.softmax(-distance / (2 * reader.COLOUR_SIGMA**2), dim=-1)
     found: dict[tuple[str, ...], float] = {}
     best: tuple[float, torch.Tensor, torch.Tensor, tuple[str, ...]] | None = None
     for shape in scenes.SHAPES:
@@ -131,7 +131,7 @@ def _read_plainly(image: torch.Tensor, scene: scenes.Scene) -> tuple[list[float]
             axis = ("shape", "size", "row", "column").index(attribute)
             forced = max(explained for labels, explained in found.items() if labels[axis] == value)
             lost = best[0] - forced
-            scores.append(math.exp(-lost / shapes_alignment.PIXELS) * (1 - math.exp(-gained / shapes_alignment.PIXELS)))
+            scores.append(math.exp(-lost / reader.PIXELS) * (1 - math.exp(-gained / reader.PIXELS)))
             right.append(best[3][axis] == value)
     return scores, right
 
@@ -149,7 +149,7 @@ def test_batched_reading_equals_the_plain_one(drawn: tuple[list[scenes.Scene], t
 
 
 def test_bands_of_rows_leave_no_covered_pixel_out() -> None:
-    templates = shapes_alignment._templates(torch.device("cpu"))
+    templates = reader._templates(torch.device("cpu"))
     whole = templates.masks[:, :2].double().sum((0, 2))  # pixels of all fills, and of all outlines
     bands = [block.masks.double().sum(0).chunk(2) for block in templates.blocks]
     read = torch.stack([torch.stack([half.sum() for half in band]) for band in bands]).sum(0)

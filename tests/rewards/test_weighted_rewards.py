@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from prdp_fast import scenes
-from prdp_fast.errors import UserError
+from prdp_fast.core.errors import UserError
 from prdp_fast.rewards import REWARDS, Reward, RewardError, RewardOutput, WeightedRewards, build_rewards
+from prdp_fast.world import scenes
 
 N = 3
 IMAGES = torch.zeros(N, 3, 32, 32, dtype=torch.uint8)

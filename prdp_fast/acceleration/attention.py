@@ -1,0 +1,152 @@
+"""Attention kernels of a U-Net, through diffusers' own dispatcher.
+
+`UNet2DConditionModel.set_attention_backend` does nothing by itself: its layers are diffusers' older `Attention`, whose processor
+calls torch's scaled_dot_product_attention and knows no backend. The processor here is the same arithmetic, sent through the
+dispatcher; `sdpa` leaves diffusers' own processor where it was.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch import nn
+
+# Our names and the dispatcher's. Several kernels can answer to one name; the first that works does.
+BACKENDS: dict[str, tuple[str, ...]] = {
+    "sdpa": ("native",),
+    "math": ("_native_math",),
+    "efficient": ("_native_efficient",),
+    "flash": ("flash", "_native_flash"),
+    "cudnn": ("_native_cudnn",),
+    "xformers": ("xformers",),
+}
+FUSED = ("to_qkv", "to_kv")  # the names diffusers gives the fused projections
+
+
+class DispatchedAttention(AttnProcessor2_0):
+    """`AttnProcessor2_0` with a choice of kernel, and with one product for q, k and v where the layer has been fused."""
+
+    _attention_backend: AttentionBackendName | None = None  # the attribute that `set_attention_backend` sets
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if attention_mask is not None or hidden_states.ndim != 3 or not is_plain(attn):
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        if getattr(attn, "fused_projections", False) and hasattr(attn, "to_qkv"):
+            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        elif getattr(attn, "fused_projections", False) and hasattr(attn, "to_kv"):
+            query, (key, value) = attn.to_q(hidden_states), attn.to_kv(context).chunk(2, dim=-1)
+        elif self._attention_backend == AttentionBackendName._NATIVE_MATH:
+            query, key, value = joined_projections(attn, hidden_states, encoder_hidden_states)
+        else:
+            query, key, value = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
+        query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))
+        # (rows, tokens, heads, head size), in and out: the dispatcher's layout
+        if self._attention_backend == AttentionBackendName._NATIVE_MATH:
+            result = plain_attention(query, key, value)
+        else:
+            result = dispatch_attention_fn(query, key, value, backend=self._attention_backend)
+        result = attn.to_out[1](attn.to_out[0](result.flatten(-2).to(query.dtype)))
+        if attn.residual_connection:
+            result = result + hidden_states
+        return result / attn.rescale_output_factor
+
+
+def joined_projections(
+    attn: Attention, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None
+) -> tuple[torch.Tensor, ...]:
+    """Query, key and value by products as wide as can be, of weights put together at every call, so that they stay trainable.
+
+    Narrow products are slow on a CPU: the embedded model's compiled forward is a tenth shorter so.
+    """
+    own = [attn.to_q, attn.to_k, attn.to_v] if encoder_hidden_states is None else [attn.to_k, attn.to_v]
+    if any(type(layer) is not nn.Linear or layer.bias is not None for layer in own):  # adapters, say
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        return attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
+    weight = torch.cat([layer.weight for layer in own])
+    if encoder_hidden_states is None:
+        return nn.functional.linear(hidden_states, weight).chunk(3, dim=-1)
+    return attn.to_q(hidden_states), *nn.functional.linear(encoder_hidden_states, weight).chunk(2, dim=-1)
+
+
+def plain_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """softmax(q k' / sqrt(d)) v written out, for compilers: the dispatcher's math kernel asks for it by a context manager, which
+    a trace leaves again before torch chooses, so that compiled code would hold the opaque CPU kernel after all.
+
+    Args: (rows, tokens, heads, head size) each. Returns: the same, in the dtype of `value`.
+    """
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    weights = torch.softmax((query @ key.transpose(-1, -2)).float() * query.shape[-1] ** -0.5, dim=-1)
+    return (weights.to(value.dtype) @ value).transpose(1, 2)
+
+
+def is_plain(attn: Attention) -> bool:
+    """Whether a layer has nothing between its inputs and the three projections, as in the blocks of Stable Diffusion."""
+    extras = (attn.spatial_norm, attn.group_norm, attn.norm_cross, attn.norm_q, attn.norm_k)
+    return all(extra is None or extra is False for extra in extras)
+
+
+def attention_layers(denoiser: nn.Module) -> Iterator[Attention]:
+    """The layers whose processor is diffusers' standard one or ours. Adapters' and others' are left alone."""
+    for module in denoiser.modules():
+        if isinstance(module, Attention) and type(module.processor) in (AttnProcessor2_0, DispatchedAttention):
+            yield module
+
+
+def set_attention(denoiser: Any, name: str) -> None:
+    """Give every layer the kernel `name` of BACKENDS. Raises: RuntimeError or ImportError if its library is missing."""
+    fused = any(getattr(layer, "fused_projections", False) for layer in attention_layers(denoiser))
+    if name == "sdpa" and not fused:
+        for layer in attention_layers(denoiser):
+            layer.set_processor(AttnProcessor2_0())
+        return
+    for layer in attention_layers(denoiser):
+        layer.set_processor(DispatchedAttention())
+    faults = []
+    for backend in BACKENDS[name]:
+        try:
+            denoiser.set_attention_backend(backend)
+            return
+        except (RuntimeError, ImportError) as error:
+            faults.append(str(error))
+    raise RuntimeError(faults[0])
+
+
+def candidates(device: torch.device) -> tuple[str, ...]:
+    """What may work on this device. Whether it does on this model's shapes and dtype, only a try shows."""
+    return ("sdpa", "math") if device.type != "cuda" else tuple(BACKENDS)
+
+
+def fuse_qkv(denoiser: nn.Module) -> None:
+    """One product for q, k and v (self-attention) or k and v (cross-attention). The weights are copied: for frozen models."""
+    for layer in attention_layers(denoiser):
+        if not is_plain(layer):
+            continue
+        if not any(hasattr(layer, name) for name in FUSED):
+            layer.fuse_projections(fuse=True)
+            for name in FUSED:
+                if hasattr(layer, name):
+                    getattr(layer, name).requires_grad_(False)
+        layer.fused_projections = True
+
+
+def unfuse_qkv(denoiser: nn.Module, *, forget: bool = False) -> None:
+    """Back to three products. forget: drop the copied weights too."""
+    for layer, name in itertools.product(attention_layers(denoiser), FUSED):
+        layer.fused_projections = False
+        if forget and hasattr(layer, name):
+            delattr(layer, name)

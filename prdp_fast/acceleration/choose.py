@@ -1,0 +1,419 @@
+"""What makes a denoiser call cheaper on this machine, chosen once when a job starts: `auto` takes what works and is faster.
+
+Nothing here changes what is computed beyond rounding: every choice is compared with the plain model on the job's own shapes.
+Rank 0 chooses for all ranks, or they would round differently.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from prdp_fast.acceleration import attention
+from prdp_fast.acceleration.compile import (
+    CompiledForward,
+    compile_blocks,
+    compile_frozen,
+    compile_trained,
+    own_forward,
+    raise_recompile_limit,
+    uncompile,
+    uncompiled,
+)
+from prdp_fast.acceleration.cuda_graph import CudaGraphForward
+from prdp_fast.acceleration.probe import Decision, DenoiserShapes, Probe, choose_variant, first_line, quiet
+from prdp_fast.config.recipe import PerformanceSettings
+from prdp_fast.core.errors import UserError
+
+NO_FASTER = "no faster"
+PROBE_ROWS = {"cpu": 16, "cuda": 32}  # enough to compare kernels by, and short
+# Of the largest attention, up to which compiled code may write out the matrix of all pairs of tokens.
+FEW_TOKENS = 256
+
+
+@dataclass
+class Acceleration:
+    """What was chosen and why, by setting."""
+
+    decisions: dict[str, Decision] = field(default_factory=dict)
+    # What the rollout calls for a denoiser that `ZeroEngine.sampling_denoiser` gives it.
+    sampling_view: Callable[[nn.Module], Callable[..., Any]] = lambda denoiser: denoiser
+
+    def __str__(self) -> str:
+        return "\n".join(["performance", *(f"  {name:16} {decision}" for name, decision in self.decisions.items())])
+
+    def record(self) -> dict[str, Any]:
+        return {name: asdict(decision) for name, decision in self.decisions.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------------- choices
+def choose_attention(setting: str, probe: Probe, compiling: bool, remembered: str | None) -> Decision:
+    """Choose and set the kernel of the probe's denoiser. Raises: UserError if the one that was set does not work."""
+    variants: dict[str, Callable[[], None]] = {
+        name: partial(attention.set_attention, probe.denoiser, name) for name in attention.candidates(probe.device)
+    }
+    if setting != "auto":
+        if setting not in variants:
+            raise UserError(f"performance.attention is {setting}, which needs a CUDA device; set auto or sdpa")
+        return Decision(try_attention(setting, probe, variants), "as set")
+    lost = ""
+    if remembered is not None:
+        try:
+            if remembered not in variants:
+                raise UserError(f"{remembered} needs another device than {probe.device.type}")
+            return Decision(try_attention(remembered, probe, variants), "as this run chose when it started")
+        except UserError as error:
+            lost = f"; {error}"
+    _, height, width = probe.shapes.latent_shape
+    if compiling and probe.device.type == "cpu" and height * width <= FEW_TOKENS:
+        # Torch's CPU kernel is opaque to the compiler, which fuses the plain arithmetic with what surrounds it.
+        with contextlib.suppress(UserError):
+            reason = f"compiled, and no more than {FEW_TOKENS} tokens{lost}"
+            return Decision(try_attention("math", probe, variants), reason)
+    chosen, times, faults = choose_variant(probe, variants, "sdpa")
+    out = "".join(f"; no {name}: {reason}" for name, reason in faults.items())
+    return Decision(chosen, f"fastest forward and backward, {probe.rows} rows{out}{lost}", times)
+
+
+def try_attention(name: str, probe: Probe, variants: dict[str, Callable[[], None]]) -> str:
+    inputs = probe.inputs()
+    variants["sdpa"]()
+    expected = probe.run(inputs)
+    try:
+        with quiet():
+            variants[name]()
+            probe.check(probe.run(inputs), expected)
+    except Exception as error:
+        variants["sdpa"]()
+        raise UserError(f"performance.attention {name} does not work here: {first_line(error)}; set auto or sdpa") from None
+    return name
+
+
+def choose_switch(
+    name: str, setting: str, probe: Probe, on: Callable[[], None], off: Callable[[], None], remembered: str | None
+) -> Decision:
+    """A switch of the frozen reference, measured. Raises: UserError if `on` is set and it does not work."""
+    if setting == "auto" and remembered is None:
+        chosen, times, faults = choose_variant(probe, {"off": off, "on": on}, "off")
+        return Decision(chosen, faults.get("on", f"reference, forward of {probe.rows} rows"), times)
+    value, reason = (
+        (remembered, "as this run chose when it started") if setting == "auto" else (setting, "as set; reference only")
+    )
+    if value == "on":
+        try:
+            on()
+        except Exception as error:
+            raise UserError(f"performance.{name} is on, but fails here: {first_line(error)}; set auto or off") from None
+    return Decision(str(value), reason)
+
+
+def choose_fuse_qkv(setting: str, probe: Probe, kernel: str, remembered: str | None) -> Decision:
+    denoiser = probe.denoiser
+
+    def on() -> None:
+        attention.fuse_qkv(denoiser)
+        attention.set_attention(denoiser, kernel)
+
+    def off() -> None:
+        attention.unfuse_qkv(denoiser)
+        attention.set_attention(denoiser, kernel)
+
+    decision = choose_switch("fuse_qkv", setting, probe, on, off, remembered)
+    if decision.value == "off":
+        attention.unfuse_qkv(denoiser, forget=True)
+    return decision
+
+
+def choose_channels_last(setting: str, probe: Probe, compiling: bool, remembered: str | None) -> Decision:
+    def on() -> None:
+        probe.denoiser.to(memory_format=torch.channels_last)
+
+    def off() -> None:
+        probe.denoiser.to(memory_format=torch.contiguous_format)
+
+    if setting == "auto" and probe.device.type == "cpu":
+        return Decision("off", "a CPU's convolutions reorder their inputs in any case")
+    if setting == "auto" and compiling:
+        return Decision("off", "the compiler chooses layouts itself")
+    return choose_switch("channels_last", setting, probe, on, off, remembered)
+
+
+ROLES = ("trained", "rollout", "reference")
+
+
+def plan_compiling(setting: str, device: torch.device, stage: int, past: dict[str, str]) -> dict[str, Decision]:
+    """How each denoiser is to be compiled, and why. Nothing is tried yet."""
+    if setting == "off":
+        return dict.fromkeys(ROLES, Decision("off", "as set"))
+    if setting == "auto" and device.type != "cuda":
+        reason = "auto on a CPU: compiling takes minutes and saves 10 to 15%; full pays in jobs of hours, or from compile_cache"
+        return dict.fromkeys(ROLES, Decision("off", reason))
+    # The trained one's blocks start soon and leave DeepSpeed's hooks between them; the others have none.
+    auto = {"trained": "blocks", "rollout": "full", "reference": "full"}
+    plan = {role: Decision(mode if setting == "auto" else setting, setting) for role, mode in auto.items()}
+    if setting == "auto":
+        failed = Decision("off", "as this run chose when it started")
+        plan |= {role: failed for role in ROLES if past.get(f"compile {role}", past.get("compile")) == "off"}
+    if stage == 3:
+        plan["trained"] = Decision("off", "ZeRO-3 gathers weights in hooks of every layer, at every call")
+    return plan
+
+
+# ---------------------------------------------------------------------------------------------------------------- compiling
+@dataclass(frozen=True)
+class Ranks:
+    """What choosing needs of the process group, which this floor does not know."""
+
+    rank: int = 0
+    gather: Callable[[Any], list[Any]] = lambda value: [value]  # every rank's value, on every rank
+
+    def first(self, run: Callable[[], Decision]) -> Decision:
+        """What rank 0 decides, undisturbed by the others, who wait. Its UserError is raised on all."""
+        decision, fault = None, None
+        if self.rank == 0:
+            try:
+                decision = run()
+            except UserError as error:
+                fault = str(error)
+        decision, fault = self.gather((decision, fault))[0]
+        if decision is None:
+            raise UserError(fault)
+        return decision
+
+    def in_turn(self, run: Callable[[], str | None]) -> str | None:
+        """Rank 0 before the others, which then find what it compiled in the cache. Returns: the first fault of any rank."""
+        fault = run() if self.rank == 0 else None
+        faults = self.gather(fault)
+        if not any(faults) and len(faults) > 1:
+            faults = self.gather(run() if self.rank else None)
+        return next((fault for fault in faults if fault), None)
+
+
+def try_fast(probe: Probe, build: Callable[[], Callable[..., Any]], times: dict[str, float]) -> None:
+    """Build a fast forward of the probe's denoiser, compare it with the plain one, and time both. Raises: whatever goes wrong."""
+    inputs = probe.inputs()
+
+    def plain() -> list[torch.Tensor]:
+        with uncompiled():
+            return probe.run(inputs, own_forward(probe.denoiser))
+
+    expected = plain()
+    start = time.perf_counter()
+    with quiet():
+        fast = build()
+        probe.check(probe.run(inputs, fast), expected)
+    times["first call"] = round((time.perf_counter() - start) * 1000)
+    times |= probe.time({"plain": plain, "fast": lambda: probe.run(inputs, fast)})
+
+
+def choose_fast(
+    name: str,
+    setting: str,
+    probe: Probe,
+    ranks: Ranks,
+    build: Callable[[], Callable[..., Any]],
+    undo: Callable[[], None],
+    *,
+    insists: bool,
+    remembered: bool = False,
+) -> Decision:
+    """Keep a fast forward if it works on every rank and, where the choice is ours, is faster on rank 0.
+
+    Args:
+        setting: what is logged if it is kept.
+        insists: the user set it: a fault is a UserError, and a slower one stays.
+        remembered: the run that is resumed had it: a slower one stays.
+    """
+    times: dict[str, float] = {}
+
+    def run() -> str | None:
+        try:
+            try_fast(probe, build, times)
+        except Exception as error:  # a compiler, its toolchain, a wrong result: the plain model is there for all of them
+            return first_line(error)
+        return None
+
+    fault = ranks.in_turn(run)
+    if fault is None and not insists and not remembered and ranks.gather(times["fast"] >= times["plain"])[0]:
+        fault = NO_FASTER
+    if fault is None:
+        return Decision(setting, f"{probe.rows} rows" + (", forward and backward" if probe.gradients else ", forward"), times)
+    undo()
+    if insists:
+        raise UserError(f"performance.{name} does not work here: {fault}; set auto or off")
+    return Decision("off", fault, times)
+
+
+@dataclass(frozen=True)
+class Denoisers:
+    """Of one rank. The trained one's weights are whole in `gathered` alone at ZeRO-3."""
+
+    trained: nn.Module
+    gathered: nn.Module | None
+    reference: nn.Module | None  # None with an adapter, where it is `sampled` without it, and if the objective needs none
+    has_adapter: bool = False
+
+    @property
+    def sampled(self) -> nn.Module:
+        return self.trained if self.gathered is None else self.gathered
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return (denoiser for denoiser in (self.trained, self.gathered, self.reference) if denoiser is not None)
+
+
+def compile_denoisers(
+    denoisers: Denoisers,
+    plan: dict[str, Decision],
+    past: dict[str, str],
+    insists: bool,
+    probe: Callable[..., Probe],
+    train_rows: int,
+    sample_rows: int,
+    ranks: Ranks,
+    blocks: Collection[str],
+) -> tuple[dict[str, Decision], Callable[..., Any] | None]:
+    """Compile each denoiser as planned. Returns: decisions, and what the rollout calls; None: the denoiser itself."""
+    if all(decision.value == "off" for decision in plan.values()):
+        return {"compile": plan["rollout"]}, None
+    raise_recompile_limit()
+    trained, sampled, reference = denoisers.trained, denoisers.sampled, denoisers.reference
+    # Not the trained denoiser's compiled forward: that one keeps activations for a backward, and a rollout has none.
+    rollout = [own_forward(sampled)]
+
+    def build_trained() -> Callable[..., Any]:
+        compile_trained(trained, plan["trained"].value, blocks, {train_rows, sample_rows})
+        return trained
+
+    def build_rollout() -> Callable[..., Any]:
+        if plan["rollout"].value == "full":
+            rollout.append(CompiledForward(rollout[0], [sample_rows]))
+        elif sampled is not trained:  # otherwise its blocks are compiled already
+            compile_blocks(sampled, blocks, [sample_rows])
+        return rollout[-1]
+
+    def build_reference() -> Callable[..., Any]:
+        assert reference is not None
+        compile_frozen(reference, plan["reference"].value, blocks, [train_rows])
+        return reference
+
+    def undo_rollout() -> None:
+        del rollout[1:]
+        if sampled is not trained:
+            uncompile(sampled)
+
+    tries: dict[str, tuple[Probe, Callable[[], Callable[..., Any]], Callable[[], None]]] = {
+        "trained": (probe(trained, train_rows, gradients=True), build_trained, lambda: uncompile(trained)),
+        "rollout": (probe(sampled, sample_rows), build_rollout, undo_rollout),
+    }
+    if reference is not None:
+        tries["reference"] = (probe(reference, train_rows), build_reference, lambda: uncompile(reference))
+    decisions: dict[str, Decision] = {}
+    for role, (of, build, undo) in tries.items():
+        name, decision = f"compile {role}", plan[role]
+        if decision.value != "off":
+            decision = choose_fast(
+                "compile", decision.value, of, ranks, build, undo, insists=insists, remembered=name in past
+            )  # fmt: skip
+        decisions[name] = decision
+        if role == "trained" and decision.value == "off" and decision.reason not in (NO_FASTER, plan[role].reason):
+            return {"compile": decision}, None  # a compiler that fails once fails again, and takes as long
+    return decisions, rollout[-1]
+
+
+def capture(
+    setting: str, stage: int, probe: Probe, rollout: Callable[..., Any] | None, ranks: Ranks
+) -> tuple[Callable[..., Any] | None, Decision]:
+    """Capture what the rollout calls. Returns: the new callable, or the one given."""
+    reason = "as set"
+    if probe.device.type != "cuda":
+        reason = "needs a CUDA device"
+    elif stage == 3:
+        reason = "at ZeRO-3 the rollout's weights move to the host after every rollout, and a graph knows addresses"
+    if setting == "off" or reason != "as set":
+        if setting == "on":
+            raise UserError(f"performance.cuda_graphs is on, but {reason}; set auto or off")
+        return rollout, Decision("off", reason)
+    captured = CudaGraphForward(rollout or own_forward(probe.denoiser), [probe.rows])
+    decision = choose_fast(
+        "cuda_graphs", "on", probe, ranks, lambda: captured, captured.graphs.clear, insists=setting == "on"
+    )  # fmt: skip
+    return (rollout if decision.value == "off" else captured), decision
+
+
+# ------------------------------------------------------------------------------------------------------------------ the whole
+def accelerate(
+    denoisers: Denoisers,
+    performance: PerformanceSettings,
+    shapes: DenoiserShapes,
+    *,
+    train_rows: int,
+    sample_rows: int,
+    stage: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    ranks: Ranks = Ranks(),
+    remembered: dict[str, Any] | None = None,
+) -> Acceleration:
+    """Choose, set and check everything that is about a denoiser. Every rank must call it, before the first forward.
+
+    Args:
+        train_rows, sample_rows: denoiser rows of a micro-batch of the update (and the reference pass) and of a rollout step.
+        remembered: on rank 0, the `record` of the run that is resumed, whose measured choices it keeps: others would round
+            differently.
+    Raises: UserError if a setting insists on what does not work here.
+    """
+    past = {name: decision["value"] for name, decision in (ranks.gather(remembered)[0] or {}).items()}
+    plan = plan_compiling(performance.compile, device, stage, past)
+
+    def probe(denoiser: nn.Module, rows: int, gradients: bool = False) -> Probe:
+        return Probe(denoiser, shapes, rows, device, dtype, gradients)
+
+    result = Acceleration()
+    decisions = result.decisions
+    compiling = any(decision.value != "off" for decision in plan.values())
+    few_rows = min(PROBE_ROWS.get(device.type, PROBE_ROWS["cpu"]), train_rows)
+    # One kernel for all denoisers, chosen where most of the time goes: in the update.
+    chooser = probe(denoisers.sampled, few_rows, gradients=True)
+    decisions["attention"] = ranks.first(
+        lambda: choose_attention(performance.attention, chooser, compiling, past.get("attention"))
+    )
+    kernel = decisions["attention"].value
+    for denoiser in denoisers:
+        attention.set_attention(denoiser, kernel)
+    if denoisers.reference is not None:
+        frozen, optimizes = probe(denoisers.reference, few_rows), plan["reference"].value != "off"
+        decisions["channels_last"] = ranks.first(
+            lambda: choose_channels_last(performance.channels_last, frozen, optimizes, past.get("channels_last"))
+        )
+        if decisions["channels_last"].value == "on":  # on the ranks that measured otherwise
+            denoisers.reference.to(memory_format=torch.channels_last)
+        decisions["fuse_qkv"] = ranks.first(lambda: choose_fuse_qkv(performance.fuse_qkv, frozen, kernel, past.get("fuse_qkv")))
+        if decisions["fuse_qkv"].value == "on":
+            attention.fuse_qkv(denoisers.reference)
+        else:
+            attention.unfuse_qkv(denoisers.reference, forget=True)
+        attention.set_attention(denoisers.reference, kernel)
+    elif denoisers.has_adapter:
+        if performance.fuse_qkv == "on":
+            raise UserError(
+                "performance.fuse_qkv is on, but with model.lora nothing is frozen whose weights it could join; set auto or off"
+            )
+        decisions["fuse_qkv"] = Decision("off", "model.lora: the layers of an adapter stay three products")
+
+    made, rollout = compile_denoisers(
+        denoisers, plan, past, performance.compile != "auto", probe, train_rows, sample_rows, ranks, shapes.repeated_blocks
+    )
+    decisions |= made
+    rollout, decisions["cuda_graphs"] = capture(
+        performance.cuda_graphs, stage, probe(denoisers.sampled, sample_rows), rollout, ranks
+    )  # fmt: skip
+    if rollout is not None:
+        result.sampling_view = lambda denoiser: rollout
+    return result

@@ -1,0 +1,44 @@
+"""Encode the prompts of a directory once and store the embeddings beside its shards.
+
+    prdp embed prompts/mine --model tiny
+
+float16; Stable Diffusion takes 118 KB a prompt, 12 GB for 100,000.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from prdp_fast.core.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=Path, metavar="DIR", help="built by 'prdp shards build'")
+    parser.add_argument("--model", required=True, metavar="MODEL", help="as model.pretrained in a recipe")
+    parser.add_argument("--batch", type=int, default=64, metavar="N", help="prompts encoded at once (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the path of embeddings.json last. Raises: UserError if the directory or the model cannot be read."""
+    import torch
+
+    from prdp_fast.models.pipeline import Pipeline
+    from prdp_fast.models.text import TextEncoder
+    from prdp_fast.prompts.embeddings import StoredEmbeddings, write_embeddings
+    from prdp_fast.prompts.shards import INDEX, read_index
+
+    if args.batch < 1:
+        raise UserError(f"--batch is {args.batch}; expected at least 1")
+    read_index(args.directory / INDEX)  # before a model is loaded
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline = Pipeline.load(args.model, device, frozen_dtype=torch.float32)
+    encoder = TextEncoder(pipeline, torch.float32)
+    path = write_embeddings(args.directory, encoder.encode, model=args.model, batch=args.batch)
+    stored = StoredEmbeddings.open(args.directory)
+    assert stored is not None
+    megabytes = sum(entry.bytes for entry in stored.manifest.files) / 1e6
+    shapes = ", ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in stored.manifest.shapes.items())
+    print(f"{len(stored):,} prompts, {shapes}, {megabytes:,.1f} MB")
+    print(path)
+    return 0

@@ -1,0 +1,138 @@
+"""Finetune a text-to-image diffusion model on rewards.
+
+    deepspeed prdp_fast/train.py --config zero2.json
+    deepspeed --num_gpus 8 prdp_fast/train.py --config zero2.json --recipe my_recipe.yaml --set schedule.epochs=200
+    prdp train --num_gpus 8 --config zero2.json --recipe my_recipe.yaml
+
+--config is a plain DeepSpeed JSON: how the job is spread. --recipe is a YAML: what the job is. The run directory is printed last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from prdp_fast.config.load import find_recipe, load_recipe
+from prdp_fast.core.errors import OneRankError, UserError
+from prdp_fast.core.run_directory import RUN, SUMMARY
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", default="zero2.json", help="DeepSpeed JSON; a bare name is looked up in configs/")
+    parser.add_argument("--recipe", default="tiny", help="YAML; a bare name is looked up in configs/recipes/")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE")
+    parser.add_argument("--output", type=Path, help="run directory; default: runs/RECIPE-seedSEED-JOBHASH")
+    parser.add_argument("--resume", default="auto", metavar="auto|never|DIR", help="continue this job's run if there is one")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved job and its cost, and stop")
+    parser.add_argument("--seed", type=int, help="overrides the recipe's seed")
+    parser.add_argument(
+        "--num_gpus", type=int, metavar="N", help="start N ranks with DeepSpeed's launcher; without it, this process is the job"
+    )
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)  # launchers pass it
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`prdp_fast/train.py`, which launchers run. Returns: the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    try:
+        return run(parser.parse_args(arguments))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+def run(args: argparse.Namespace) -> int:
+    """Raises: UserError, on rank 0 alone: every rank finds the same fault, and one line is enough."""
+    try:
+        return launch(args) if args.num_gpus is not None else train(args)
+    except UserError:
+        if os.environ.get("RANK", "0") == "0":
+            raise
+        return 2
+
+
+def launch(args: argparse.Namespace) -> int:
+    """Become DeepSpeed's launcher, with the same arguments."""
+    if "RANK" in os.environ:
+        raise UserError(f"--num_gpus {args.num_gpus} inside a launched job; give it to the launcher, or leave it out")
+    beside = Path(sys.executable).with_name("deepspeed")
+    launcher = str(beside) if beside.is_file() else shutil.which("deepspeed")
+    if launcher is None:
+        raise UserError("--num_gpus needs the command deepspeed, which is not on the path; run pip install deepspeed")
+    own = ["--config", args.config, "--recipe", args.recipe, "--resume", args.resume]
+    own += [word for override in args.overrides for word in ("--set", override)]
+    own += [
+        word for name in ("output", "seed") if (value := getattr(args, name)) is not None for word in (f"--{name}", str(value))
+    ]
+    own += ["--dry-run"] if args.dry_run else []
+    sys.stdout.flush()
+    os.execv(launcher, [launcher, "--num_gpus", str(args.num_gpus), "--module", "prdp_fast.train", *own])
+
+
+def train(args: argparse.Namespace) -> int:
+    settings = load_recipe(args.recipe, args.overrides, seed=args.seed)
+    settings.check_ranks(int(os.environ.get("WORLD_SIZE", "1")))
+
+    import torch  # heavy imports come after the recipe's typos
+
+    from prdp_fast.core import distributed
+    from prdp_fast.planning.job import Job
+
+    cuda = torch.cuda.is_available()
+    job = Job.prepare(settings, args.config, world_size=distributed.world_size(), cuda=cuda)
+    output = choose_output(args, job.record())
+    if args.dry_run:
+        from prdp_fast.planning.dry_run import dry_run
+
+        if distributed.is_main():
+            print(json.dumps({"output": str(output)} | job.record(), indent=2))
+            print(*dry_run(job, torch.cuda.get_device_name() if cuda else None), sep="\n")
+        return 0
+
+    from prdp_fast.core import run_directory
+    from prdp_fast.reporting.tables import print_summary
+    from prdp_fast.training.trainer import Trainer
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    device = distributed.init()
+    try:
+        run_directory.claim_by_main(output, job.record(), args.resume)
+        summary = Trainer.build(job, device, output).train()
+        if distributed.is_main():
+            print_summary(summary)
+            print(output, flush=True)
+    except OneRankError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        if job.world_size > 1:
+            os._exit(2)  # the others wait in a collective, and taking leave of them properly would wait too
+        return 2
+    finally:
+        distributed.shutdown()
+    return 0
+
+
+def choose_output(args: argparse.Namespace, record: dict[str, object]) -> Path:
+    """The run directory: as given, or one that the same command finds again, so that `--resume auto` needs no path."""
+    if args.resume not in ("auto", "never"):
+        directory = Path(args.resume)
+        if not (directory / RUN).is_file():
+            raise UserError(f"--resume {directory}: no run there (run.json is missing); expected auto, never or a run directory")
+        if args.output and args.output.resolve() != directory.resolve():
+            raise UserError(f"--resume {directory} continues in place, but --output is {args.output}; give one of the two")
+        return directory.resolve()
+    if args.output:
+        return args.output.resolve()
+    digest = hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=4).hexdigest()
+    base = Path("runs").resolve() / f"{find_recipe(args.recipe).stem}-seed{record['recipe']['seed']}-{digest}"  # type: ignore[index]
+    candidate, number = base, 1
+    # A finished run is never continued by accident, and with "never" neither is an unfinished one.
+    while (candidate / SUMMARY).exists() or (args.resume == "never" and candidate.exists()):
+        number += 1
+        candidate = base.with_name(f"{base.name}-{number}")
+    return candidate

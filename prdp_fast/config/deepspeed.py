@@ -1,0 +1,154 @@
+"""A DeepSpeed JSON resolved against the recipe: how a job is spread over a machine. Imports nothing of DeepSpeed."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prdp_fast.config.load import CONFIGS
+from prdp_fast.config.recipe import Settings
+from prdp_fast.core.errors import UserError
+
+
+@dataclass(frozen=True)
+class DeepSpeedConfig:
+    """A DeepSpeed JSON with every "auto" resolved."""
+
+    path: Path
+    values: dict[str, Any]  # what deepspeed.initialize is given
+    stage: int
+    dtype: torch.dtype  # of the policy's weights and matrix products
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        return self.values["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
+
+    def coalesces(self, wanted: str) -> bool:
+        """Whether the gradients of an update are reduced over ranks once, after its last micro-batch.
+
+        Stages 1 to 3 in float32. In 16 bits DeepSpeed would add up an update's micro-batches in 16 bits until they are reduced,
+        which loses the small ones. Every rank then holds all gradients, so "auto" leaves it off at stage 3, where weights are
+        sharded for want of room.
+
+        Args: wanted: performance.coalesce_gradients.
+        Raises: UserError if it is "on" and impossible.
+        """
+        if self.stage > 0 and self.dtype == torch.float32:
+            return wanted == "on" or (wanted == "auto" and self.stage < 3)
+        if wanted == "on":
+            reason = (
+                "at ZeRO stage 0 gradients are reduced once an update in any case" if self.stage == 0
+                else f"DeepSpeed would add the gradients of an update up in {self.dtype}"
+            )  # fmt: skip
+            raise UserError(f"performance.coalesce_gradients is on, but {reason}; set auto, or another --config")
+        return False
+
+
+def find_config(name: str) -> Path:
+    for candidate in (Path(name), CONFIGS / name, CONFIGS / f"{name}.json"):
+        if candidate.is_file():
+            return candidate
+    known = ", ".join(sorted(path.name for path in CONFIGS.glob("*.json")))
+    raise UserError(f"--config {name!r} is neither a file nor one of the shipped configurations; known: {known}")
+
+
+def resolve_config(name: str, settings: Settings, *, world_size: int, stochastic_steps: int, cuda: bool) -> DeepSpeedConfig:
+    """Fill in "auto" and refuse a value that contradicts the recipe.
+
+    Args:
+        name: path, or name of a file in configs/.
+        stochastic_steps: S, the steps of a trajectory that have a log-prob.
+        cuda: whether the job runs on CUDA, where "auto" precision is bf16 (float32 at stage 0 and on a CPU).
+    Raises: UserError naming the file, the DeepSpeed key and the recipe's key.
+    """
+    path = find_config(name)
+    try:
+        config = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path.name}: not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"config {path.name}: expected a DeepSpeed configuration object, got {type(config).__name__}")
+
+    def settle(section: dict[str, Any], key: str, value: Any, recipe_key: str, shown: str = "") -> Any:
+        """The recipe's value, which the configuration may leave out, leave to "auto" or repeat, but not contradict."""
+        given = section.pop(key, "auto")
+        same = given == "auto" or (list(given) == list(value) if isinstance(value, (list, tuple)) else given == value)
+        if not same:
+            raise UserError(
+                f"config {path.name}: {shown or key} is {given}, but the recipe's {recipe_key} makes it {value}; "
+                f'write "auto", or change one of the two'
+            )
+        return value
+
+    schedule, optimizer = settings.schedule, settings.optimizer
+    trajectories = schedule.prompts_per_epoch * schedule.images_per_prompt
+    # DeepSpeed wants numbers, and uses them for nothing here: every update says which backward is its last. So "auto", which is
+    # found when the job starts, is 1 to DeepSpeed, and the job's record does not depend on the memory that happened to be free.
+    micro_batch = 1 if schedule.micro_batch == "auto" else schedule.micro_batch
+    accumulation = math.ceil(trajectories * stochastic_steps / world_size / micro_batch)
+    for key, value, recipe_key in (
+        ("train_batch_size", micro_batch * accumulation * world_size, "schedule (rows of one update over all ranks)"),
+        ("train_micro_batch_size_per_gpu", micro_batch, "schedule.micro_batch"),
+        ("gradient_accumulation_steps", accumulation, "schedule (prompts x images x steps / ranks / micro_batch)"),
+    ):
+        settle(config, key, "auto" if schedule.micro_batch == "auto" else value, recipe_key)
+        if key != "train_batch_size":
+            config[key] = value
+    # DeepSpeed clips at 1.0 when nothing is said, so it is always said.
+    config["gradient_clipping"] = settle(config, "gradient_clipping", optimizer.max_grad_norm, "optimizer.max_grad_norm")
+    config.setdefault("steps_per_print", 1_000_000_000)
+
+    section = config.pop("optimizer", {})
+    kind = section.get("type", "AdamW")
+    if kind.lower() != "adamw":
+        raise UserError(f"config {path.name}: optimizer.type is {kind!r}; expected 'AdamW', the optimizer of the recipe")
+    parameters = dict(section.get("params", {}))
+    settle(parameters, "lr", optimizer.learning_rate, "optimizer.learning_rate", "optimizer.params.lr")
+    settle(parameters, "betas", optimizer.betas, "optimizer.betas", "optimizer.params.betas")
+    settle(parameters, "eps", optimizer.eps, "optimizer.eps", "optimizer.params.eps")
+    settle(parameters, "weight_decay", optimizer.weight_decay, "optimizer.weight_decay", "optimizer.params.weight_decay")
+    if parameters:
+        raise UserError(
+            f"config {path.name}: optimizer.params.{next(iter(parameters))} has no counterpart in the recipe; remove it"
+        )
+    if "scheduler" in config:
+        raise UserError(f"config {path.name}: a 'scheduler' section contradicts the recipe's optimizer.warmup_updates; remove it")
+
+    zero = config.setdefault("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"config {path.name}: zero_optimization.stage is {stage!r}; expected 0, 1, 2 or 3")
+    if settings.model.ema_decay is not None and stage == 3:
+        raise UserError(
+            f"model.ema_decay with config {path.name}: at ZeRO stage 3 no average is kept; use stage 0, 1 or 2, or set ema_decay "
+            "null"
+        )
+    for key in [key for key, value in zero.items() if value == "auto"]:
+        del zero[key]  # DeepSpeed's own default
+    return DeepSpeedConfig(path, config, stage, _resolve_precision(path, config, stage, cuda))
+
+
+def _resolve_precision(path: Path, config: dict[str, Any], stage: int, cuda: bool) -> torch.dtype:
+    bf16, fp16 = config.setdefault("bf16", {}), config.setdefault("fp16", {})
+    if fp16.get("enabled", False) == "auto":
+        fp16["enabled"] = False
+    if bf16.get("enabled", "auto") == "auto":
+        bf16["enabled"] = cuda and stage > 0 and not fp16.get("enabled", False)
+    if bf16["enabled"] and fp16.get("enabled", False):
+        raise UserError(f"config {path.name}: bf16 and fp16 are both enabled; enable one")
+    half = bf16["enabled"] or fp16.get("enabled", False)
+    if half and stage == 0:
+        raise UserError(
+            f"config {path.name}: stage 0 adds the gradients of hundreds of micro-batches up in 16 bits, which loses the small "
+            "ones; use stage 1 (it adds in float32), or turn bf16/fp16 off"
+        )
+    if half:
+        config["data_types"] = {"grad_accum_dtype": "fp32"} | config.get("data_types", {})
+    if bf16["enabled"] and stage > 1:
+        bf16["check_grad_overflow"] = True  # a non-finite gradient never reaches the weights
+    return torch.bfloat16 if bf16["enabled"] else torch.float16 if half else torch.float32

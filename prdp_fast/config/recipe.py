@@ -1,0 +1,232 @@
+"""The recipe: what a job is. YAML validated by pydantic, where an unknown key fails and names the nearest known one.
+
+How the job is spread over devices is DeepSpeed's own JSON (`deepspeed.py`).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from prdp_fast.core.errors import UserError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def _switch(value: Any) -> Any:
+    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+
+# YAML reads on and off as booleans.
+Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)]
+
+
+def _micro_batch(value: Any) -> Any:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise ValueError(f"{value!r}; expected a whole number of rows, at least 1, or auto")
+
+
+class LoraSettings(Section):
+    """A low-rank adapter (arXiv:2106.09685) that is trained in place of the U-Net's own weights."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float | None = Field(None, gt=0, description="the adapter is scaled by alpha / rank; null: alpha = rank")
+    targets: list[str] = Field(
+        ["to_q", "to_k", "to_v", "to_out.0"], min_length=1, description="layers that get one, by the end of their name"
+    )
+
+
+class ModelSettings(Section):
+    pretrained: str = Field("tiny", description="'tiny' (embedded), a diffusers directory, or a hub id")
+    lora: LoraSettings | None = Field(None, description="null trains the whole U-Net")
+    ema_decay: float | None = Field(
+        None, gt=0, lt=1, description="evaluate and export a moving average of the trained weights, e.g. 0.999; stages 0 to 2"
+    )
+    push_to_hub: str | None = Field(
+        None, description="hub id (owner/name) that gets the result at the end; a repository that is new there is private"
+    )
+
+    @field_validator("push_to_hub")
+    @classmethod
+    def _check_hub_id(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", value):
+            raise ValueError(f"{value!r} is no hub id; expected owner/name")
+        return value
+
+
+class SamplerSettings(Section):
+    num_inference_steps: int = Field(50, ge=1, description="T")
+    guidance_scale: float | None = Field(5.0, description="s of classifier-free guidance; null samples without it")
+    guidance_interval: tuple[int, int] | None = Field(
+        None,
+        description="guide only at timesteps from the first to the second (arXiv:2404.07724); steps outside cost one evaluation",
+    )
+    scheduler: Literal["DDPMScheduler", "DDIMScheduler"] | None = Field(
+        None,
+        description="sample with this class on the model's noise schedule; null: its own if it is one of them, else DDIM",
+    )
+    eta: float = Field(1.0, description="DDIM's share of noise, 0 < eta <= 1; DDPM has only 1")
+    rollout_batch: int = Field(
+        64, ge=1, description="trajectories per U-Net call (guidance doubles the rows); changes speed only"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> SamplerSettings:
+        if self.guidance_scale is not None and self.guidance_scale <= 1:
+            raise ValueError(
+                f"guidance_scale {self.guidance_scale} with classifier-free guidance; expected more than 1, "
+                "or null to sample without guidance at half the cost"
+            )
+        if self.guidance_interval is not None:
+            low, high = self.guidance_interval
+            if self.guidance_scale is None:
+                raise ValueError("guidance_interval without guidance_scale; set guidance_scale, or remove the interval")
+            if not 0 <= low <= high:
+                raise ValueError(f"guidance_interval [{low}, {high}]; expected timesteps with 0 <= first <= second")
+        if not 0 < self.eta <= 1:
+            raise ValueError(f"eta {self.eta}; expected 0 < eta <= 1: without noise a step has no density to train")
+        return self
+
+
+class PromptSettings(Section):
+    source: str = Field("scenes", description="'scenes' (embedded world), 'animals' (45), a shard directory, or a .txt file")
+    train: str = Field("train", description="name of the set that is trained on")
+    seen: str = Field("seen_eval", description="evaluation set of prompts that training may draw")
+    unseen: str = Field("unseen_eval", description="evaluation set of prompts that training never draws")
+    limit: int | None = Field(None, ge=1, description="train on this many prompts of the set, chosen once by a fixed seed")
+    stored_embeddings: bool = Field(
+        False, description="read the float16 embeddings that `prdp embed` left beside the shards; the text encoder rests"
+    )
+
+
+class RewardSettings(Section):
+    name: str
+    weight: float = 1.0
+    options: dict[str, Any] = {}
+    normalise: Literal["none", "running", "batch"] = Field(
+        "none",
+        description="in training, divide by the standard deviation over all ranks' images before weighting: of the run so far, "
+        "or of the epoch. Evaluations and logged parts stay as they are",
+    )
+
+
+class PrdpSettings(Section):
+    name: Literal["prdp"] = "prdp"
+    kl_weight: float = Field(3e-5, gt=0, description="beta")
+    clip_range: float = Field(1e-4, gt=0, description="epsilon, on the log-ratio of one step")
+
+
+class DdpoSettings(Section):
+    name: Literal["ddpo"]
+    clip_range: float = Field(1e-4, gt=0, description="PPO clip of one step's importance ratio")
+    normalization: Literal["per_prompt", "global"] = Field("per_prompt", description="over what rewards become advantages")
+    advantage_clip: float = Field(5.0, gt=0)
+
+
+class OptimizerSettings(Section):
+    learning_rate: float = Field(1e-5, gt=0)
+    warmup_updates: int = Field(0, ge=0, description="linear; Adam's first steps are as long as its learning rate")
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(1e-4, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0, description="global gradient norm above which the gradient is scaled down")
+
+
+class ScheduleSettings(Section):
+    epochs: int = Field(1000, ge=1, description="E")
+    updates_per_epoch: int = Field(1, ge=1, description="K")
+    prompts_per_epoch: int = Field(64, ge=1, description="N, over all ranks")
+    images_per_prompt: int = Field(8, ge=2, description="B; pairs need two")
+    micro_batch: Annotated[int | Literal["auto"], BeforeValidator(_micro_batch)] = Field(
+        16, description="(trajectory, timestep) rows of one backward; memory and speed only. auto: as many as fit"
+    )
+    update_timesteps: int | None = Field(
+        None,
+        ge=1,
+        description="K = 1: backpropagate this many steps of a trajectory, drawn one from each of as many strata; unbiased",
+    )
+    reference_timesteps: int | None = Field(
+        None, ge=2, description="K = 1: evaluate the reference at this many steps of a trajectory, drawn likewise; unbiased"
+    )
+    time_limit_minutes: float | None = Field(None, gt=0, description="stop after the epoch that passes this, then evaluate")
+    on_failure: Literal["stop", "repeat"] = Field(
+        "stop",
+        description="of a reward, after its own retries: end with a checkpoint, or repeat the epoch, same prompts and noise",
+    )
+    max_repeats: int = Field(3, ge=1, description="of one epoch or evaluation; the run stops after the last")
+
+    @model_validator(mode="after")
+    def _check(self) -> ScheduleSettings:
+        for name in ("update_timesteps", "reference_timesteps"):
+            if getattr(self, name) is not None and self.updates_per_epoch > 1:
+                raise ValueError(
+                    f"{name} with updates_per_epoch {self.updates_per_epoch}; a subset of timesteps is unbiased for one update "
+                    f"an epoch only: set updates_per_epoch 1, or remove {name}"
+                )
+        return self
+
+
+class PerformanceSettings(Section):
+    """How fast, never what. `auto` takes what works and is faster on this machine, and says so once; `on` insists."""
+
+    attention: Literal["auto", "sdpa", "xformers", "flash", "cudnn"] = Field(
+        "auto", description="auto: the fastest of those that work, measured at start on the model's own shapes"
+    )
+    compile: Annotated[Literal["auto", "off", "blocks", "full"], BeforeValidator(_switch)] = Field(
+        "auto", description="torch.compile of the U-Net: its repeated blocks (starts soon) or all of it"
+    )
+    compile_cache: str | None = Field(None, description="directory of compiled code; a second start is quick. null: torch's own")
+    cuda_graphs: Switch = Field("auto", description="capture the rollout's fixed shapes")
+    channels_last: Switch = "auto"
+    fuse_qkv: Switch = Field("auto", description="one matrix product for query, key and value of the frozen U-Nets")
+    tf32: Switch = Field("auto", description="float32 matrix products of CUDA on tensor cores")
+    fused_optimizer: Switch = Field("auto", description="AdamW in one kernel")
+    activation_checkpointing: bool = Field(
+        False, description="recompute activations in the backward: less memory, a third slower"
+    )
+    coalesce_gradients: Switch = Field(
+        "auto", description="reduce gradients over ranks once an update; needs room for all of them"
+    )
+    background_rewards: Switch = Field("auto", description="score images while the U-Net goes on")
+
+
+class EvaluationSettings(Section):
+    prompts: int = Field(96, ge=0, description="prompts of each evaluation set; 0 evaluates nothing")
+    images_per_prompt: int = Field(1, ge=1)
+    every: int = Field(0, ge=0, description="epochs between evaluations of the seen set and sample grids; 0: ends only")
+    seed: int = Field(0, ge=0, description="draws the evaluation prompts and their noise, the same before and after")
+
+
+class CheckpointSettings(Section):
+    every: int = Field(50, ge=1, description="epochs")
+    keep: int = Field(2, ge=1, description="the newest this many stay")
+
+
+class Settings(Section):
+    """One job."""
+
+    seed: int = Field(0, ge=0)
+    kernels: Literal["auto", "triton", "torch"] = "auto"
+    model: ModelSettings = ModelSettings()
+    sampler: SamplerSettings = SamplerSettings()
+    prompts: PromptSettings = PromptSettings()
+    rewards: list[RewardSettings] = Field(min_length=1)
+    objective: Annotated[PrdpSettings | DdpoSettings, Field(discriminator="name")] = PrdpSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+    performance: PerformanceSettings = PerformanceSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+
+    def check_ranks(self, world_size: int) -> None:
+        """Refuse a rank count that would split a prompt's group, before anything is loaded."""
+        if self.schedule.prompts_per_epoch % world_size:
+            raise UserError(
+                f"schedule.prompts_per_epoch is {self.schedule.prompts_per_epoch}, not divisible by {world_size} ranks; "
+                f"use a multiple of {world_size}, or another --num_gpus"
+            )

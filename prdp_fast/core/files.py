@@ -1,0 +1,64 @@
+"""Files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A hidden path to write to in place of `path`, which takes its name when the block ends without an error.
+
+    The bytes are on the disk before the name is, so that a crash leaves the old file or the new one.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    with whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
+    """Strict JSON (NaN and infinities become null), written whole or not at all. indent None: all in one line."""
+    write_text(path, json.dumps(_strict(value), indent=indent, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Raises: OSError, ValueError."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def write_tensors(path: Path, value: Any) -> None:
+    """torch.save of plain containers of tensors, numbers and texts: what `torch.load(weights_only=True)` reads."""
+    with whole(path) as partial:
+        torch.save(value, partial)
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, torch.Tensor) or hasattr(value, "tolist"):  # tensors and numpy alike
+        return _strict(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,202 @@
+"""What the engine asks of a model. One subclass of `Family` per pipeline class of diffusers, one file each.
+
+A family knows its model from configurations alone: kilobytes of JSON, no weights. `Pipeline` loads the weights through it. A new
+model brings, in a file beside this one:
+
+    pipeline_class, components        which diffusers pipeline it is, and what that must have
+    denoiser_component, denoiser_class, denoiser_title, repeated_blocks
+                                      the network that is trained
+    latent_shape, denoiser_inputs     the shapes of one call, for counting, probing and planning
+    conditioning, predict             how the network is called on N latents and their prompts
+    encode                            texts to embeddings
+    shared_conditioning, unscaled, keeps_float32_vae
+                                      what else a pipeline does before the denoiser and after it, where it does
+    scheduler                         the noise schedule, from which `Transitions` makes the table of steps
+    loading_options, saving_options   of `from_pretrained` and of the pipeline that is exported
+    check                             refuses a model of the right class that takes other inputs
+
+and its line in `FAMILIES`. Everything else follows: counting FLOP and bytes, LoRA, compilation, export, evaluation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from prdp_fast.config.recipe import LoraSettings
+from prdp_fast.core.errors import UserError
+from prdp_fast.core.records import TextEmbeddings
+from prdp_fast.models.files import quiet_loading, read_json
+from prdp_fast.models.lora import add_adapter, check_targets
+from prdp_fast.models.schedulers import load_beta_scheduler
+
+
+@dataclass(frozen=True)
+class Family(ABC):
+    """A model by its configurations. `read_family` makes one from a directory or hub id; tests and benchmarks from a dict."""
+
+    pipeline_class: ClassVar[type[DiffusionPipeline]]
+    components: ClassVar[tuple[str, ...]]  # keys of model_index.json that must name something
+    denoiser_component: ClassVar[str]  # the key of the network that is trained
+    denoiser_class: ClassVar[type[nn.Module]]
+    denoiser_title: ClassVar[str]  # what users call it
+    # Class names of its repeated blocks, which are compiled one by one; their first argument has the rows in front.
+    repeated_blocks: ClassVar[tuple[str, ...]]
+    hub_tag: ClassVar[str]  # as the hub's own models are tagged
+
+    denoiser_config: dict[str, Any]
+    text_length: int  # tokens of a prompt, padded
+    vae_parameters: int = 0
+    text_parameters: int = 0
+    lora: LoraSettings | None = None  # the adapter that the denoiser is given
+    pretrained: str = ""  # directory or hub id
+
+    # From configurations.
+
+    @classmethod
+    def read(cls, pretrained: str, lora: LoraSettings | None = None) -> Family:
+        """Read the configurations of a pipeline directory or hub id. Raises: UserError if one is missing."""
+        quiet_loading()
+        with torch.device("meta"):
+            vae = AutoencoderKL.from_config(read_json(pretrained, "vae/config.json"))
+            text_length, text_encoders = cls.text_encoders(pretrained)
+        return cls(
+            read_json(pretrained, f"{cls.denoiser_component}/config.json"), text_length, count_parameters(vae),
+            sum(count_parameters(encoder) for encoder in text_encoders), lora, pretrained,
+        )  # fmt: skip
+
+    @classmethod
+    @abstractmethod
+    def text_encoders(cls, pretrained: str) -> tuple[int, list[nn.Module]]:
+        """Tokens of a prompt, and the text encoders on the current device, by their configurations. Raises: UserError."""
+
+    @property
+    @abstractmethod
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of a latent, at the size the model was trained for."""
+
+    @abstractmethod
+    def denoiser_inputs(self, rows: int, device: torch.device | str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+        """Arguments of one call of the denoiser, zeros: `denoiser(**inputs)`; the latents first, the timesteps second."""
+
+    def scheduler(self, wanted: str | None = None) -> SchedulerMixin:
+        """The scheduler to sample with: `wanted`, or the model's own. Raises: UserError if the model has none that serves."""
+        return load_beta_scheduler(self.pretrained, wanted)
+
+    @cached_property
+    def denoiser_parameters(self) -> int:
+        """The adapter's included."""
+        return count_parameters(self.meta_denoiser())
+
+    @cached_property
+    def trained_parameters(self) -> int:
+        """The adapter's, or all."""
+        return sum(parameter.numel() for parameter in self.meta_denoiser().parameters() if parameter.requires_grad)
+
+    def meta_denoiser(self) -> nn.Module:
+        """Shapes without memory, on torch's meta device. With the adapter, if there is one; what is trained requires gradients.
+
+        Raises: UserError if the adapter does not fit.
+        """
+        with torch.device("meta"):
+            denoiser = self.denoiser_class.from_config(self.denoiser_config)
+            if self.lora is not None:
+                check_targets(denoiser, self.lora)
+                add_adapter(denoiser, self.lora, seed=0)
+            return denoiser
+
+    @contextlib.contextmanager
+    def fake_denoiser(self, dtype: torch.dtype) -> Iterator[nn.Module]:
+        """Fake tensors of a CPU, for which torch chooses the kernels of real ones. Inside the block every new tensor is one."""
+        denoiser = self.meta_denoiser()
+        with FakeTensorMode():
+            for module in denoiser.modules():  # a module of fake tensors can neither be cast nor moved
+                for name, parameter in module.named_parameters(recurse=False):
+                    fake = torch.empty(parameter.shape, dtype=dtype, device="cpu")
+                    setattr(module, name, nn.Parameter(fake, requires_grad=parameter.requires_grad))
+            yield denoiser
+
+    # Calling the denoiser.
+
+    @abstractmethod
+    def conditioning(self, embeddings: TextEmbeddings, *, guided: bool) -> dict[str, Any]:
+        """What the denoiser is told of N prompts: (2N, ...), the empty prompt's half first, or (N, ...) if not guided."""
+
+    def predict(
+        self, denoiser: Any, latents: torch.Tensor, timesteps: torch.Tensor, embeddings: TextEmbeddings, *, guided: bool
+    ) -> torch.Tensor:
+        """The denoiser's raw output.
+
+        Args:
+            latents: (N, C, H, W) float32; cast to the denoiser's dtype at its door.
+            timesteps: (N,) int64, the scheduler's timesteps.
+            embeddings: N rows.
+            guided: every row is, or none.
+        Returns: (2N, C, H, W) unconditional half first, or (N, C, H, W) if not guided; the denoiser's dtype.
+        """
+        model_input = latents.to(embeddings.prompt_embeds.dtype)
+        if guided:
+            model_input = torch.cat([model_input, model_input])
+            timesteps = torch.cat([timesteps, timesteps])
+        return denoiser(model_input, timesteps, **self.conditioning(embeddings, guided=guided), return_dict=False)[0]
+
+    # With weights: what `Pipeline` asks.
+
+    @abstractmethod
+    def encode(self, whole: Any, texts: list[str], *, negative: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Embeddings and pooled embeddings (or None) by the pipeline's own `encode_prompt`.
+
+        Args: negative: not of the texts, but of a guided call's negative prompt where none is given.
+        """
+
+    def shared_conditioning(self, whole: Any, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Further fields of `TextEmbeddings` that do not depend on the prompt."""
+        return {}
+
+    def unscaled(self, latents: torch.Tensor, vae: Any) -> torch.Tensor:
+        """Final latents as the VAE decodes them."""
+        return latents / vae.config.scaling_factor
+
+    def keeps_float32_vae(self, vae: Any, dtype: torch.dtype) -> bool:
+        """Whether the VAE would overflow in `dtype`."""
+        return False
+
+    @abstractmethod
+    def loading_options(self) -> dict[str, Any]:
+        """Of `pipeline_class.from_pretrained`: no warnings of pictures, no watermark."""
+
+    @abstractmethod
+    def saving_options(self, whole: Any) -> dict[str, Any]:
+        """Of `pipeline_class(**components, **options)`, which is then saved."""
+
+    def check(self, denoiser: Any, vae: Any) -> None:
+        """Args: denoiser, vae: configurations of the loaded modules.
+
+        Raises: UserError if a denoiser of the right class takes inputs that the family's do not.
+        """
+        if denoiser.in_channels != vae.latent_channels:
+            raise UserError(
+                f"model.pretrained {self.pretrained!r} has a {self.denoiser_title} of {denoiser.in_channels} input channels on "
+                f"latents of {vae.latent_channels}; expected a text-to-image model, not one that inpaints or edits pictures"
+            )
+
+
+def both_halves(negative: torch.Tensor | None, own: torch.Tensor, *, guided: bool) -> torch.Tensor:
+    """(2N, ...) with the empty prompt's half first, or `own` (N, ...) if not guided. negative: (1, ...), broadcast to N rows."""
+    if not guided:
+        return own
+    assert negative is not None
+    return torch.cat([negative.expand_as(own), own])
+
+
+def count_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

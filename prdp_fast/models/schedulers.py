@@ -1,0 +1,38 @@
+"""Noise schedules of betas: the scheduler that a DDPM-trained model is sampled with."""
+
+from __future__ import annotations
+
+from diffusers import DDIMScheduler, DDPMScheduler, SchedulerMixin
+
+from prdp_fast.core.errors import UserError
+from prdp_fast.models.files import read_json
+
+SCHEDULERS: dict[str, type[SchedulerMixin]] = {"DDPMScheduler": DDPMScheduler, "DDIMScheduler": DDIMScheduler}
+
+
+def load_beta_scheduler(pretrained: str, wanted: str | None = None) -> SchedulerMixin:
+    """A pipeline's scheduler alone: kilobytes of JSON, so that settings can be checked before weights are touched.
+
+    Args:
+        wanted: a key of SCHEDULERS, to sample with on the same noise schedule; None: the pipeline's own. One without a density
+            (SD v1.4's PNDM, SDXL's Euler) becomes a DDIMScheduler, which with eta 1 takes the steps of DDPM, but for the last.
+    Raises: UserError if the model was not trained on a schedule of betas.
+    """
+    config = read_json(pretrained, "scheduler/scheduler_config.json")
+    name = config.get("_class_name", "")
+    scheduler_class = SCHEDULERS[wanted] if wanted else SCHEDULERS.get(name, DDIMScheduler)
+    if name not in SCHEDULERS:
+        if not {"beta_start", "beta_end", "beta_schedule"} <= config.keys() and not config.get("trained_betas"):
+            raise UserError(
+                f"model.pretrained {pretrained!r} samples with {name or 'an unnamed scheduler'}, which has no betas (flow "
+                "matching or EDM); expected a model trained on a DDPM noise schedule, as SD 1, SD 2 and SDXL are"
+            )
+        # Samplers without these settings neither clip nor threshold; the default of those that have them would.
+        config = {"clip_sample": False, "thresholding": False} | config
+    try:
+        return scheduler_class.from_config(config)
+    except (NotImplementedError, ValueError, TypeError) as error:
+        raise UserError(
+            f"model.pretrained {pretrained!r}: {scheduler_class.__name__} refuses scheduler_config.json ({error}); "
+            "correct it there"
+        ) from None

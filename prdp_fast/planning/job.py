@@ -1,0 +1,145 @@
+"""What a job is: recipe and DeepSpeed file, resolved and checked against each other before a weight is in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from prdp_fast.config.deepspeed import DeepSpeedConfig, resolve_config
+from prdp_fast.config.recipe import PromptSettings, Settings
+from prdp_fast.core.errors import UserError
+from prdp_fast.core.records import Prompt
+from prdp_fast.models.families import read_family
+from prdp_fast.models.families.base import Family
+from prdp_fast.objectives import build_objective
+from prdp_fast.planning.memory import Activations, Footprint
+from prdp_fast.prompts.embeddings import has_embeddings
+from prdp_fast.prompts.stream import PromptSet, PromptStream
+from prdp_fast.rewards import WeightedRewards, build_rewards
+from prdp_fast.sampling.policy import Policy, build_policy
+from prdp_fast.sampling.transitions import Transitions
+from prdp_kernels import dispatch
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe that can be carried out: everything that can be built and checked without a weight in memory."""
+
+    settings: Settings
+    config: DeepSpeedConfig
+    world_size: int
+    family: Family
+    policy: Policy
+    train_prompts: PromptSet
+    evaluation_prompts: dict[str, list[Prompt]]  # "seen", "unseen"
+    rewards: WeightedRewards
+
+    @classmethod
+    def prepare(cls, settings: Settings, config_name: str, *, world_size: int, cuda: bool) -> Job:
+        """Resolve and check the whole job. Raises: UserError, before anything is loaded."""
+        settings.check_ranks(world_size)
+        check_kernels(settings.kernels, cuda)
+        if 0 < settings.evaluation.prompts < world_size:
+            raise UserError(
+                f"evaluation.prompts is {settings.evaluation.prompts}, fewer than the {world_size} ranks; raise it or set 0"
+            )
+        rewards = build_rewards(settings.rewards)
+        family = read_family(settings.model.pretrained, settings.model.lora)
+        if settings.model.lora is not None:
+            family.meta_denoiser()  # refuses an adapter that does not fit
+        sampler = settings.sampler
+        transitions = Transitions.from_scheduler(family.scheduler(sampler.scheduler), sampler.num_inference_steps, sampler.eta)
+        stochastic_steps = len(transitions.stochastic)
+        config = resolve_config(
+            config_name, settings, world_size=world_size, stochastic_steps=stochastic_steps, cuda=cuda
+        )  # fmt: skip
+        check_subsets(settings, stochastic_steps)
+        policy = build_policy(sampler, transitions, family.predict, settings.kernels)
+        train, held = open_prompts(settings, world_size)
+        return cls(settings, config, world_size, family, policy, train, held, rewards)
+
+    def record(self) -> dict[str, Any]:
+        """What identifies the job in its run directory."""
+        return {
+            "recipe": self.settings.model_dump(mode="json"),
+            "prompts": self.train_prompts.fingerprint,  # a directory may have been rebuilt under the same name
+            "deepspeed": self.config.values,
+            "world_size": self.world_size,
+        }
+
+    @property
+    def transitions(self) -> Transitions:
+        return self.policy.transitions
+
+    @property
+    def needs_reference(self) -> bool:
+        return build_objective(self.settings.objective).needs_reference
+
+    @property
+    def images_per_rank(self) -> int:
+        """Of one epoch: trajectories that a rank samples and trains on."""
+        schedule = self.settings.schedule
+        return schedule.prompts_per_epoch * schedule.images_per_prompt // self.world_size
+
+    @property
+    def rows_per_update(self) -> int:
+        """Of one rank: more in a micro-batch there never are."""
+        stochastic = len(self.transitions.stochastic)
+        return self.images_per_rank * min(self.settings.schedule.update_timesteps or stochastic, stochastic)
+
+    @property
+    def evaluations(self) -> int:
+        """Denoiser rows of one row (trajectory, timestep): 2 with guidance."""
+        return 1 if self.settings.sampler.guidance_scale is None else 2
+
+    def footprint(self, *, cuda: bool, micro_batch: int = 1) -> Footprint:
+        """What the job holds; activations are still to be measured."""
+        return Footprint.of(
+            self.settings, self.config, self.family, Activations(0), micro_batch, world_size=self.world_size,
+            needs_reference=self.needs_reference, cuda=cuda,
+        )  # fmt: skip
+
+
+def check_kernels(kernels: str, cuda: bool) -> None:
+    """Raises: UserError if the recipe insists on kernels that cannot run here."""
+    if kernels == "triton" and not (dispatch.HAS_TRITON and (cuda or dispatch.interpreted())):
+        raise UserError(
+            f"kernels is 'triton', but {'there is no CUDA device' if dispatch.HAS_TRITON else 'triton is not installed'}; "
+            "set kernels to 'auto', or TRITON_INTERPRET=1 in the environment to run them, slowly, on a CPU"
+        )
+
+
+def check_subsets(settings: Settings, stochastic_steps: int) -> None:
+    """Raises: UserError where the recipe wants more steps than the schedule has."""
+    for name in ("update_timesteps", "reference_timesteps"):
+        wanted = getattr(settings.schedule, name)
+        if wanted is not None and wanted > stochastic_steps:
+            raise UserError(
+                f"schedule.{name} is {wanted}, more than the {stochastic_steps} stochastic steps of the sampler; lower it or "
+                "remove it"
+            )
+
+
+def open_prompts(settings: Settings, world_size: int) -> tuple[PromptSet, dict[str, list[Prompt]]]:
+    """The set that is trained on, and the prompts of each evaluation set. Raises: UserError."""
+    prompts, evaluation, schedule = settings.prompts, settings.evaluation, settings.schedule
+    train = PromptSet.open(prompts.source, prompts.train, limit=prompts.limit)
+    check_embeddings(prompts, train, settings.model.pretrained)
+    PromptStream(train, seed=settings.seed, prompts_per_epoch=schedule.prompts_per_epoch, world_size=world_size)  # refuses a few
+    held = {}
+    if evaluation.prompts:
+        # With a limited training set, "seen" means the prompts that are trained on.
+        seen = train if prompts.limit else PromptSet.open(prompts.source, prompts.seen)
+        unseen = PromptSet.open(prompts.source, prompts.unseen)
+        for name, prompt_set in (("seen", seen), ("unseen", unseen)):
+            held[name] = prompt_set.draw(min(evaluation.prompts, len(prompt_set)), seed=evaluation.seed)
+    return train, held
+
+
+def check_embeddings(prompts: PromptSettings, train: PromptSet, pretrained: str) -> None:
+    """Raises: UserError if the recipe wants stored embeddings and the set has none."""
+    if prompts.stored_embeddings and not has_embeddings(train.directory):
+        raise UserError(
+            f"prompts.stored_embeddings is set, but {train.directory} has none; run 'prdp embed {train.directory} --model "
+            f"{pretrained}', or set it false"
+        )

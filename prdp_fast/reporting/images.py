@@ -1,0 +1,153 @@
+"""Pictures side by side: grids of samples, and before against after."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from prdp_fast.core.files import whole
+
+PADDING = 8  # pixels between cells
+FONT_SIZE = 12  # pixels
+SMALLEST_GRID_CELL, SMALLEST_CELL = 128, 144  # pixels: narrower images are magnified, in a grid and in a comparison
+INK, FAINT, PAPER = (20, 20, 20), (110, 110, 110), (255, 255, 255)
+
+
+# Pictures
+
+
+def image_grid(
+    images: torch.Tensor, path: Path, *, columns: int = 8, scale: int | None = None, captions: Sequence[str] | None = None
+) -> Path:
+    """A PNG of (N, 3, H, W) uint8 images, row by row, each with its caption wrapped below it.
+
+    scale: whole-number magnification; None takes the smallest that makes an image 128 pixels wide, 1 for photographs.
+    """
+    check_images(images, "images")
+    if captions is not None and len(captions) != len(images):
+        raise ValueError(f"{len(images)} images but {len(captions)} captions")
+    if scale is None:
+        scale = max(1, math.ceil(SMALLEST_GRID_CELL / images.shape[-1]))
+    if columns < 1 or scale < 1:
+        raise ValueError(f"columns and scale are at least 1, got {columns} and {scale}")
+    rows = []
+    for start in range(0, len(images), columns):
+        part = slice(start, start + columns)
+        rows.append(_Row(images[part], captions=None if captions is None else list(captions[part])))
+    return _draw(rows, path, columns=min(columns, len(images)), scale=scale)
+
+
+def comparison_grid(
+    before: torch.Tensor,
+    after: torch.Tensor,
+    prompts: Sequence[str],
+    path: Path,
+    scores_before: Sequence[float] | None = None,
+    scores_after: Sequence[float] | None = None,
+    *,
+    columns: int = 6,
+) -> Path:
+    """A PNG of pairs of rows: the images before, with their scores; those after, with theirs; the prompts they share below.
+
+    before, after: (N, 3, H, W) uint8, image i of both made from prompts[i].
+    """
+    check_images(before, "before")
+    check_images(after, "after")
+    lengths = [len(before), len(after), len(prompts)] + [
+        len(scores) for scores in (scores_before, scores_after) if scores is not None
+    ]
+    if len(set(lengths)) != 1 or before.shape != after.shape:
+        raise ValueError(
+            f"one image before, one after, one prompt and one score each are compared; got shapes {tuple(before.shape)}, "
+            f"{tuple(after.shape)}, {len(prompts)} prompts and lengths {lengths}"
+        )
+    rows = []
+    for start in range(0, len(before), columns):
+        part = slice(start, start + columns)
+        for label, images, scores in (("before", before, scores_before), ("after", after, scores_after)):
+            notes = None if scores is None else [f"reward {score:.2f}" for score in scores[part]]
+            captions = list(prompts[part]) if label == "after" else None
+            rows.append(_Row(images[part], label=label, notes=notes, captions=captions))
+    scale = max(1, math.ceil(SMALLEST_CELL / before.shape[-1]))
+    return _draw(rows, path, columns=min(columns, len(before)), scale=scale)
+
+
+def check_images(images: torch.Tensor, name: str) -> None:
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or images.shape[0] == 0:
+        raise ValueError(f"{name}: expected (N, 3, H, W) uint8 with N > 0, got {tuple(images.shape)} {images.dtype}")
+
+
+class _Row:
+    """Images beside each other; a label at the left; below each image a note (one line), then a caption (wrapped)."""
+
+    def __init__(
+        self,
+        images: torch.Tensor,
+        *,
+        label: str | None = None,
+        notes: Sequence[str] | None = None,
+        captions: Sequence[str] | None = None,
+    ) -> None:
+        self.images, self.label, self.notes, self.captions = images, label, notes, captions
+
+    def texts(self, font: Any, width: int) -> list[list[tuple[str, tuple[int, int, int]]]]:
+        """For every image the lines below it, with their colours."""
+        cells: list[list[tuple[str, tuple[int, int, int]]]] = [[] for _ in self.images]
+        for i, cell in enumerate(cells):
+            if self.notes is not None:
+                cell.append((self.notes[i], FAINT))
+            if self.captions is not None:
+                cell.extend((text, INK) for text in wrap(self.captions[i], font, width))
+        return cells
+
+
+def _draw(rows: Sequence[_Row], path: Path, *, columns: int, scale: int) -> Path:
+    font = ImageFont.load_default(FONT_SIZE)
+    line = round(FONT_SIZE * 1.3)
+    height, width = (side * scale for side in rows[0].images.shape[2:])
+    labels = [row.label for row in rows if row.label]
+    gutter = PADDING + max((math.ceil(font.getlength(label)) for label in labels), default=-PADDING) + PADDING
+    texts = [row.texts(font, width) for row in rows]
+    heights = [height + line * max(map(len, cells)) + (4 if any(cells) else 0) for cells in texts]
+    # A row without captions belongs to the one below it.
+    gaps = [PADDING if row.captions is None else 2 * PADDING for row in rows]
+    sheet = Image.new("RGB", (gutter + columns * (width + PADDING), PADDING + sum(heights) + sum(gaps)), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    y = PADDING
+    for row, cells, row_height, gap in zip(rows, texts, heights, gaps, strict=True):
+        if row.label:
+            draw.text((PADDING, y + (height - line) // 2), row.label, font=font, fill=INK)
+        for i, (image, cell) in enumerate(zip(row.images, cells, strict=True)):
+            x = gutter + i * (width + PADDING)
+            picture = Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
+            sheet.paste(picture.resize((width, height), Image.Resampling.NEAREST), (x, y))
+            for number, (text, colour) in enumerate(cell):
+                draw.text((x, y + height + 4 + number * line), text, font=font, fill=colour)
+        y += row_height + gap
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as partial:
+        sheet.save(partial, format="PNG", optimize=True)
+    return path
+
+
+def wrap(text: str, font: Any, width: float) -> list[str]:
+    """`text` in lines of at most `width` pixels, broken at spaces, and inside a word that is wider than a line."""
+    lines: list[str] = []
+    current = ""
+    for word in text.split():
+        if current and font.getlength(f"{current} {word}") > width:
+            lines.append(current)
+            current = word
+        else:
+            current = f"{current} {word}" if current else word
+        while len(current) > 1 and font.getlength(current) > width:
+            cut = next((n for n in range(len(current) - 1, 1, -1) if font.getlength(current[:n]) <= width), 1)
+            lines.append(current[:cut])
+            current = current[cut:]
+    return lines + [current] if current else lines

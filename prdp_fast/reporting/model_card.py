@@ -1,0 +1,125 @@
+"""What goes with an exported model: a card that says what it is and how to open it, and the way to the hub."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+
+from prdp_fast.config.recipe import Settings
+
+CARD = "README.md"
+PICTURE = "before_after.png"
+
+
+def write_model_card(
+    directory: Path, settings: Settings, pipeline_class: str, tag: str, summary: dict[str, Any], picture: Path
+) -> None:
+    """Write `directory`/README.md, front matter as the hub reads it, and copy the picture beside it.
+
+    Args:
+        pipeline_class: name of the pipeline's class.
+        tag: as the hub tags such models.
+        summary: of the run: "epochs", "images" and "evaluation", which may be empty.
+        picture: of the run's samples before and after; left out if it does not exist.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / PICTURE).unlink(missing_ok=True)
+    if picture.is_file():
+        shutil.copyfile(picture, directory / PICTURE)
+    base: dict[str, Any] = {}
+    if on_the_hub(settings.model.pretrained):  # which takes nothing but its own ids there
+        relation = "adapter" if settings.model.lora else "finetune"
+        base = {"base_model": settings.model.pretrained, "base_model_relation": relation}
+    tags = ["text-to-image", tag, settings.objective.name, *(["lora"] if settings.model.lora else [])]
+    data = ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=tags, **base)
+    body = "\n\n".join(
+        part for part in (
+            title(settings), usage(directory, settings, pipeline_class), scores(summary.get("evaluation") or {}),
+            f"![The same prompts and the same noise before and after finetuning]({PICTURE})" if picture.is_file() else "",
+            training(settings, summary),
+        ) if part
+    )  # fmt: skip
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n").save(directory / CARD)
+
+
+def on_the_hub(pretrained: str) -> bool:
+    return pretrained != "tiny" and not Path(pretrained).is_dir()
+
+
+def base_name(pretrained: str) -> str:
+    """The hub id; of a directory its name alone."""
+    return pretrained if on_the_hub(pretrained) or pretrained == "tiny" else Path(pretrained).resolve().name
+
+
+def title(settings: Settings) -> str:
+    base = base_name(settings.model.pretrained)
+    rewards = ", ".join(reward.name for reward in settings.rewards)
+    what = f"A LoRA of rank {settings.model.lora.rank} for" if settings.model.lora else "The U-Net of"
+    source = f"[{base}](https://huggingface.co/{base})" if on_the_hub(base) else f"`{base}`"
+    method = "[PRDP](https://arxiv.org/abs/2402.08714)" if settings.objective.name == "prdp" else settings.objective.name.upper()
+    average = f", averaged with a decay of {settings.model.ema_decay}" if settings.model.ema_decay else ""
+    return (
+        f"# {base} finetuned on {rewards}\n\n{what} {source}, finetuned with {method} on a reward ({rewards}) by "
+        f"prdp_fast{average}. The licence of the base model applies."
+    )
+
+
+def usage(directory: Path, settings: Settings, pipeline_class: str) -> str:
+    """Code that opens the model and samples as it was trained to."""
+    here, sampler = settings.model.push_to_hub or directory.name, settings.sampler
+    scheduler = json.loads((directory / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
+    if settings.model.lora:
+        base = settings.model.pretrained if on_the_hub(settings.model.pretrained) else "PATH_OF_THE_BASE_MODEL"
+        lines = [
+            f"from diffusers import {scheduler}, {pipeline_class}", "",
+            f'pipe = {pipeline_class}.from_pretrained("{base}")',
+            f'pipe.load_lora_weights("{here}")',
+            f'pipe.scheduler = {scheduler}.from_pretrained("{here}", subfolder="scheduler")',
+        ]  # fmt: skip
+    else:
+        lines = [f"from diffusers import {pipeline_class}", "", f'pipe = {pipeline_class}.from_pretrained("{here}")']
+    options = [f"num_inference_steps={sampler.num_inference_steps}", f"guidance_scale={sampler.guidance_scale or 1.0}"]
+    if scheduler == "DDIMScheduler":  # the other has no eta
+        options.append(f"eta={sampler.eta}")
+    lines.append(f'image = pipe("a prompt", {", ".join(options)}).images[0]')
+    return "\n".join(["```python", *lines, "```"])
+
+
+def scores(evaluation: dict[str, Any]) -> str:
+    """A table of the reward before and after, by prompt set; empty if nothing was evaluated."""
+    if not evaluation:
+        return ""
+
+    def number(value: dict[str, float], sign: str = "") -> str:
+        return f"{value['mean']:{sign}.4f} ± {value['stderr']:.4f}"
+
+    rows = [
+        f"| {name} | {result['after']['n']} | {number(result['before'])} | {number(result['after'])} "
+        f"| {number(result['difference'], '+')} |"
+        for name, result in evaluation.items()
+    ]
+    return "\n".join(
+        [
+            "Mean reward over prompts and its standard error, the same prompts and the same noise before and after:", "",
+            "| prompts | number | before | after | paired difference |", "|---|---|---|---|---|", *rows,
+        ]
+    )  # fmt: skip
+
+
+def training(settings: Settings, summary: dict[str, Any]) -> str:
+    recipe = yaml.safe_dump(without_places(settings.model_dump(mode="json")), sort_keys=False, allow_unicode=True).rstrip()
+    return f"## Training\n\n{summary['epochs']} epochs, {summary['images']} images. The recipe:\n\n```yaml\n{recipe}\n```"
+
+
+def without_places(value: Any) -> Any:
+    """A recipe for others: of an absolute path of this machine the last name alone."""
+    if isinstance(value, dict):
+        return {key: without_places(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [without_places(inner) for inner in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

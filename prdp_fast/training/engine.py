@@ -1,0 +1,289 @@
+"""The one door to DeepSpeed: the trained denoiser, whichever way its weights, gradients and optimizer are sharded."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed finds it by itself too, with a warning
+
+import deepspeed
+import torch.distributed as dist
+from deepspeed.ops import __compatible_ops__
+from deepspeed.utils import groups, safe_get_full_fp32_param
+from torch import nn
+
+from prdp_fast.config.deepspeed import DeepSpeedConfig
+from prdp_fast.config.recipe import OptimizerSettings
+from prdp_fast.core.errors import UserError
+from prdp_fast.models.ema import Average
+from prdp_fast.models.lora import has_adapter, trained_parameters
+
+# DeepSpeed calls collectives by names that torch 2.13 has replaced, and every rank would say so in every run.
+warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+
+FP16_HEADROOM = 4096.0  # fp16 gradients start with the largest weight at 2**12 and halve on overflow, like any loss scale
+FP16_PATIENCE = 200  # updates without overflow before the headroom doubles again
+
+
+@dataclass(frozen=True)
+class StepResult:
+    grad_norm: float  # of the true gradient, before clipping; inf if it was not finite
+    applied: bool  # False: the gradient was not finite and the weights are as they were
+
+
+def join_process_group() -> None:
+    """Let DeepSpeed use the process group that `core.distributed.init` made."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
+    # A shared-memory all-reduce for inference on CPUs, which training never calls: it is compiled at the first start, where a
+    # killed job leaves a lock that the next one waits for without end, and every rank leaves 64 MiB in /dev/shm.
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    groups._WORLD_GROUP = None  # of a job that ran in this process before
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+
+
+class ZeroEngine:
+    """A trained U-Net, whichever way DeepSpeed shards it.
+
+    Gradients: every `backward` adds a plain sum, gradients are averaged over ranks, and the sum of an update is clipped once.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        settings: OptimizerSettings,
+        config: DeepSpeedConfig,
+        device: torch.device,
+        coalesce_gradients: str = "auto",
+        fused_optimizer: bool = False,
+        ema_decay: float | None = None,
+    ) -> None:
+        self.config, self.device, self.dtype = config, device, config.dtype
+        self.learning_rate, self.warmup_updates = settings.learning_rate, settings.warmup_updates
+        self.max_grad_norm = settings.max_grad_norm
+        self.updates = 0
+        self.scale = 1.0
+        self.fp16_headroom, self.fp16_clean = FP16_HEADROOM, 0
+
+        # At stage 3 the weights are gathered once per rollout into this copy, not layer by layer at every step.
+        self.gathered = copy.deepcopy(denoiser).to(self.dtype).requires_grad_(False).eval() if config.stage == 3 else None
+        # What a rollout calls in place of the U-Net whose weights it samples with: the same, cheaper.
+        self.sampling_view: Callable[[nn.Module], Any] = lambda denoiser: denoiser
+        self.trained = trained_parameters(denoiser)
+        self.has_adapter = has_adapter(denoiser)
+        for parameter in self.trained:
+            parameter.requires_grad_(True)
+        denoiser.train()
+        values = copy.deepcopy(config.values)
+        optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW
+        extra = {"fused": True} if fused_optimizer else {}
+        if config.offloads_optimizer and device.type == "cuda":
+            optimizer_class, extra = deepspeed.ops.adam.DeepSpeedCPUAdam, {}  # fused by itself
+        elif config.offloads_optimizer:  # without an accelerator the plain optimizer is already on the CPU, and needs no compiler
+            values["zero_force_ds_cpu_optimizer"] = False
+        optimizer = optimizer_class(
+            self.trained,
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            **extra,
+        )
+        join_process_group()
+        self.engine, *_ = deepspeed.initialize(model=denoiser, optimizer=optimizer, config=values)
+        self.coalesce = config.coalesces(coalesce_gradients)
+        # Of what the optimizer steps: this rank's share of the master weights, at stage 0 the weights themselves.
+        assert ema_decay is None or config.stage < 3, "stage 3 moves its master weights about"
+        masters = (master for group in optimizer.param_groups for master in group["params"])
+        self.average = None if ema_decay is None else Average(masters, ema_decay)
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    @property
+    def world_size(self) -> int:
+        return dist.get_world_size()
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The module of the training path: call it for log-probs that are differentiated, or compared with such."""
+        return self.engine
+
+    @contextlib.contextmanager
+    def sampling_denoiser(self) -> Iterator[Any]:
+        """The current weights, called as the U-Net is, for inference. No communication inside the block."""
+        with self.whole_denoiser() as denoiser:
+            yield self.sampling_view(denoiser)
+
+    @contextlib.contextmanager
+    def whole_denoiser(self) -> Iterator[nn.Module]:
+        """The U-Net itself with the current weights. No communication inside the block."""
+        if self.gathered is None:
+            yield self.engine.module
+            return
+        self.gathered.to(self.device)
+        with torch.no_grad():
+            for full, sharded in zip(self.gathered.parameters(), self.engine.module.parameters(), strict=True):
+                if sharded.requires_grad:  # the others are as they were copied
+                    with deepspeed.zero.GatheredParameters([sharded]):
+                        full.copy_(sharded)
+        yield self.gathered
+        if self.device.type == "cuda":
+            self.gathered.to("cpu")  # the update needs the room
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the weights are their moving average, if one is kept. Not in an update; every rank enters and leaves."""
+        if self.average is None:
+            yield
+            return
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        assert self.average is not None
+        self.average.swap()
+        if self.config.stage > 0:
+            self.engine.optimizer.update_lp_params()  # what the U-Net computes with, from the master weights
+
+    # At beta 1e-5 the weights of the log-probs are 1e4 and more. A power of two brings them to about 1 for the backward pass,
+    # where fp16 would overflow, and is undone before clipping; both are exact.
+    def set_scale(self, max_weight: float) -> None:
+        """Choose the loss scale of the next update from max |dloss/dlog_prob| over all ranks."""
+        exponent = math.frexp(max_weight)[1] if 0 < max_weight < math.inf else 0
+        self.scale = math.ldexp(self.fp16_headroom if self.dtype == torch.float16 else 1.0, -max(-120, min(120, exponent)))
+        if self._optimizer_unscales:
+            self.engine.optimizer.override_loss_scale(self.scale)
+        elif self.dtype != torch.float32:
+            self.scale = 1.0  # the bf16 optimizer of stage 1 has no scale, and bf16 has float32's range
+
+    @property
+    def _optimizer_unscales(self) -> bool:
+        return hasattr(self.engine.optimizer, "override_loss_scale")
+
+    @property
+    def passes_are_local(self) -> bool:
+        """Whether no rank waits for another inside a forward or backward: `accumulating` reduces gradients on leaving.
+
+        Not at stage 3, where every layer gathers its weights, nor at stage 2 where each backward scatters its gradients.
+        """
+        return self.config.stage < 2 or (self.config.stage == 2 and self.coalesce)
+
+    @contextlib.contextmanager
+    def accumulating(self) -> Iterator[None]:
+        """Around the backward passes of one update. With `passes_are_local`, ranks reduce the gradients once, on leaving."""
+        if self.coalesce:
+            with self.engine.coalesce_grad_reduction():
+                yield
+        elif self.passes_are_local:  # stages 0 and 1 reduce once in any case, otherwise inside the last backward
+            with self.engine.no_sync():
+                yield
+            self.engine.set_gradient_accumulation_boundary(True)
+            self.engine.allreduce_gradients()
+        else:
+            yield
+        self.engine.set_gradient_accumulation_boundary(True)  # `coalesce_grad_reduction` restores "not the last backward"
+
+    def discard_gradients(self) -> None:
+        """Forget what the update's backwards have added so far, also by one that was interrupted. With `passes_are_local` alone."""
+        optimizer = self.engine.optimizer
+        if hasattr(optimizer, "exit_backward"):
+            optimizer.exit_backward()  # which an interrupted backward has not reached; otherwise it does nothing
+        optimizer.zero_grad()
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Add the gradient of `loss`; `last` marks the update's final micro-batch, where ranks average, if not on leaving."""
+        self.engine.set_gradient_accumulation_boundary(last and not self.passes_are_local)
+        self.engine.backward(loss if self._optimizer_unscales else loss * self.scale, scale_wrt_gas=False)
+
+    def step(self) -> StepResult:
+        """Clip, take an optimizer step, and clear the gradients."""
+        warmup = min(1.0, (self.updates + 1) / self.warmup_updates) if self.warmup_updates else 1.0
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = self.learning_rate * warmup
+        if self.config.stage == 0:
+            result = self._plain_step()
+        else:
+            self.engine.step()
+            norm = float(self.engine.get_global_grad_norm())
+            result = StepResult(norm, applied=math.isfinite(norm) and not getattr(self.engine.optimizer, "overflow", False))
+        self.updates += result.applied
+        if self.average is not None and result.applied:
+            self.average.update(self.updates)
+        self._adapt_headroom(result.applied)
+        return result
+
+    def _plain_step(self) -> StepResult:
+        """Stage 0: the gradients lie on the parameters, so scale and finiteness are ours to mind."""
+        gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+        for gradient in gradients:
+            gradient /= self.scale
+        norm = float(nn.utils.get_total_norm(gradients))
+        if not math.isfinite(norm):
+            self.engine.optimizer.zero_grad()
+            return StepResult(math.inf, applied=False)
+        self.engine.step()
+        return StepResult(norm, applied=True)
+
+    def _adapt_headroom(self, applied: bool) -> None:
+        self.fp16_clean = self.fp16_clean + 1 if applied else 0
+        if not applied:
+            self.fp16_headroom = max(self.fp16_headroom / 2, 2.0**-24)
+        elif self.fp16_clean % FP16_PATIENCE == 0:
+            self.fp16_headroom = min(self.fp16_headroom * 2, 2.0**24)
+
+    def full_state_dict(self) -> dict[str, torch.Tensor]:
+        """The trained weights (an adapter's, or all) in float32 on the CPU, from the master copy; every rank must call it."""
+        state = {}
+        for name, parameter in self.engine.module.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            full = safe_get_full_fp32_param(parameter)
+            if full is None:  # stage 0 keeps no master copy: the parameter is it
+                full = parameter.detach()
+            state[name] = full.detach().to("cpu", torch.float32, copy=True)
+        if not self.has_adapter:
+            state.update({name: buffer.cpu() for name, buffer in self.engine.module.named_buffers()})
+        return state
+
+    def save(self, directory: Path) -> None:
+        """Trained weights and optimizer, every rank its shard, into `directory`."""
+        own = {"updates": self.updates, "fp16_headroom": self.fp16_headroom, "fp16_clean": self.fp16_clean}
+        self.engine.save_checkpoint(
+            str(directory), tag="zero", client_state={"prdp": own}, save_latest=False, exclude_frozen_parameters=self.has_adapter
+        )  # fmt: skip
+        if self.average is not None:
+            self.average.save(directory / self._average_name)
+
+    def load(self, directory: Path) -> None:
+        """Raises: UserError if the checkpoint is of another number of ranks or ZeRO stage."""
+        loaded, client_state = self.engine.load_checkpoint(str(directory), tag="zero", load_module_strict=not self.has_adapter)
+        if loaded is None:
+            raise UserError(
+                f"checkpoint {directory} was not written by {self.world_size} rank(s) at ZeRO stage {self.config.stage}; "
+                "resume with the ranks and --config of the run, or --resume never into another --output"
+            )
+        for name, value in client_state["prdp"].items():
+            setattr(self, name, value)
+        if self.average is not None:
+            self.average.load(directory / self._average_name)
+
+    @property
+    def _average_name(self) -> str:
+        return f"average-rank-{self.rank:05d}.safetensors"

@@ -1,0 +1,54 @@
+"""Everything that a resumed run needs beside weights and optimizer."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+
+@dataclass
+class TrainState:
+    """Progress of a run. The prompts and the noise of an epoch follow from the seed and the epoch's number alone."""
+
+    epoch: int = 0  # epochs finished, and so the position in the prompt stream
+    images: int = 0
+    wall_s: float = 0.0  # over all starts of the run, when last saved
+    last_drift: float | None = None  # nats, of the last epoch: how far sampler and trainer disagree on a log-prob
+    micro_batch: int | None = None  # what it came down to, chosen or halved
+    seen_rewards: dict[str, list[float]] = field(default_factory=dict)  # moments of those with a running normalisation
+    unet_forwards: dict[str, int] = field(default_factory=lambda: {"rollout": 0, "reference": 0, "update": 0})  # rows
+    _started: float | None = field(default=None, repr=False)  # a clock that began with the run
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON."""
+        self.wall_s = self.elapsed()
+        return {name: value for name, value in asdict(self).items() if not name.startswith("_")}
+
+    def load_state_dict(self, values: dict[str, Any]) -> None:
+        """Raises: KeyError if one is missing."""
+        for one in fields(self):
+            if not one.name.startswith("_"):
+                setattr(self, one.name, values[one.name])
+
+    def start_clock(self) -> None:
+        self._started = time.monotonic() - self.wall_s
+
+    def elapsed(self) -> float:
+        """Seconds of the run, its earlier starts included."""
+        return self.wall_s if self._started is None else time.monotonic() - self._started
+
+    def finish_epoch(self, images: int, **rows: int) -> None:
+        """Args: images, rows: of the epoch, over all ranks; rows of the denoiser by phase."""
+        self.epoch += 1
+        self.images += images
+        for phase, count in rows.items():
+            self.unet_forwards[phase] += count
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "epochs": self.epoch,
+            "images": self.images,
+            "wall_s": round(self.elapsed(), 3),
+            "unet_forwards": self.unet_forwards,
+        }

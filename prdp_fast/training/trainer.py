@@ -1,0 +1,381 @@
+"""PRDP's Algorithm 1 (arXiv:2402.08714) as one loop: `Trainer.build` makes a job's parts, `Trainer.train` runs them.
+
+deepspeed prdp_fast/train.py --config zero2.json
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from prdp_fast.acceleration.choose import Acceleration, Denoisers, Ranks, accelerate
+from prdp_fast.acceleration.process import choose_fused_optimizer, prepare_process
+from prdp_fast.core import distributed, run_directory
+from prdp_fast.core.errors import RewardError
+from prdp_fast.core.files import read_json, write_json
+from prdp_fast.core.format import format_bytes
+from prdp_fast.core.records import Prompt, TextEmbeddings
+from prdp_fast.evaluation.run import Evaluation, evaluate
+from prdp_fast.models.lora import adapter_off, add_adapter
+from prdp_fast.models.pipeline import Pipeline
+from prdp_fast.models.text import TextEncoder
+from prdp_fast.objectives import Objective, build_objective
+from prdp_fast.planning import micro_batch
+from prdp_fast.planning.job import Job
+from prdp_fast.planning.memory import MemoryPlan
+from prdp_fast.prompts.embeddings import choose_encoder
+from prdp_fast.prompts.stream import PromptStream
+from prdp_fast.rewards import BackgroundScores
+from prdp_fast.sampling.rollout import rollout
+from prdp_fast.training import results
+from prdp_fast.training.checkpoint import Checkpoints
+from prdp_fast.training.engine import ZeroEngine
+from prdp_fast.training.metrics import epoch_metrics
+from prdp_fast.training.state import TrainState
+from prdp_fast.training.telemetry import Telemetry
+from prdp_fast.training.update import Experience, UpdateReport, drift_warning, reference_pass, run_updates
+
+Result = TypeVar("Result")
+
+
+@dataclass
+class Trainer:
+    """One rank's part of a job."""
+
+    job: Job
+    output: Path | None  # the run directory; None keeps nothing
+    state: TrainState
+    checkpoints: Checkpoints
+    pipeline: Pipeline
+    encode: Callable[[list[Prompt]], TextEmbeddings]
+    objective: Objective
+    engine: ZeroEngine
+    reference: nn.Module | None  # frozen copy of the denoiser; None with an adapter, where it is the denoiser without it
+    acceleration: Acceleration
+    stream: PromptStream
+    scorer: BackgroundScores
+    telemetry: Telemetry
+    memory_plan: MemoryPlan
+    available_bytes: int  # that this rank may fill
+    told_drift: float = 0.0  # the largest that the user has been told of, nats
+
+    @classmethod
+    def build(cls, job: Job, device: torch.device, output: Path | None = None, *, pipeline: Pipeline | None = None) -> Trainer:
+        """Make everything that the job needs. Every rank calls this.
+
+        Args:
+            output: the run directory, claimed already. What an earlier start of the run decided stays decided.
+            pipeline: to train in place of the one that the recipe names; benchmarks have random weights.
+        Raises: UserError.
+        """
+        settings, schedule, performance, dtype = job.settings, job.settings.schedule, job.settings.performance, job.config.dtype
+        with agree_on_rewards():  # first: what their models hold is no longer free when the micro-batch is chosen
+            job.rewards.prepare()
+        decisions = prepare_process(performance, device, dtype)
+        fused = choose_fused_optimizer(performance.fused_optimizer, device, job.config.offloads_optimizer)
+
+        pipeline = pipeline or Pipeline.load(job.family, device, dtype, settings.sampler.scheduler)
+        objective, lora = build_objective(settings.objective, settings.kernels), settings.model.lora
+        reference = pipeline.frozen_denoiser(dtype) if objective.needs_reference and lora is None else None
+        if lora is not None:
+            add_adapter(pipeline.denoiser, lora, settings.seed)
+        if performance.activation_checkpointing:
+            pipeline.denoiser.enable_gradient_checkpointing()
+        encode = choose_encoder(
+            TextEncoder(pipeline, dtype).encode, job.train_prompts, stored=settings.prompts.stored_embeddings, device=device,
+            dtype=dtype,
+        )  # fmt: skip
+
+        checkpoints = Checkpoints(output, keep=settings.checkpoint.keep)
+        state = checkpoints.latest_state()
+        state.micro_batch, plan, available = micro_batch.fit(
+            job.footprint(cuda=device.type == "cuda"), pipeline.denoiser, job.family,
+            # A resumed run keeps its micro-batch, whatever is free now: another one would round differently.
+            wanted=state.micro_batch or (None if schedule.micro_batch == "auto" else schedule.micro_batch),
+            most=job.rows_per_update, local_ranks=distributed.local_ranks(),
+            agree=lambda size: distributed.all_reduce([size], "min")[0],
+        )  # fmt: skip
+        engine = ZeroEngine(
+            pipeline.denoiser, settings.optimizer, job.config, device, performance.coalesce_gradients, fused.value == "on",
+            settings.model.ema_decay,
+        )  # fmt: skip
+        acceleration = speed_up(job, engine, reference, state.micro_batch, device, output)
+        acceleration.decisions |= decisions | {"fused_optimizer": fused}
+
+        stream = PromptStream(
+            job.train_prompts, seed=settings.seed, prompts_per_epoch=schedule.prompts_per_epoch, rank=distributed.rank(),
+            world_size=job.world_size,
+        )  # fmt: skip
+        # On a CPU the rewards would take the denoiser's own cores.
+        in_background = {"on": True, "off": False, "auto": device.type != "cpu"}[performance.background_rewards]
+        telemetry = Telemetry(
+            output if distributed.is_main() else None, total_epochs=schedule.epochs, first_epoch=state.epoch
+        )  # fmt: skip
+        return cls(
+            job, output, state, checkpoints, pipeline, encode, objective, engine, reference, acceleration, stream,
+            BackgroundScores(in_background), telemetry, plan, available,
+        )  # fmt: skip
+
+    # The loop.
+
+    def train(self) -> dict[str, Any]:
+        """Run the job, or what is left of it. Returns: the summary, also in summary.json."""
+        with self.telemetry, contextlib.closing(self.scorer):
+            self.say_hello()
+            self.resume()
+            before = self.evaluate_before()
+            while not self.finished():
+                experience = self.repeatable(f"epoch {self.state.epoch}", self.collect)
+                report = self.update(experience)
+                self.log(experience, report)
+                self.save_if_due()
+                self.evaluate_if_due(before)
+            return self.finish(before)
+
+    def collect(self) -> Experience:
+        """Algorithm 1, lines 3 to 6: N prompts, B trajectories of each from the current policy, their rewards; and the log-probs
+        of the same steps under the reference. Noise and subsets follow from the seed and the epoch: a repetition has the same."""
+        settings, schedule, policy = self.job.settings, self.job.settings.schedule, self.job.policy
+        with self.telemetry.phase("prompts"):
+            prompts = self.stream.epoch(self.state.epoch)
+            embeddings = self.encode(prompts)
+        with self.telemetry.phase("rollout"), self.engine.sampling_denoiser() as denoiser:
+            trajectories = rollout(
+                policy, denoiser, prompts, embeddings, images_per_prompt=schedule.images_per_prompt,
+                latent_shape=self.pipeline.latent_shape, batch=settings.sampler.rollout_batch, seed=settings.seed,
+                epoch=self.state.epoch,
+            )  # fmt: skip
+        with self.telemetry.phase("decode"):
+            images = self.pipeline.decode(trajectories.latents[:, -1])
+        rows = [prompt for prompt in prompts for _ in range(schedule.images_per_prompt)]
+        scoring = self.scorer.start(
+            partial(self.job.rewards.score, images, [row.text for row in rows], [row.metadata for row in rows])
+        )
+        reference = None
+        if self.objective.needs_reference and self.engine.updates > 0:  # before the first update the policy is the reference
+            with self.telemetry.phase("reference"), self.reference_denoiser() as frozen:
+                reference = reference_pass(
+                    policy, frozen, trajectories, self.micro_batch, schedule.reference_timesteps
+                )  # fmt: skip
+        with self.telemetry.phase("reward"), agree_on_rewards():
+            scores = scoring()
+        return Experience(trajectories, scores, reference)
+
+    def update(self, experience: Experience) -> UpdateReport:
+        """Algorithm 1, lines 7 to 9: K gradient steps on the loss of Appendix G."""
+        schedule, state = self.job.settings.schedule, self.state
+        experience.scores, state.seen_rewards, experience.divisors = self.job.rewards.normalised(
+            experience.scores, state.seen_rewards, distributed.all_reduce
+        )
+        with self.telemetry.phase("update"):
+            report = run_updates(
+                self.job.policy, self.engine, self.objective, experience.trajectories, experience.scores.total,
+                reference=experience.reference, updates=schedule.updates_per_epoch, micro_batch=self.micro_batch,
+                last_drift=state.last_drift, reduce=distributed.all_reduce, timesteps=schedule.update_timesteps,
+                say=self.telemetry.message,
+            )  # fmt: skip
+        state.micro_batch = report.micro_batch
+        return report
+
+    def log(self, experience: Experience, report: UpdateReport) -> None:
+        """Count the epoch as finished, and tell what it did."""
+        state, epoch, count = self.state, self.state.epoch, len(experience.scores.total) * self.job.world_size
+        state.last_drift = distributed.all_reduce([report.drift], "max")[0]
+        if warning := drift_warning(state.last_drift, self.job.settings.objective.clip_range, self.told_drift):
+            self.told_drift = state.last_drift
+            self.telemetry.message(f"epoch {epoch}: {warning}")
+        steps = torch.arange(len(self.job.transitions))
+        own_rows = [float(experience.reference.denoiser_rows if experience.reference else 0), float(report.denoiser_rows)]
+        reference_rows, update_rows = distributed.all_reduce(own_rows, "sum")
+        state.finish_epoch(
+            count, rollout=count * self.job.policy.evaluations(steps), reference=int(reference_rows), update=int(update_rows)
+        )  # fmt: skip
+        self.telemetry.log_epoch(epoch, epoch_metrics(experience, report), count)
+        if report.skipped_updates:
+            self.telemetry.message(
+                f"epoch {epoch}: {report.skipped_updates} update(s) had a non-finite gradient and were skipped"
+            )
+
+    def finished(self) -> bool:
+        schedule, state = self.job.settings.schedule, self.state
+        if state.epoch >= schedule.epochs:
+            return True
+        if schedule.time_limit_minutes is None:
+            return False
+        elapsed = distributed.all_reduce([state.elapsed()], "max")[0] / 60  # the slowest clock decides for all ranks
+        if elapsed <= schedule.time_limit_minutes:
+            return False
+        self.telemetry.message(f"schedule.time_limit_minutes: stopping after {state.epoch} of {schedule.epochs} epochs")
+        return True
+
+    # Before and after the loop.
+
+    def say_hello(self) -> None:
+        """What was planned and chosen."""
+        say, state = self.telemetry.message, self.state
+        say(self.memory_plan.table())
+        say(str(self.acceleration))
+        self.record_acceleration()
+        if self.job.settings.schedule.micro_batch == "auto":
+            say(f"schedule.micro_batch auto: {state.micro_batch}")
+        if not self.memory_plan.fits(self.available_bytes):
+            say(f"that may not fit: {format_bytes(self.available_bytes)} is free, and a tenth should stay so")
+
+    def record_acceleration(self) -> None:
+        """Keep the choices in the run directory: a resumed run that chose alike rounds alike. Tell where it could not."""
+        if self.output is None or not distributed.is_main():
+            return
+        path, record = self.output / run_directory.ACCELERATION, self.acceleration.record()
+        earlier = read_json(path) if path.exists() else {}
+        changed = [name for name in earlier if name in record and record[name]["value"] != earlier[name]["value"]]
+        for name in changed:
+            self.telemetry.message(
+                f"{name} was {earlier[name]['value']!r} when the run started and is {record[name]['value']!r} now "
+                f"({record[name]['reason']}): results round differently from here on"
+            )
+        if changed or not earlier:
+            write_json(path, record)
+
+    def resume(self) -> None:
+        """Continue after the newest checkpoint, if there is one: weights, optimizer, moving average; `state` is read already."""
+        latest = self.checkpoints.latest()
+        if latest is not None:
+            self.engine.load(latest)
+            self.telemetry.message(f"continuing after epoch {self.state.epoch} from {latest.name}")
+        self.state.start_clock()
+
+    def finish(self, before: dict[str, Evaluation]) -> dict[str, Any]:
+        """Save, evaluate again, export. Returns: the summary."""
+        self.save()
+        after = self.evaluate(list(before)) if before else {}
+        with self.engine.averaged():
+            weights = self.engine.full_state_dict()
+        summary: dict[str, Any] = {"evaluation": results.compare_all(before, after)}
+        if distributed.is_main() and self.output is not None:
+            phase_s = {name: round(seconds, 3) for name, seconds in self.telemetry.phase_seconds.items()}
+            summary |= self.state.summary() | {"phase_s": phase_s}
+            results.write(self.output, self.job, self.pipeline, weights, before, after, summary, self.telemetry)
+        distributed.barrier()
+        repository = self.job.settings.model.push_to_hub
+        if distributed.is_main() and self.output is not None and repository is not None:  # the others do not wait for it
+            self.telemetry.message(results.push(self.output / run_directory.EXPORT, repository))
+        return summary
+
+    def save(self) -> None:
+        self.checkpoints.save(self.state, self.engine.save)
+
+    def save_if_due(self) -> None:
+        if self.state.epoch % self.job.settings.checkpoint.every == 0:
+            with self.telemetry.phase("checkpoint", throughput=False):
+                self.save()
+
+    # Evaluation.
+
+    def evaluate(self, names: list[str]) -> dict[str, Evaluation]:
+        """Sample and score evaluation sets with the current weights, or their moving average. Every rank does its share."""
+        return self.repeatable("evaluation", partial(self._evaluate, names))
+
+    def _evaluate(self, names: list[str]) -> dict[str, Evaluation]:
+        settings, found = self.job.settings, {}
+        with self.engine.averaged(), self.engine.sampling_denoiser() as denoiser:
+            for name in names:
+                prompts = self.job.evaluation_prompts[name]
+                with agree_on_rewards():
+                    part = evaluate(
+                        self.job.policy, denoiser, self.pipeline, self.encode, self.job.rewards,
+                        prompts[distributed.rank() :: self.job.world_size],
+                        images_per_prompt=settings.evaluation.images_per_prompt, batch=settings.sampler.rollout_batch,
+                        seed=settings.evaluation.seed,
+                    )  # fmt: skip
+                found[name] = Evaluation.merge(distributed.gather_objects(part), len(prompts))
+        return found
+
+    def evaluate_before(self) -> dict[str, Evaluation]:
+        """The reference on every evaluation set: measured when the run starts, read again when it goes on."""
+        before = results.load_or_run(
+            self.output, lambda: self.evaluate(list(self.job.evaluation_prompts)) if self.job.evaluation_prompts else {}
+        )
+        if before and self.state.epoch == 0:
+            results.write_samples(self.output, "before", before["unseen"], self.telemetry, 0)
+        return before
+
+    def evaluate_if_due(self, before: dict[str, Evaluation]) -> None:
+        every, state = self.job.settings.evaluation.every, self.state
+        if not before or not every or state.epoch % every:
+            return
+        with self.telemetry.phase("evaluate", throughput=False):
+            seen = self.evaluate(["seen"])["seen"]
+        self.telemetry.log_scalars(state.epoch - 1, {"evaluation/seen": seen.summary()["mean"]})
+        results.write_samples(self.output, f"epoch-{state.epoch:06d}", seen, self.telemetry, state.epoch - 1)
+
+    # What the methods above share.
+
+    @property
+    def micro_batch(self) -> int:
+        assert self.state.micro_batch is not None  # since `build`
+        return self.state.micro_batch
+
+    @contextlib.contextmanager
+    def reference_denoiser(self) -> Iterator[nn.Module]:
+        """The frozen model: a copy made before training, or the trained denoiser without its adapter."""
+        if self.reference is not None:
+            yield self.reference
+            return
+        with self.engine.whole_denoiser() as denoiser, adapter_off(denoiser):
+            yield denoiser
+
+    def repeatable(self, what: str, run: Callable[[], Result]) -> Result:
+        """run(), and again if a reward fails in it and the recipe says so; then the run stops, with a checkpoint."""
+        schedule = self.job.settings.schedule
+        repeats = schedule.max_repeats if schedule.on_failure == "repeat" else 0
+        for repeat in itertools.count(1):
+            try:
+                return run()
+            except RewardError as error:  # on every rank, see agree_on_rewards
+                if repeat > repeats:
+                    if self.state.epoch:
+                        self.save()  # the weights are those after the last finished epoch: nothing computed is lost
+                    raise RewardError(
+                        f"{error}; stopped in {what}, {self.state.epoch} finished epochs are saved: mend the reward and give "
+                        f"the same command with --resume {self.output}"
+                    ) from error
+                self.telemetry.message(f"{what}: {error}; repeating it, {repeat} of {repeats}")
+        raise AssertionError("unreachable")
+
+
+@contextlib.contextmanager
+def agree_on_rewards() -> Iterator[None]:
+    """A reward that fails on one rank stops every rank, with the same line, instead of leaving them in a collective."""
+    fault: RewardError | None = None
+    try:
+        yield
+    except RewardError as error:
+        fault = error
+    messages = [message for message in distributed.gather_objects(None if fault is None else str(fault)) if message]
+    if messages:
+        raise RewardError(messages[0]) from fault
+
+
+def speed_up(
+    job: Job, engine: ZeroEngine, reference: nn.Module | None, micro_batch: int, device: torch.device, output: Path | None
+) -> Acceleration:
+    """Make the job's denoisers cheaper; as an earlier start of the run did, if there was one."""
+    path = None if output is None else output / run_directory.ACCELERATION
+    remembered = read_json(path) if path is not None and path.exists() else None
+    acceleration = accelerate(
+        Denoisers(engine.engine.module, engine.gathered, reference, engine.has_adapter), job.settings.performance, job.family,
+        train_rows=min(micro_batch, job.rows_per_update) * job.evaluations,
+        sample_rows=min(job.settings.sampler.rollout_batch, job.images_per_rank) * job.evaluations,
+        stage=job.config.stage, device=device, dtype=job.config.dtype, remembered=remembered,
+        ranks=Ranks(distributed.rank(), distributed.gather_objects),
+    )  # fmt: skip
+    engine.sampling_view = acceleration.sampling_view
+    return acceleration
