@@ -54,5 +54,12 @@ setup(
     package_data={"prdp_fast.assets": ["**/*.safetensors", "**/*.json", "**/*.txt"]},
     entry_points={"console_scripts": ["prdp = prdp_fast.cli:main"]},
     install_requires=CORE,
-    extras_require={"gpu": GPU, "rewards": REWARDS, "lora": LORA, "data": DATA, "docs": DOCS, "dev": [*DEV, *LORA, *DATA, *REWARDS]},
+    extras_require={
+        "gpu": GPU,
+        "rewards": REWARDS,
+        "lora": LORA,
+        "data": DATA,
+        "docs": DOCS,
+        "dev": [*DEV, *LORA, *DATA, *REWARDS],
+    },
 )
