@@ -205,10 +205,10 @@ def parsers_below(parser: argparse.ArgumentParser) -> dict[str, argparse.Argumen
 
 @cache
 def all_options() -> frozenset[str]:
-    """Of training, of every `prdp` subcommand, and of the launchers."""
+    """Of every `prdp` subcommand, training among them, and of the launchers."""
     from prdp_fast import cli
 
-    found = literal_options(ROOT / "prdp_fast" / "train.py", *(ROOT / "prdp_fast" / "commands").glob("*.py"))
+    found: set[str] = set()
     for name in cli.offered():
         for parser in (subcommand(name), *parsers_below(subcommand(name)).values()):
             found |= set(parser._option_string_actions)
@@ -221,7 +221,6 @@ def check_prdp(words: Sequence[str], *, whole: bool) -> None:
     if is_placeholder(name):
         return
     if name == "train":
-        subcommand(name)
         return check_training(rest)
     parser: argparse.ArgumentParser = subcommand(name)
     if whole:
@@ -238,13 +237,8 @@ def check_prdp(words: Sequence[str], *, whole: bool) -> None:
 
 
 def check_training(words: Sequence[str]) -> None:
-    """Arguments of prdp_fast/train.py: options, the config, the recipe, and the keys that --set names."""
-    from prdp_fast import train
-
-    try:
-        args = train.parse(["0" if word == "N" else word for word in words])
-    except SystemExit:
-        raise Fault(f"prdp_fast/train.py does not take {shlex.join(words)}") from None
+    """Arguments of training: options, the config, the recipe, and the keys that --set names."""
+    args = subcommand("train").parse_args(["1" if word == "N" else word for word in words])
     if not is_placeholder(str(args.config)) and not (ROOT / "configs" / args.config).is_file():
         raise Fault(f"--config {args.config}: not in configs/")
     check_overrides(args.overrides, None if is_placeholder(args.recipe) or "--recipe" not in words else args.recipe)
@@ -252,6 +246,7 @@ def check_training(words: Sequence[str]) -> None:
 
 def check_overrides(overrides: Sequence[str], recipe: str | None) -> None:
     """recipe: None if the words do not say which; then any shipped one that takes them will do."""
+    overrides = [override for override in overrides if not override.startswith("SECTION.KEY=")]
     from prdp_fast.config.load import load_recipe
     from prdp_fast.core.errors import UserError
 
@@ -348,11 +343,8 @@ def check_span(span: str) -> None:
         return check_command(shlex.split(span), whole=False)
     key, equals, _ = span.partition("=")
     sections = {known.split(".")[0] for known in recipe_keys() if "." in known}
-    if (
-        re.fullmatch(r"[a-z]+(\.\w+)+", key)
-        and key.split(".")[0] in sections
-        and not key.endswith((".json", ".jsonl", ".md", ".py", ".txt"))
-    ):
+    is_file = Path(key).suffix in (".json", ".jsonl", ".md", ".py", ".txt")
+    if re.fullmatch(r"[a-z]+(\.\w+)+", key) and key.split(".")[0] in sections and not is_file:
         if equals:
             check_overrides([span], None)
         elif key not in recipe_keys():
@@ -468,9 +460,8 @@ def test_the_rewards_page_has_every_reward() -> None:
 
 
 def test_contributing_has_every_room() -> None:
-    named = re.findall(
-        r"`([\w./]+)`", " ".join(rooms for _, rooms, _ in rows_of("CONTRIBUTING.md", "How the house is built")[:6])
-    )
+    floors = rows_of("CONTRIBUTING.md", "How the house is built")[:6]
+    named = re.findall(r"`([\w./]+)`", " ".join(rooms for _, rooms, _ in floors))
     package = ROOT / "prdp_fast"
     there = [f"{path.name}/" for path in package.iterdir() if path.is_dir() and any(path.glob("*.py"))]
     there += [path.name for path in package.glob("*.py") if path.name != "__init__.py"]
@@ -528,7 +519,8 @@ def test_a_broken_link_is_caught(target: str, expected: str) -> None:
         ("prdp surprise RUN", "no subcommand 'surprise'"),
         ("prdp report RUN --surprise", "unrecognized arguments"),
         ("prdp shards surprise DIR", "invalid choice"),
-        ("deepspeed prdp_fast/train.py --surprise", "does not take"),
+        ("deepspeed prdp_fast/train.py --surprise", "unrecognized arguments"),
+        ("prdp train --surprise", "unrecognized arguments"),
         ("deepspeed prdp_fast/train.py --config zero9.json", "not in configs/"),
         ("deepspeed prdp_fast/train.py --recipe surprise", "surprise"),
         ("deepspeed prdp_fast/train.py --set schedule.surprise=1", "unknown key 'surprise'"),
@@ -554,14 +546,28 @@ def test_a_wrong_span_is_caught(span: str) -> None:
         check_span(span)
 
 
+A_PAGE = """# A `b` c
+
+See `make x` and
+[d](e.md).
+
+    prdp a \\
+      --b 'c d' && prdp e | head
+
+- f
+    g
+
+```sh
+make y  # world's
+```
+# A `b` c
+"""
+
+
 def test_how_a_page_is_read() -> None:
-    text = "# A `b` c\n\nSee `make x` and\n[d](e.md).\n\n    prdp a \\\n      --b\n\n    prdp c\n\n- f\n    g\n\n```sh\nmake y  # z\n```\n# A `b` c\n"
-    parsed = read(text)
-    assert (
-        parsed.anchors == {"a-b-c", "a-b-c-1"} and parsed.spans == ["b", "make x", "b"] and list(links(parsed.prose)) == ["e.md"]
-    )
-    assert [words for block in parsed.blocks for words in commands(block.text)] == [
-        ["prdp", "a", "--b"],
-        ["prdp", "c"],
-        ["make", "y"],
-    ]
+    parsed = read(A_PAGE)
+    assert parsed.anchors == {"a-b-c", "a-b-c-1"}
+    assert parsed.spans == ["b", "make x", "b"]
+    assert list(links(parsed.prose)) == ["e.md"]
+    listed = [words for block in parsed.blocks for words in commands(block.text)]
+    assert listed == [["prdp", "a", "--b", "c d"], ["prdp", "e"], ["make", "y"]]
