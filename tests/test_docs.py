@@ -189,10 +189,10 @@ def module_file(module: str) -> Path | None:
 def subcommand(name: str) -> Parser:
     from prdp_fast import cli
 
-    if name not in cli.offered():
+    if name not in cli.SUBCOMMANDS:
         raise Fault(f"prdp has no subcommand {name!r}")
     parser = Parser(prog=f"prdp {name}", allow_abbrev=False)
-    import_module(cli.offered()[name].module).add_arguments(parser)
+    import_module(cli.SUBCOMMANDS[name].module).add_arguments(parser)
     return parser
 
 
@@ -209,7 +209,7 @@ def all_options() -> frozenset[str]:
     from prdp_fast import cli
 
     found: set[str] = set()
-    for name in cli.offered():
+    for name in cli.SUBCOMMANDS:
         for parser in (subcommand(name), *parsers_below(subcommand(name)).values()):
             found |= set(parser._option_string_actions)
     return frozenset(found.union(*LAUNCHERS.values()))
