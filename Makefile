@@ -4,13 +4,14 @@ STAMP := $(VENV)/.stamp
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train test lint bench gpu-check gpu-bench clean
+.PHONY: help venv train test lint docs bench gpu-check gpu-bench clean
 
 help:
 	@echo "make venv    the virtual environment in $(VENV), pinned by constraints.txt (PYTHON=$(PYTHON))"
 	@echo "make train   finetune the embedded model on this machine; ARGS='--seed 1 ...' is passed on"
 	@echo "make test    the test suite, on a CPU; ARGS='-k name' is passed on"
 	@echo "make lint    ruff and mypy"
+	@echo "make docs    the documentation, built into site/"
 	@echo "make bench   the benchmarks; without a GPU, the plain torch references only"
 	@echo "make gpu-check  kernel tests, benchmark and sanitizer on this machine's GPU, with $(PYTHON); ARGS='--quick'"
 	@echo "make gpu-bench  an SD v1.4-shaped epoch on this machine's GPU, eager against the full path, with $(PYTHON)"
@@ -40,6 +41,17 @@ lint: $(STAMP)
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
+
+DOCS_STAMP := $(VENV)/.docs
+
+$(DOCS_STAMP): $(STAMP)
+	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@
+
+# The build itself needs no network. A broken link or anchor is an error.
+docs: $(DOCS_STAMP)
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict
+	@echo site/index.html
 
 # Operators on CUDA if there is a device, the plain torch references on a CPU if not.
 bench: $(STAMP)

@@ -36,6 +36,7 @@ REWARDS = [
 ]  # the `http` reward and its server, imported on first use
 LORA = ["peft>=0.18"]
 DATA = ["pyarrow>=15", "datasets>=3"]  # `prdp shards build` from parquet files and hub data sets, imported on first use
+DOCS = ["mkdocs-material>=9.6"]  # `make docs`
 DEV = ["hypothesis", "mypy", "pytest>=8.1", "pytest-benchmark", "pytest-timeout", "pytest-xdist", "ruff", "scipy", "types-PyYAML"]
 
 setup(
@@ -53,5 +54,12 @@ setup(
     package_data={"prdp_fast.assets": ["**/*.safetensors", "**/*.json", "**/*.txt"]},
     entry_points={"console_scripts": ["prdp = prdp_fast.cli:main"]},
     install_requires=CORE,
-    extras_require={"gpu": GPU, "rewards": REWARDS, "lora": LORA, "data": DATA, "dev": [*DEV, *LORA, *DATA, *REWARDS]},
+    extras_require={
+        "gpu": GPU,
+        "rewards": REWARDS,
+        "lora": LORA,
+        "data": DATA,
+        "docs": DOCS,
+        "dev": [*DEV, *LORA, *DATA, *REWARDS],
+    },
 )
