@@ -25,7 +25,7 @@ def main() -> None:
     from prdp_fast.core import distributed
     from prdp_fast.core.run_directory import claim
     from prdp_fast.planning.job import Job
-    from prdp_fast.training import trainer as runner
+    from prdp_fast.training.trainer import Trainer
 
     torch.set_num_threads(1)
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
@@ -37,7 +37,7 @@ def main() -> None:
         if distributed.rank() == 0:
             claim(directory, job.record(), "never")
         distributed.barrier()
-        runner.train(job, directory, device)
+        Trainer.build(job, device, directory).train()
     distributed.shutdown()
 
 

@@ -188,7 +188,7 @@ def test_compiled_in_place(mode):
     denoiser = small_unet()
     names, plain = list(denoiser.state_dict()), outputs(denoiser)
     inputs = probe_of(denoiser).inputs()
-    compile_trained(denoiser, mode, [ROWS])
+    compile_trained(denoiser, mode, small_family().repeated_blocks, [ROWS])
     fast = outputs(denoiser)
     assert distance(fast[:1], plain[:1]) < TOLERANCE
     assert distance(fast[1:], plain[1:]) < TOLERANCE

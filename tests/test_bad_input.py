@@ -68,7 +68,7 @@ def test_unknown_key_names_file_section_and_nearest(capsys, recipe: Path) -> Non
         ("prompts.source='pipe:curl http://x'", ["pipe"]),
         ("model.pretrained=./no-such-model", ["no-such-model"]),
         ("kernels=triton", ["kernels is 'triton'", "no CUDA device", "TRITON_INTERPRET=1"]),
-        ("sampler.guidance_interval=[2000,3000]", ["[2000, 3000]", "none of the sampler's timesteps", "widen it"]),
+        ("sampler.guidance_interval=[2000,3000]", ["[2000, 3000]", "none of the timesteps", "widen it"]),
         ("sampler.guidance_interval=[700,300]", ["[700, 300]", "first <= second"]),
         ("schedule.update_timesteps=2", ["update_timesteps", "updates_per_epoch 2", "remove update_timesteps"]),
         ("schedule={updates_per_epoch: 1, reference_timesteps: 9}", ["reference_timesteps is 9", "3 stochastic steps"]),

@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from small_model import small_policy, small_trajectories, small_unet
+from small_model import small_family, small_policy, small_trajectories, small_unet
 
 from prdp_fast.config.recipe import ScheduleSettings
 from prdp_fast.core.format import format_flop
-from prdp_fast.models.families import Family, StableDiffusion, read_family
-from prdp_fast.planning.cost import PhaseRows, denoiser_flop, describe, device_peak, epoch_rows, predict_epoch
+from prdp_fast.models.families import Family, StableDiffusion, StableDiffusionXL, read_family
+from prdp_fast.planning.cost import PhaseRows, denoiser_flop, describe_epoch, device_peak, epoch_rows, predict_epoch
 from prdp_fast.sampling.policy import Policy
 from prdp_fast.sampling.rows import UPDATE_STREAM, micro_batches, stratified
 from prdp_fast.sampling.transitions import Transitions
@@ -52,7 +52,7 @@ def sd_policy(steps: int = 50, guidance_scale: float | None = 5.0, interval: tup
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1, clip_sample=False,
         set_alpha_to_one=False,
     )  # fmt: skip
-    return Policy(Transitions.from_scheduler(scheduler, steps), guidance_scale, guidance_interval=interval)
+    return Policy(Transitions.from_scheduler(scheduler, steps), guidance_scale, small_family().predict, guidance_interval=interval)
 
 
 def test_sd14_costs_what_the_paper_scale_says(sd14) -> None:
@@ -82,7 +82,7 @@ def test_attention_is_counted(sd14) -> None:
 
 
 def test_sdxl_is_counted_with_its_micro_conditioning() -> None:
-    shapes = StableDiffusion(SDXL, text_length=77)
+    shapes = StableDiffusionXL(SDXL, text_length=77)
     assert shapes.denoiser_parameters == 2_567_463_684
     assert denoiser_flop(shapes) > 5e12
 
@@ -104,7 +104,7 @@ def counted_rows(policy: Policy, trajectories, chosen=None) -> int:
 @pytest.mark.parametrize("updates", [1, 3])
 def test_rows_are_those_the_passes_make(interval, updates: int) -> None:
     policy = small_policy()
-    policy = Policy(policy.transitions, policy.guidance_scale, guidance_interval=interval)
+    policy = Policy(policy.transitions, policy.guidance_scale, policy.predict, guidance_interval=interval)
     trajectories = small_trajectories(policy, small_unet(0), groups=2, images=3)
     schedule = ScheduleSettings(prompts_per_epoch=2, images_per_prompt=3, updates_per_epoch=updates)
     rows = epoch_rows(schedule, policy, needs_reference=True)
@@ -138,10 +138,10 @@ def test_recomputation_costs_one_more_forward() -> None:
 
 def test_describe_and_peaks() -> None:
     rows = {"rollout": PhaseRows(100), "update": PhaseRows(50, 50)}
-    lines = describe(rows, 2e12, recompute=False, peak=1e15, gpus=2)
+    lines = describe_epoch(rows, 2e12, recompute=False, peak=1e15, gpus=2)
     assert lines[-1] == "at 2 x 1 PFLOP/s, the devices' peak, an epoch takes at least 0.2 s"  # (100 + 150) x 2e12 / 2e15 = 0.25
     assert "500 TFLOP" in lines[-2]
-    assert not any("peak" in line for line in describe(rows, 2e12, recompute=False, peak=None, gpus=2))
+    assert not any("peak" in line for line in describe_epoch(rows, 2e12, recompute=False, peak=None, gpus=2))
     assert device_peak("NVIDIA H100 PCIe", torch.bfloat16) == 756.5e12
     assert device_peak("NVIDIA H100 80GB HBM3", torch.float32, tf32=True) == 989.4e12 / 2
     assert device_peak("NVIDIA H100 80GB HBM3", torch.float32) is None

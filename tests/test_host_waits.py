@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from prdp_fast.core.records import Prompt, TextEmbeddings, Trajectories
+from prdp_fast.models.families import StableDiffusion
 from prdp_fast.sampling.policy import Policy
 from prdp_fast.sampling.rollout import rollout
 from prdp_fast.training.update import gradient_pass, log_prob_pass
@@ -113,9 +114,9 @@ def test_a_subset_of_steps_is_moved_once() -> None:
 
 @pytest.mark.parametrize("spoil", ["item", "cpu", "branch", "boolean index"])
 def test_a_wait_is_noticed(spoil: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Policy.model_output
+    original = StableDiffusion.predict
 
-    def waiting(self: Policy, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def waiting(self: StableDiffusion, *args: Any, **kwargs: Any) -> torch.Tensor:
         output = original(self, *args, **kwargs)
         if spoil == "item":
             output.sum().item()
@@ -127,7 +128,7 @@ def test_a_wait_is_noticed(spoil: str, monkeypatch: pytest.MonkeyPatch) -> None:
             output[output > 0]
         return output
 
-    monkeypatch.setattr(Policy, "model_output", waiting)
+    monkeypatch.setattr(StableDiffusion, "predict", waiting)
     with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)meta"):
         loops(5, 8, None)
 

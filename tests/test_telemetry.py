@@ -234,7 +234,7 @@ def test_a_dumb_terminal_gets_lines(tmp_path, monkeypatch, capsys):
 
 def test_tensorboard_is_imported_only_where_it_is_written():
     code = (
-        "import sys; from prdp_fast.telemetry import Telemetry\n"
+        "import sys; from prdp_fast.training.telemetry import Telemetry\n"
         "with Telemetry(None, total_epochs=1) as t:\n    t.log_epoch(0, {'reward': 1.0}, 1)\n"
         "assert 'tensorboard' not in sys.modules and 'torch' not in sys.modules and 'rich' not in sys.modules"
     )

@@ -16,10 +16,14 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prdp_fast.config.load import find_recipe, load_recipe
 from prdp_fast.core.errors import OneRankError, UserError
-from prdp_fast.core.run_directory import RUN, SUMMARY
+from prdp_fast.core.run_directory import RUN, SUMMARY, claim
+
+if TYPE_CHECKING:
+    from prdp_fast.planning.job import Job
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,14 +99,13 @@ def train(args: argparse.Namespace) -> int:
             print(*dry_run(job, torch.cuda.get_device_name() if cuda else None), sep="\n")
         return 0
 
-    from prdp_fast.core import run_directory
     from prdp_fast.reporting.tables import print_summary
     from prdp_fast.training.trainer import Trainer
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     device = distributed.init()
     try:
-        run_directory.claim_by_main(output, job.record(), args.resume)
+        claim_for_all(output, job, args.resume)
         summary = Trainer.build(job, device, output).train()
         if distributed.is_main():
             print_summary(summary)
@@ -115,6 +118,21 @@ def train(args: argparse.Namespace) -> int:
     finally:
         distributed.shutdown()
     return 0
+
+
+def claim_for_all(output: Path, job: Job, resume: str) -> None:
+    """Rank 0 looks at the directory, and every rank hears its verdict. Raises: UserError, on every rank."""
+    from prdp_fast.core import distributed
+
+    fault = None
+    if distributed.is_main():
+        try:
+            claim(output, job.record(), resume)
+        except UserError as error:
+            fault = str(error)
+    fault = distributed.from_main(fault)
+    if fault:
+        raise UserError(fault)
 
 
 def choose_output(args: argparse.Namespace, record: dict[str, object]) -> Path:

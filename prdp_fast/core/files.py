@@ -10,8 +10,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
@@ -48,6 +46,8 @@ def read_json(path: Path) -> Any:
 
 def write_tensors(path: Path, value: Any) -> None:
     """torch.save of plain containers of tensors, numbers and texts: what `torch.load(weights_only=True)` reads."""
+    import torch
+
     with whole(path) as partial:
         torch.save(value, partial)
 
@@ -59,6 +59,6 @@ def _strict(value: Any) -> Any:
         return [_strict(item) for item in value]
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    if isinstance(value, torch.Tensor) or hasattr(value, "tolist"):  # tensors and numpy alike
+    if hasattr(value, "tolist"):  # tensors and numpy alike
         return _strict(value.tolist())
     return None if isinstance(value, float) and not math.isfinite(value) else value

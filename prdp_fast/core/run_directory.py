@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from prdp_fast.core import distributed
 from prdp_fast.core.errors import UserError
 from prdp_fast.core.files import write_json
 
@@ -49,19 +48,6 @@ def claim(directory: Path, job: dict[str, Any], resume: str) -> None:
     if difference:
         raise UserError(f"--output {directory} holds another run: {difference}; choose another directory, or give the same job")
     write_json(record, job)
-
-
-def claim_by_main(directory: Path, job: dict[str, Any], resume: str) -> None:
-    """Rank 0 looks at the directory, and every rank hears its verdict. Raises: UserError, on every rank."""
-    fault = None
-    if distributed.is_main():
-        try:
-            claim(directory, job, resume)
-        except UserError as error:
-            fault = str(error)
-    fault = distributed.from_main(fault)
-    if fault:
-        raise UserError(fault)
 
 
 def first_difference(old: Any, new: Any, place: str = "") -> str | None:

@@ -28,7 +28,7 @@ from prdp_fast.config.deepspeed import DeepSpeedConfig
 from prdp_fast.config.recipe import OptimizerSettings
 from prdp_fast.core.errors import UserError
 from prdp_fast.models.ema import Average
-from prdp_fast.models.lora import has_adapter, trained_parameters
+from prdp_fast.models.lora import adapter_off, has_adapter, trained_parameters
 
 # DeepSpeed calls collectives by names that torch 2.13 has replaced, and every rank would say so in every run.
 warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
@@ -143,6 +143,12 @@ class ZeroEngine:
         yield self.gathered
         if self.device.type == "cuda":
             self.gathered.to("cpu")  # the update needs the room
+
+    @contextlib.contextmanager
+    def base_denoiser(self) -> Iterator[nn.Module]:
+        """The denoiser without its adapter, which is what an adapter's run has for a reference."""
+        with self.whole_denoiser() as denoiser, adapter_off(denoiser):
+            yield denoiser
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:

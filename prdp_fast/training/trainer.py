@@ -24,7 +24,7 @@ from prdp_fast.core.files import read_json, write_json
 from prdp_fast.core.format import format_bytes
 from prdp_fast.core.records import Prompt, TextEmbeddings
 from prdp_fast.evaluation.run import Evaluation, evaluate
-from prdp_fast.models.lora import adapter_off, add_adapter
+from prdp_fast.models.lora import add_adapter
 from prdp_fast.models.pipeline import Pipeline
 from prdp_fast.models.text import TextEncoder
 from prdp_fast.objectives import Objective, build_objective
@@ -329,7 +329,7 @@ class Trainer:
         if self.reference is not None:
             yield self.reference
             return
-        with self.engine.whole_denoiser() as denoiser, adapter_off(denoiser):
+        with self.engine.base_denoiser() as denoiser:
             yield denoiser
 
     def repeatable(self, what: str, run: Callable[[], Result]) -> Result:

@@ -18,11 +18,11 @@ from prdp_fast.config.recipe import PerformanceSettings
 from prdp_fast.core import hub
 from prdp_fast.core.errors import UserError
 from prdp_fast.core.records import Prompt, Trajectories
-from prdp_fast.models.families import read_family
+from prdp_fast.models.families import StableDiffusion, read_family
 from prdp_fast.models.families.base import count_parameters
 from prdp_fast.models.pipeline import Pipeline
 from prdp_fast.models.text import TextEncoder
-from prdp_fast.sampling.policy import Policy, conditioning
+from prdp_fast.sampling.policy import Policy
 from prdp_fast.sampling.rollout import rollout
 from prdp_fast.sampling.transitions import Transitions
 from prdp_fast.training.update import gradient_pass, log_prob_pass
@@ -60,7 +60,7 @@ def own(family: str, directories: dict[str, Path]) -> Pipeline:
 
 
 def sampled(own: Pipeline, scale: float | None = SCALE, interval: tuple[int, int] | None = None) -> tuple[Policy, Trajectories]:
-    policy = Policy(Transitions.from_scheduler(own.scheduler, STEPS), scale, guidance_interval=interval)
+    policy = Policy(Transitions.from_scheduler(own.scheduler, STEPS), scale, own.family.predict, guidance_interval=interval)
     embeddings = TextEncoder(own, torch.float32).encode(PROMPTS)
     trajectories = rollout(
         policy, own.denoiser, PROMPTS, embeddings, images_per_prompt=IMAGES, latent_shape=own.latent_shape, batch=3, seed=1, epoch=0
@@ -110,17 +110,17 @@ def plain_log_probs(pipe: DiffusionPipeline, latents: torch.Tensor, guided: list
     return torch.stack(columns, 1)
 
 
-def test_the_engine_tells_the_unet_what_the_pipeline_tells_it(own: Pipeline, plain: DiffusionPipeline, monkeypatch) -> None:
+def test_the_engine_tells_the_unet_what_the_pipeline_tells_it(own: Pipeline, plain: DiffusionPipeline, family: str, monkeypatch) -> None:
     """Every tensor that a guided call of the pipeline hands to its U-Net."""
     calls = []
-    forward = plain.denoiser.forward
-    monkeypatch.setattr(plain.denoiser, "forward", lambda *args, **kwargs: calls.append(kwargs) or forward(*args, **kwargs))
+    forward = plain.unet.forward
+    monkeypatch.setattr(plain.unet, "forward", lambda *args, **kwargs: calls.append(kwargs) or forward(*args, **kwargs))
     plain(TEXTS, num_inference_steps=1, guidance_scale=SCALE, output_type="latent")
     expected = calls[0]
-    got = conditioning(TextEncoder(own, torch.float32).encode(PROMPTS), guided=True)
+    got = own.family.conditioning(TextEncoder(own, torch.float32).encode(PROMPTS), guided=True)
     pairs = [(got["encoder_hidden_states"], expected["encoder_hidden_states"])]
-    assert ("added_cond_kwargs" in got) == (expected["added_cond_kwargs"] is not None) == own.is_xl
-    if own.is_xl:
+    assert ("added_cond_kwargs" in got) == (expected["added_cond_kwargs"] is not None) == (family == "sdxl")
+    if family == "sdxl":
         assert got["added_cond_kwargs"].keys() == expected["added_cond_kwargs"].keys()
         pairs += [(got["added_cond_kwargs"][name], tensor) for name, tensor in expected["added_cond_kwargs"].items()]
     for tensor, other in pairs:
@@ -193,7 +193,7 @@ def test_the_sampler_can_be_chosen(own: Pipeline, family: str, directories: dict
     """Whatever the model ships with: its noise schedule, the class that was asked for, and its export samples with that."""
     directory = str(directories[family])
     chosen = Pipeline.load(directory, CPU, torch.float32, name)
-    assert type(chosen.scheduler).__name__ == name and load_scheduler(directory, name).config == chosen.scheduler.config
+    assert type(chosen.scheduler).__name__ == name and read_family(directory).scheduler(name).config == chosen.scheduler.config
     assert torch.equal(chosen.scheduler.alphas_cumprod, own.scheduler.alphas_cumprod)
     default, table = (Transitions.from_scheduler(one.scheduler, 50) for one in (own, chosen))
     assert torch.equal(table.timesteps, default.timesteps)
@@ -207,17 +207,17 @@ def test_the_sampler_can_be_chosen(own: Pipeline, family: str, directories: dict
 def test_the_vae_of_sdxl_stays_in_float32_beside_float16(directories: dict[str, Path]) -> None:
     for name, dtype in (("sdxl", torch.float32), ("sd1", torch.float16)):
         own = Pipeline.load(str(directories[name]), CPU, torch.float16)
-        assert own.vae.dtype == dtype and own.text_encoder.dtype == torch.float16 and own.denoiser.dtype == torch.float32
+        assert own.vae.dtype == dtype and own.whole.text_encoder.dtype == torch.float16 and own.denoiser.dtype == torch.float32
     assert Pipeline.load(str(directories["sdxl"]), CPU, torch.bfloat16).vae.dtype == torch.bfloat16  # has the range
 
 
 def test_shapes_count_what_is_loaded(own: Pipeline, family: str, directories: dict[str, Path]) -> None:
     shapes = read_family(str(directories[family]))
-    encoders = [own.text_encoder] + ([own.whole.text_encoder_2] if family == "sdxl" else [])
+    encoders = [own.whole.text_encoder] + ([own.whole.text_encoder_2] if family == "sdxl" else [])
     assert shapes.text_parameters == sum(count_parameters(encoder) for encoder in encoders)
     assert shapes.denoiser_parameters == count_parameters(own.denoiser) and shapes.vae_parameters == count_parameters(own.vae)
     assert shapes.latent_shape == own.latent_shape
-    inputs, told = shapes.denoiser_inputs(4, CPU), conditioning(TextEncoder(own, torch.float32).encode(PROMPTS), guided=True)
+    inputs, told = shapes.denoiser_inputs(4, CPU), own.family.conditioning(TextEncoder(own, torch.float32).encode(PROMPTS), guided=True)
     assert inputs["encoder_hidden_states"].shape == told["encoder_hidden_states"].shape
     for name, tensor in told.get("added_cond_kwargs", {}).items():
         assert inputs["added_cond_kwargs"][name].shape == tensor.shape
@@ -291,6 +291,7 @@ def test_missing_files_are_named(directories, tmp_path: Path) -> None:
     (directory / "text_encoder_2" / "config.json").unlink()
     with pytest.raises(UserError, match=r"has no text_encoder_2/config.json; expected a"):
         read_family(str(directory))
+    directory = build("sdxl", tmp_path / "another")
     (directory / "scheduler" / "scheduler_config.json").write_text("{")
     assert "scheduler/scheduler_config.json is no JSON" in refusal(directory)
     (directory / "model_index.json").unlink()
@@ -305,26 +306,25 @@ def test_a_sampler_without_betas_is_refused(tmp_path: Path) -> None:
 
 
 def test_unets_with_other_inputs_are_refused(tmp_path: Path) -> None:
-    from prdp_fast.models.families.base import check_inputs
-
     own = Pipeline.load(str(build("sdxl", tmp_path / "sdxl")), CPU, torch.float32)
-    denoiser, vae = own.denoiser.config, own.vae.config
+    unet, vae = own.denoiser.config, own.vae.config
 
     class Changed:
         def __init__(self, **values) -> None:
             self.values = values
 
         def __getattr__(self, name: str):
-            return self.values.get(name, getattr(denoiser, name))
+            return self.values.get(name, getattr(unet, name))
 
-    check_inputs("m", "StableDiffusionXLPipeline", denoiser, vae)
-    for name, values, words in (
-        ("StableDiffusionXLPipeline", {"in_channels": 9}, "9 input channels on latents of 4"),
-        ("StableDiffusionXLPipeline", {"time_cond_proj_dim": 256}, "distilled"),
-        ("StableDiffusionPipeline", {}, "addition_embed_type 'text_time'; expected None"),
+    own.family.check(unet, vae)
+    sd = StableDiffusion({}, 77, pretrained="m")
+    for family, values, words in (
+        (own.family, {"in_channels": 9}, "9 input channels on latents of 4"),
+        (own.family, {"time_cond_proj_dim": 256}, "distilled"),
+        (sd, {}, "addition_embed_type 'text_time'; expected None"),
     ):
         with pytest.raises(UserError, match=words):
-            check_inputs("m", name, Changed(**values), vae)
+            family.check(Changed(**values), vae)
 
 
 def test_the_hubs_refusals_name_the_way_out(monkeypatch) -> None:
@@ -348,7 +348,7 @@ def test_the_hubs_refusals_name_the_way_out(monkeypatch) -> None:
         line = refusal("some/model")
         assert all(word in line for word in words), line
         with pytest.raises(UserError):
-            load_scheduler("some/model")
+            read_family("some/model")
     monkeypatch.undo()
     assert "neither a directory nor a hub id" in refusal("./not/here/")
 
@@ -365,6 +365,6 @@ def test_large_pictures_are_decoded_a_few_at_a_time(side: int, batches: list[int
             self.seen.append(len(latents))
             return (torch.zeros(len(latents), 3, 2, 2),)
 
-    own = Pipeline(denoiser=None, vae=Vae(), scheduler=None, whole=None)
+    own = Pipeline(family=StableDiffusion({}, 77), denoiser=None, vae=Vae(), scheduler=None, whole=None)
     assert own.decode(torch.zeros(40, 1, 1, 1).expand(40, 4, side, side)).shape == (40, 3, 2, 2)
     assert own.vae.seen == batches

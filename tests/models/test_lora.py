@@ -21,10 +21,10 @@ from prdp_fast.core.errors import UserError
 from prdp_fast.models import lora
 from prdp_fast.models.families import StableDiffusion, read_family
 from prdp_fast.planning import cost
+from prdp_fast.planning.dry_run import dry_run
 from prdp_fast.planning.job import Job
 from prdp_fast.planning.memory import Activations, Footprint, fake_activations, measure_activations, plan_memory
 from prdp_fast.training.engine import StepResult, ZeroEngine
-from prdp_fast.training.trainer import reference_denoiser
 from prdp_fast.training.update import log_prob_pass, reference_pass
 
 CPU = torch.device("cpu")
@@ -169,7 +169,7 @@ def test_updates_move_the_adapter_as_plain_torch_does_and_nothing_else(config: s
     policy = small_policy()
     trajectories = small_trajectories(policy, small_unet())
     engine = engine_of(config, adapted(), alone)
-    with reference_denoiser(engine, None) as frozen:
+    with engine.base_denoiser() as frozen:
         reference = log_prob_pass(policy, frozen, trajectories, 4)
     # Fresh: the ratio to the reference is 1 to the bit, through the training path.
     assert torch.equal(log_prob_pass(policy, engine.denoiser, trajectories, 4), reference)
@@ -187,7 +187,7 @@ def test_updates_move_the_adapter_as_plain_torch_does_and_nothing_else(config: s
         assert trained.keys() == base.keys()
         assert all(torch.equal(trained[name], base[name]) for name in base), "the base was trained"
         after = log_prob_pass(policy, denoiser, trajectories, 4)
-    with reference_denoiser(engine, None) as frozen:
+    with engine.base_denoiser() as frozen:
         assert torch.equal(log_prob_pass(policy, frozen, trajectories, 4), reference)
     assert torch.equal(log_prob_pass(policy, engine.denoiser, trajectories, 4), after)
     assert not torch.equal(after, reference)
@@ -233,7 +233,7 @@ def test_compiled_views_see_the_adapter_and_see_it_off(mode: str, monkeypatch) -
     torch._dynamo.reset()
     denoiser = adapted().train()
     speed = accelerate(
-        Denoisers(denoiser, None, None), PerformanceSettings(compile=mode, attention="auto"), small_family(), train_rows=ROWS,
+        Denoisers(denoiser, None, None, has_adapter=True), PerformanceSettings(compile=mode, attention="auto"), small_family(), train_rows=ROWS,
         sample_rows=ROWS, stage=2, device=CPU, dtype=torch.float32,
     )  # fmt: skip
     assert speed.decisions["fuse_qkv"].value == "off" and "lora" in speed.decisions["fuse_qkv"].reason
@@ -266,7 +266,7 @@ def test_joined_products_leave_adapters_their_own(monkeypatch) -> None:
 def test_fusing_is_refused() -> None:
     with pytest.raises(UserError, match=r"fuse_qkv is on, but with model\.lora"):
         accelerate(
-            Denoisers(adapted(), None, None), PerformanceSettings(compile="off", attention="sdpa", fuse_qkv="on"),
+            Denoisers(adapted(), None, None, has_adapter=True), PerformanceSettings(compile="off", attention="sdpa", fuse_qkv="on"),
             small_family(), train_rows=ROWS, sample_rows=ROWS, stage=2, device=CPU, dtype=torch.float32,
         )  # fmt: skip
 
@@ -326,7 +326,7 @@ def test_a_backward_costs_about_a_forward() -> None:
 
 def test_the_dry_run_tells_what_is_trained() -> None:
     whole, adapter = (
-        Job.prepare(load_recipe("smoke", overrides), "zero2.json", world_size=1, cuda=False).dry_run(None)
+        dry_run(Job.prepare(load_recipe("smoke", overrides), "zero2.json", world_size=1, cuda=False), None)
         for overrides in ([], ["model.lora={rank: 4}"])
     )
     trained = read_family("tiny", LoraSettings(rank=4)).trained_parameters

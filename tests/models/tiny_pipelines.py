@@ -22,11 +22,11 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-import prdp_fast
+from prdp_fast.world import TINY
 
 FAMILIES = ("sd1", "sd2", "sdxl")
 SAMPLE_SIZE = 8
-TOKENIZER = Path(prdp_fast.__file__).parent / "assets" / "tiny" / "tokenizer"
+TOKENIZER = TINY / "tokenizer"
 PAD = "<|startoftext|>"  # stands for the "!" that SD 2 and SDXL's second tokenizer pad with: not the end of text
 
 
@@ -65,7 +65,7 @@ def _sd1() -> DiffusionPipeline:
         vae=_vae(0.18215),
         text_encoder=CLIPTextModel(_text_config(16, "quick_gelu")),
         tokenizer=_tokenizer(),
-        denoiser=_sd_unet(cross_attention_dim=16, attention_head_dim=2),
+        unet=_sd_unet(cross_attention_dim=16, attention_head_dim=2),
         scheduler=PNDMScheduler(**_schedule(skip_prk_steps=True, set_alpha_to_one=False)),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
@@ -76,7 +76,7 @@ def _sd2() -> DiffusionPipeline:
         vae=_vae(0.18215),
         text_encoder=CLIPTextModel(_text_config(16, "gelu")),
         tokenizer=_tokenizer(pad_token=PAD),
-        denoiser=_sd_unet(cross_attention_dim=16, attention_head_dim=[1, 2, 4, 4], use_linear_projection=True, upcast_attention=True),
+        unet=_sd_unet(cross_attention_dim=16, attention_head_dim=[1, 2, 4, 4], use_linear_projection=True, upcast_attention=True),
         scheduler=DDIMScheduler(**_schedule(prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False)),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
@@ -90,7 +90,7 @@ def _sdxl() -> DiffusionPipeline:
         text_encoder_2=CLIPTextModelWithProjection(_text_config(pooled, "gelu", layers=3)),
         tokenizer=_tokenizer(),
         tokenizer_2=_tokenizer(pad_token=PAD),
-        denoiser=UNet2DConditionModel(
+        unet=UNet2DConditionModel(
             sample_size=SAMPLE_SIZE, block_out_channels=(8, 16, 16), layers_per_block=1, norm_num_groups=4,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),

@@ -228,7 +228,7 @@ def test_tokens_by_the_embedded_tokenizer(tmp_path: Path, capsys: pytest.Capture
     long = "a small red circle at the top left of a large blue square with a white outline on a green background, painted in oil"
     (tmp_path / "p.txt").write_text(f"a small red circle\na large blue square\n{long}\n")
     arguments = ["shards", "build", "--source", "txt", "--input", str(tmp_path / "p.txt"), "--output", str(tmp_path / "out")]
-    tiny = str(ROOT / "prdp_fast" / "assets" / "tiny")
+    tiny = str(ROOT / "prdp_fast" / "world" / "tiny")
     assert cli.main([*arguments, "--max-tokens", "20", "--tokenizer", tiny, "--eval", "0"]) == 0
     assert "1 left out: more characters or tokens than asked for" in capsys.readouterr().out
     assert cli.main([*arguments, "--max-tokens", "20"]) == 2

@@ -131,12 +131,12 @@ def test_the_embedded_model(directory: Path, capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.parametrize("family", ["tiny", "sdxl"])
 def test_training_reads_them_instead_of_encoding(directory: Path, tmp_path: Path, family: str) -> None:
-    """One epoch's text phase, both ways, through what the runner chooses."""
+    """One epoch's text phase, both ways, through what the trainer chooses."""
     from prdp_fast.config.load import load_recipe
     from prdp_fast.models.pipeline import Pipeline
     from prdp_fast.models.text import TextEncoder
     from prdp_fast.planning.job import Job
-    from prdp_fast.training import trainer as runner
+    from prdp_fast.prompts.embeddings import choose_encoder
 
     model = family if family == "tiny" else str(build(family, tmp_path / family))
     assert cli.main(["embed", str(directory), "--model", model]) == 0
@@ -148,7 +148,7 @@ def test_training_reads_them_instead_of_encoding(directory: Path, tmp_path: Path
             "smoke", [f"prompts={{source: {directory}, stored_embeddings: {stored}}}", f"model.pretrained={model}"]
         )
         job = Job.prepare(settings, "zero2.json", world_size=1, cuda=False)
-        return job, runner.choose_encoder(job, encoder, cpu)
+        return job, choose_encoder(encoder.encode, job.train_prompts, stored=stored, device=cpu, dtype=torch.float32)
 
     assert chosen(False)[1] == encoder.encode
     job, encode = chosen(True)

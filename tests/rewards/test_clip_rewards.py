@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-import prdp_fast
 from prdp_fast.core.errors import RewardError, UserError
 from prdp_fast.rewards import build_reward, hpsv2
 from prdp_fast.rewards.aesthetic import build_head, head_tensors
 from prdp_fast.rewards.clip import processor_pixels
+from prdp_fast.world import TINY
 
-TOKENIZER = Path(prdp_fast.__file__).parent / "assets" / "tiny" / "tokenizer"
+TOKENIZER = TINY / "tokenizer"
 CONTEXT, VOCABULARY, SIZE, PATCH, WIDTH = 20, 150, 28, 7, 12
 PROMPTS = ["a small red circle", "a large blue square at the top left", "a small red circle", "", "a red " * 40]
 SIZES = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
