@@ -18,7 +18,7 @@ from prdp_fast.core import environment
 
 environment.prepare()
 
-from prdp_fast.core.errors import UserError  # noqa: E402
+from prdp_fast.core.errors import UserError
 
 
 class Subcommand(NamedTuple):

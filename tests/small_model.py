@@ -39,7 +39,9 @@ def small_policy(steps: int = 5, guidance_scale: float | None = 3.0, interval: t
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type="v_prediction", clip_sample=False,
         timestep_spacing="trailing",
     )  # fmt: skip
-    return Policy(Transitions.from_scheduler(scheduler, steps), guidance_scale, small_family().predict, guidance_interval=interval)
+    return Policy(
+        Transitions.from_scheduler(scheduler, steps), guidance_scale, small_family().predict, guidance_interval=interval
+    )
 
 
 def small_embeddings(groups: int, dtype: torch.dtype = torch.float32) -> TextEmbeddings:

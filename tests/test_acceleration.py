@@ -6,12 +6,12 @@ Tolerances are relative, ||fast - plain|| / ||plain||, float32: 1e-5 for a whole
 from __future__ import annotations
 
 import json
-import subprocess
 
+import launching
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
-from launching import ROOT, deepspeed_command
+from launching import ROOT
 from small_model import small_family, small_unet
 
 from prdp_fast.acceleration import attention, process
@@ -381,7 +381,11 @@ def test_a_wrong_gradient_is_found():
 def test_choosing_times_only_what_works():
     denoiser = small_unet()
     bad = {"default": lambda: None, "broken": lambda: 1 / 0}
-    assert choose_variant(probe_of(denoiser), bad, "default") == ("default", {}, {"broken": "ZeroDivisionError: division by zero"})
+    assert choose_variant(probe_of(denoiser), bad, "default") == (
+        "default",
+        {},
+        {"broken": "ZeroDivisionError: division by zero"},
+    )
     assert fastest({"a": 10.0, "b": 9.8}, "a", 0.03) == "a"
     assert fastest({"a": 10.0, "b": 9.6}, "a", 0.03) == "b"
 
@@ -390,9 +394,7 @@ def test_choosing_times_only_what_works():
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory) -> dict[str, dict]:
     path = tmp_path_factory.mktemp("acceleration") / "results.json"
-    command = deepspeed_command(ROOT / "tests/drive_acceleration.py", path, ranks=1)
-    result = subprocess.run(command, capture_output=True, text=True, cwd=path.parent, timeout=400)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    launching.run(ROOT / "tests/drive_acceleration.py", path, ranks=1, cwd=path.parent)
     return json.loads(path.read_text())
 
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import launching
 import pytest
+from launching import ROOT, TRAIN
 
 from prdp_fast import train
 from prdp_fast.prompts import ensure_scene_shards
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def refused(capsys, *arguments: str) -> str:
@@ -250,7 +247,9 @@ def test_a_reward_that_does_not_score(tmp_path: Path, scores: str, good: int, wo
         "--recipe", "smoke", "--output", str(tmp_path / "run"), "--set", "rewards=[{name: jpeg_size}]",
         "--set", "evaluation.prompts=8", "--set", "sampler.num_inference_steps=2", "--set", "checkpoint.every=100",
     ]  # fmt: skip
-    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=os.environ, timeout=300)
+    script = tmp_path / "broken_reward.py"
+    script.write_text(code)
+    result = launching.start(script, *arguments).wait(300)
     assert result.returncode == 2, result.stderr[-3000:]
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "Traceback" not in result.stderr
@@ -269,8 +268,7 @@ def test_a_reward_whose_model_cannot_be_had_stops_the_job_before_it_loads_anythi
         "--set",
         f"rewards=[{{name: pickscore, options: {{model: {tmp_path}}}}}]",
     ]
-    command = [sys.executable, "prdp_fast/train.py", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ, timeout=300)
+    result = launching.start(TRAIN, *arguments).wait(300)
     assert result.returncode == 2, result.stderr[-3000:]
     assert [line for line in result.stderr.splitlines() if "error" in line.lower()] == [
         f"error: reward 'pickscore': '{tmp_path}' has no config.json; expected the files of the model, as on the hub"

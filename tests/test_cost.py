@@ -52,7 +52,9 @@ def sd_policy(steps: int = 50, guidance_scale: float | None = 5.0, interval: tup
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1, clip_sample=False,
         set_alpha_to_one=False,
     )  # fmt: skip
-    return Policy(Transitions.from_scheduler(scheduler, steps), guidance_scale, small_family().predict, guidance_interval=interval)
+    return Policy(
+        Transitions.from_scheduler(scheduler, steps), guidance_scale, small_family().predict, guidance_interval=interval
+    )
 
 
 def test_sd14_costs_what_the_paper_scale_says(sd14) -> None:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
 
+import launching
 import pytest
 from drive_engine import BACKWARDS, CASES
-from launching import ROOT, deepspeed_command
+from launching import ROOT
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
 def results(request, tmp_path_factory) -> dict[str, dict]:
     path = tmp_path_factory.mktemp(f"engine{request.param}") / "results.json"
-    command = deepspeed_command(ROOT / "tests/drive_engine.py", path, ranks=request.param)
-    result = subprocess.run(command, capture_output=True, text=True, cwd=path.parent, timeout=400)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    launching.run(ROOT / "tests/drive_engine.py", path, ranks=request.param, cwd=path.parent)
     return json.loads(path.read_text())
 
 

@@ -1,7 +1,7 @@
 """The floors of the house: who may import whom. Read from the source with `ast`, so that an import inside a function counts too.
 
-A unit is a module or folder directly under `prdp_fast/`. Arrows go down; on a floor marked `apart` they do not go sideways
-either. A new unit needs a place in FLOORS, and gets one here, on purpose, by hand.
+A unit is a module or folder directly under `prdp_fast/`. Arrows go down, never up or sideways; a folder's own files may import
+each other, but not in a circle. A new unit needs a place in FLOORS, and gets one here, on purpose, by hand.
 """
 
 from __future__ import annotations
@@ -22,45 +22,26 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 
 
-class Floor(NamedTuple):
-    units: frozenset[str]
-    apart: bool = False  # units of this floor never import each other
-
-
+# From the ground up. Units of a floor never import each other: they meet in the records they pass.
 FLOORS = (
-    Floor(frozenset({"records", "settings", "scenes", "errors", "files", "hub"})),
-    Floor(frozenset({"prompts", "models", "sampling", "rewards", "objectives"}), apart=True),
-    Floor(
-        frozenset(
-            {
-                "update",
-                "zero",
-                "cost",
-                "memory",
-                "checkpoint",
-                "telemetry",
-                "reporting",
-                "evaluation",
-                "job",
-                "publishing",
-                "doctor",
-            }
-        )
-    ),
-    Floor(frozenset({"runner"})),
-    Floor(frozenset({"train", "cli", "report_command", "embed_command", "evaluate_command", "doctor_command"})),
+    frozenset({"core"}),
+    frozenset({"config", "world"}),
+    frozenset({"prompts", "models", "acceleration", "sampling", "rewards", "objectives"}),
+    frozenset({"planning", "evaluation", "reporting", "doctor"}),
+    frozenset({"training"}),
+    frozenset({"commands", "cli", "train"}),
 )
-# The script that trains the embedded model: stands beside the house, and nothing leans on it.
-LEAVES = {"assets": frozenset({"scenes", "records", "errors", "rewards"})}
-# Libraries with one door. A key matches a module and everything under it.
+ROOT_MODULES = {"cli", "train"}
+# Libraries with one door: a unit, or a file of it. A key matches a module and everything under it.
 DOORS = {
-    "deepspeed": {"zero"},
-    "diffusers": {"models", "sampling", "assets"},
-    "tensorboard": {"telemetry"},
-    "tensorboardX": {"telemetry"},
-    "torch.utils.tensorboard": {"telemetry"},
-    "wandb": {"telemetry"},
-    "mlflow": {"telemetry"},
+    "deepspeed": {"training/engine.py"},
+    "diffusers": {"models", "acceleration", "sampling", "world"},
+    "tensorboard": {"training/telemetry.py"},
+    "tensorboardX": {"training/telemetry.py"},
+    "torch.utils.tensorboard": {"training/telemetry.py"},
+    "wandb": {"training/telemetry.py"},
+    "mlflow": {"training/telemetry.py"},
+    "argparse": {"commands", "cli", "train", "world/make_model.py"},
 }
 # Imported by a reward on first use only: a recipe that does not name the reward runs without the library.
 REWARD_LIBRARIES_AT_THE_TOP = {"torch", "numpy", "PIL", "prdp_fast", "prdp_kernels"}
@@ -114,36 +95,43 @@ def files_of(base: Path, package: str) -> Iterator[tuple[Path, str, str]]:
         )
 
 
+def module_of(path: Path, root: Path) -> str:
+    """Dotted; of an `__init__.py` the package."""
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
 def floor_of(unit: str) -> int | None:
-    return next((number for number, floor in enumerate(FLOORS) if unit in floor.units), None)
+    return next((number for number, units in enumerate(FLOORS) if unit in units), None)
 
 
 def arrow_fault(source: str, target: str) -> str | None:
     """Why unit `source` may not import unit `target`; None if it may."""
-    if source == target:
+    if source == target or target == "":  # "" is the package itself, which is empty
         return None
-    if source in LEAVES:
-        return None if target in LEAVES[source] else f"{source} stands alone and may import only {sorted(LEAVES[source])}"
-    if target in LEAVES:
-        return f"nothing imports {target}"
-    if target == "":
-        return None  # the package itself, which is empty or imports from the ground floor
     if source == "":
-        return None if floor_of(target) == 0 else "prdp_fast/__init__.py runs before everything: ground floor only"
+        return "prdp_fast/__init__.py runs before everything and imports nothing"
     low, high = floor_of(target), floor_of(source)
     if low is None or high is None:
         return f"{target if low is None else source} has no floor yet; give it one in FLOORS"
+    if (source, target) in BESIDE:
+        return None
     if low > high:
         return "the arrow goes up"
-    if low == high and FLOORS[low].apart:
-        return "the parts never import each other; they meet in the records they pass"
+    if low == high:
+        return "units of one floor never import each other; they meet in the records they pass"
     return None
+
+
+# The two entry points hand over to the commands.
+BESIDE = {("cli", "commands"), ("train", "commands")}
 
 
 def faults_in(root: Path) -> list[str]:
     """Every broken rule of the house under `root`, one line each."""
     found = []
-    arrows: dict[str, set[str]] = {}
+    arrows: dict[str, set[str]] = {}  # between units
+    inner: dict[str, set[str]] = {}  # between files
 
     def is_module(name: str) -> bool:
         top, *rest = name.split(".")
@@ -151,7 +139,8 @@ def faults_in(root: Path) -> list[str]:
         return base is not None and (base.joinpath(top, *rest).is_dir() or base.joinpath(top, *rest).with_suffix(".py").is_file())
 
     for path, package, unit in files_of(root, "prdp_fast"):
-        if unit and unit not in LEAVES and floor_of(unit) is None:
+        name = path.relative_to(root / "prdp_fast").as_posix()
+        if unit and floor_of(unit) is None:
             found.append(f"{path.relative_to(root)}: {unit} has no floor yet; give it one in FLOORS")
             continue
         for module, line, at_the_top in imports_of(path, package, is_module):
@@ -160,19 +149,26 @@ def faults_in(root: Path) -> list[str]:
             if top == "prdp_fast":
                 target = rest[0] if rest else ""
                 arrows.setdefault(unit, set()).add(target)
+                if at_the_top:
+                    inner.setdefault(module_of(path, root), set()).add(module)
                 fault = arrow_fault(unit, target)
                 if fault:
                     found.append(f"{where}: {fault}")
             for library, doors in DOORS.items():
-                if (module == library or module.startswith(f"{library}.")) and unit not in doors:
+                if (module == library or module.startswith(f"{library}.")) and unit not in doors and name not in doors:
                     found.append(f"{where}: {library} appears in {sorted(doors)} alone")
             if unit == "rewards" and at_the_top and top not in REWARD_LIBRARIES_AT_THE_TOP | sys.stdlib_module_names:
                 found.append(f"{where}: a reward imports its library on first use, inside a function")
-    graph = {source: {target for target in targets if target not in ("", source)} for source, targets in arrows.items()}
-    try:
-        TopologicalSorter(graph).prepare()
-    except CycleError as error:
-        found.append(f"prdp_fast: units import each other in a circle: {' > '.join(error.args[1])}")
+    for what, graph in (("units", arrows), ("files", inner)):
+        try:
+            TopologicalSorter(
+                {one: {other for other in targets if other not in ("", one)} for one, targets in graph.items()}
+            ).prepare()
+        except CycleError as error:
+            found.append(f"prdp_fast: {what} import each other in a circle: {' > '.join(error.args[1])}")
+    modules = {path.stem for path in (root / "prdp_fast").glob("*.py")} - {"__init__"}
+    if not modules <= ROOT_MODULES:
+        found.append(f"prdp_fast: {sorted(modules - ROOT_MODULES)} lie beside the rooms; put them into one")
 
     for path, package, _ in files_of(root / "kernels", "prdp_kernels"):
         for module, line, _ in imports_of(path, package, is_module):
@@ -190,25 +186,26 @@ def test_imports_go_down_only():
 
 def test_the_walk_sees_the_house():
     units = {unit for _, _, unit in files_of(ROOT, "prdp_fast")}
-    assert {"records", "sampling", "rewards", "telemetry", "reporting"} <= units
+    assert units >= {"core", "sampling", "rewards", "training", "reporting", "cli"}
+    assert {unit for units in FLOORS for unit in units} == units - {""}, "a floor names a unit that is not there"
     assert len(list(files_of(ROOT / "kernels", "prdp_kernels"))) > 4
 
 
 SOUND = {
     "prdp_fast/__init__.py": "",
-    "prdp_fast/records.py": "import torch",
-    "prdp_fast/errors.py": "",
-    "prdp_fast/zero.py": "import deepspeed\nfrom prdp_fast.errors import UserError",
-    "prdp_fast/update.py": "from prdp_fast import zero\nfrom prdp_fast.sampling.policy import Policy",
+    "prdp_fast/core/records.py": "import torch",
+    "prdp_fast/core/errors.py": "",
+    "prdp_fast/training/engine.py": "import deepspeed\nfrom prdp_fast.core.errors import UserError",
+    "prdp_fast/training/update.py": "from prdp_fast.training import engine\nfrom prdp_fast.sampling.policy import Policy",
     "prdp_fast/sampling/__init__.py": "",
-    "prdp_fast/sampling/policy.py": "from diffusers import X\nfrom . import table\nfrom ..records import Y\nimport prdp_kernels",
+    "prdp_fast/sampling/policy.py": "from diffusers import X\nfrom . import table\nfrom ..core.records import Y\nimport prdp_kernels",
     "prdp_fast/sampling/table.py": "",
     "prdp_fast/rewards/__init__.py": "",
     "prdp_fast/rewards/clip.py": "import torch\ndef load():\n    import transformers",
-    "prdp_fast/assets/make.py": "import diffusers\nfrom prdp_fast import rewards",
-    "prdp_fast/runner.py": "from prdp_fast import update, zero",
-    "prdp_fast/train.py": "def main():\n    from prdp_fast import runner",
-    "prdp_fast/telemetry.py": "def f():\n    from torch.utils.tensorboard import SummaryWriter",
+    "prdp_fast/world/make_model.py": "import argparse, diffusers\nfrom prdp_fast.core import errors",
+    "prdp_fast/commands/train.py": "import argparse\ndef main():\n    from prdp_fast.training import update",
+    "prdp_fast/train.py": "from prdp_fast.commands import train",
+    "prdp_fast/training/telemetry.py": "def f():\n    from torch.utils.tensorboard import SummaryWriter",
     "kernels/prdp_kernels/__init__.py": "import math\nimport torch\nfrom prdp_kernels import op",
     "kernels/prdp_kernels/op.py": "import triton.language",
 }
@@ -228,44 +225,48 @@ def test_a_sound_house_has_no_fault(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [
-        ("prdp_fast/records.py", "from prdp_fast.sampling import policy", "the arrow goes up"),
-        ("prdp_fast/sampling/table.py", "from prdp_fast import update", "the arrow goes up"),
-        ("prdp_fast/sampling/table.py", "def f():\n    from .. import runner", "the arrow goes up"),
+        ("prdp_fast/core/records.py", "from prdp_fast.sampling import policy", "the arrow goes up"),
+        ("prdp_fast/sampling/table.py", "from prdp_fast.training import update", "the arrow goes up"),
+        ("prdp_fast/sampling/table.py", "def f():\n    from .. import training", "the arrow goes up"),
         (
             "prdp_fast/sampling/table.py",
             "from importlib import import_module\nimport_module('prdp_fast.train')",
             "the arrow goes up",
         ),
         (
-            "prdp_fast/errors.py",
-            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import prdp_fast.runner",
+            "prdp_fast/core/errors.py",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import prdp_fast.training.update",
             "the arrow goes up",
         ),
-        ("prdp_fast/runner.py", "import prdp_fast.train", "the arrow goes up"),
+        ("prdp_fast/training/update.py", "import prdp_fast.train", "the arrow goes up"),
         ("prdp_fast/sampling/table.py", "import prdp_fast.rewards.clip", "never import each other"),
         ("prdp_fast/rewards/clip.py", "from ..sampling.policy import Policy", "never import each other"),
-        ("prdp_fast/zero.py", "from prdp_fast import update", "in a circle"),
-        ("prdp_fast/update.py", "from deepspeed.utils import logger", "deepspeed appears in ['zero'] alone"),
-        ("prdp_fast/rewards/clip.py", "def f():\n    import diffusers", "diffusers appears in"),
-        ("prdp_fast/runner.py", "from torch.utils import tensorboard", "tensorboard appears in ['telemetry'] alone"),
+        ("prdp_fast/training/engine.py", "from prdp_fast.training import update", "in a circle"),
         (
-            "prdp_fast/runner.py",
-            "from torch.utils.tensorboard import SummaryWriter",
-            "tensorboard appears in ['telemetry'] alone",
+            "prdp_fast/training/update.py",
+            "from deepspeed.utils import logger",
+            "deepspeed appears in ['training/engine.py'] alone",
         ),
+        ("prdp_fast/rewards/clip.py", "def f():\n    import diffusers", "diffusers appears in"),
+        ("prdp_fast/rewards/clip.py", "import argparse", "argparse appears in"),
+        ("prdp_fast/training/update.py", "from torch.utils import tensorboard", "tensorboard appears in"),
+        ("prdp_fast/training/update.py", "from torch.utils.tensorboard import SummaryWriter", "tensorboard appears in"),
         ("prdp_fast/rewards/clip.py", "import transformers", "on first use"),
-        ("prdp_fast/assets/make.py", "from prdp_fast import sampling", "assets stands alone"),
-        ("prdp_fast/runner.py", "from prdp_fast.assets import make", "nothing imports assets"),
-        ("prdp_fast/__init__.py", "from prdp_fast.runner import train", "ground floor only"),
+        ("prdp_fast/world/make_model.py", "from prdp_fast import sampling", "the arrow goes up"),
+        ("prdp_fast/__init__.py", "from prdp_fast.training import update", "imports nothing"),
         ("prdp_fast/surprise.py", "", "surprise has no floor yet"),
-        ("kernels/prdp_kernels/op.py", "from prdp_fast import records", "kernels need torch and triton only"),
+        ("prdp_fast/surprise.py", "", "lie beside the rooms"),
+        ("kernels/prdp_kernels/op.py", "from prdp_fast.core import records", "kernels need torch and triton only"),
         ("kernels/prdp_kernels/op.py", "import numpy", "kernels need torch and triton only"),
         ("kernels/__init__.py", "", "must not be a package"),
     ],
 )
 def test_a_forbidden_arrow_is_caught(tmp_path, name, text, expected):
     faults = faults_in(build(tmp_path, SOUND | {name: text}))
-    assert any(expected in fault and (name in fault or "circle" in fault or "kernels/ must" in fault) for fault in faults), faults
+    assert any(
+        expected in fault and (name in fault or "circle" in fault or "must not be" in fault or "beside" in fault)
+        for fault in faults
+    ), faults
 
 
 # The import name `kernels`

@@ -165,7 +165,9 @@ def test_the_largest_micro_batch_that_fits() -> None:
 
 def test_auto_on_a_cpu() -> None:
     denoiser = small_unet(0)
-    job = replace(SD, denoiser_parameters=SMALL.denoiser_parameters, dtype=torch.float32, latent_shape=SHAPE, reduce_bucket=0, stage=0)
+    job = replace(
+        SD, denoiser_parameters=SMALL.denoiser_parameters, dtype=torch.float32, latent_shape=SHAPE, reduce_bucket=0, stage=0
+    )
     options = {"local_ranks": 1, "agree": lambda size: size}
     size, plan, available = fit(job, denoiser, SMALL, wanted=None, most=1000, **options)
     assert size == 64 and plan.fits(available)

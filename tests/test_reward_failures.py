@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import launching
 import numpy as np
 import pytest
 import torch
-from launching import ROOT, deepspeed_command, free_port
+from launching import ROOT, TRAIN, Job, free_port
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -35,23 +36,18 @@ SMALL = {
 }  # fmt: skip
 
 
-def start(output: Path, url: str, **schedule: object) -> subprocess.Popen:
+def start(output: Path, url: str, **schedule: object) -> Job:
     rewards = f"[{{name: http, options: {{url: '{url}', retries: 0, timeout_s: 30}}}}]"
     values = SMALL | {"rewards": rewards} | {f"schedule.{name}": value for name, value in schedule.items()}
-    settings = [word for name, value in values.items() for word in ("--set", f"{name}={value}")]
-    command = deepspeed_command(
-        ROOT / "prdp_fast/train.py", "--config", "zero2.json", "--recipe", "smoke", "--output", output, *settings, ranks=2
-    )
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    return subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | {"PATH": path}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    return launching.start(
+        TRAIN, "--config", "zero2.json", "--recipe", "smoke", "--output", output, *launching.settings(values), ranks=2
+    )  # fmt: skip
 
 
-def finish(process: subprocess.Popen, *, well: bool = True) -> str:
-    text, _ = process.communicate(timeout=200)
-    assert (process.returncode == 0) == well, text[-4000:]
-    return text
+def finish(job: Job, *, well: bool = True) -> str:
+    finished = job.wait(200)
+    assert (finished.returncode == 0) == well, finished.text[-4000:]
+    return finished.text
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:

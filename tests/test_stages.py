@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import subprocess
 from pathlib import Path
 
+import launching
 import pytest
 import torch
 from drive_stages import OVERRIDES
-from launching import ROOT, deepspeed_command
+from launching import ROOT
 from safetensors.torch import load_file
 
 from prdp_fast.config.load import load_recipe
@@ -25,9 +25,7 @@ CONFIGS = ["zero0.json", "zero1.json", "zero2.json", "zero3.json", "zero3_offloa
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
 def weights(request, tmp_path_factory) -> dict[str, dict[str, torch.Tensor]]:
     output = tmp_path_factory.mktemp(f"ranks{request.param}")
-    command = deepspeed_command(ROOT / "tests/drive_stages.py", output, *CONFIGS, ranks=request.param)
-    result = subprocess.run(command, capture_output=True, text=True, cwd=output, timeout=400)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    result = launching.run(ROOT / "tests/drive_stages.py", output, *CONFIGS, ranks=request.param, cwd=output)
     assert "deprecated" not in result.stderr, "a user can do nothing about what DeepSpeed calls"
     return {
         config: load_file(output / Path(config).stem / "model/unet/diffusion_pytorch_model.safetensors") for config in CONFIGS
@@ -51,8 +49,8 @@ def plain() -> dict[str, torch.Tensor]:
     images_per_prompt = schedule.images_per_prompt
 
     def encode(texts: list[str]) -> torch.Tensor:
-        tokens = pipeline.tokenizer(texts, padding="max_length", return_tensors="pt")["input_ids"]
-        return pipeline.text_encoder(tokens)[0]
+        tokens = pipeline.whole.tokenizer(texts, padding="max_length", return_tensors="pt")["input_ids"]
+        return pipeline.whole.text_encoder(tokens)[0]
 
     for epoch in range(schedule.epochs):
         prompts = stream.epoch(epoch)

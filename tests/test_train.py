@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import launching
 import pytest
 import torch
-from launching import ROOT, deepspeed_command
+from launching import TRAIN, deepspeed_command
 from safetensors.torch import load_file
 
 SMALL = [
@@ -24,18 +24,9 @@ SMALL = [
 ]  # fmt: skip
 
 
-def start(output: Path, *arguments: str, interpret: bool = False) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "prdp_fast/train.py"), *SMALL, "--output", str(output), *arguments]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        env={**os.environ, "TRITON_INTERPRET": str(int(interpret))},
-    )  # fmt: skip
-
-
-def finish(process: subprocess.Popen) -> str:
-    text, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, text[-4000:]
-    return text
+def train(output: Path, *arguments: str) -> str:
+    """What it printed."""
+    return launching.run(TRAIN, *SMALL, "--output", output, *arguments).stdout
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -46,7 +37,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 def whole_run(tmp_path_factory) -> tuple[Path, str]:
     """An uninterrupted run, and what it printed."""
     output = tmp_path_factory.mktemp("whole") / "run"
-    return output, finish(start(output))
+    return output, train(output)
 
 
 def test_a_run_leaves_what_it_promises(whole_run: tuple[Path, str]) -> None:
@@ -77,7 +68,10 @@ def test_the_triton_kernels_train_like_the_references(tmp_path: Path) -> None:
     for kernels in ("torch", "triton"):
         run = tmp_path / kernels
         small = ["schedule.epochs=2", "evaluation.prompts=0", f"kernels={kernels}"]
-        finish(start(run, *(word for setting in small for word in ("--set", setting)), interpret=kernels == "triton"))
+        words = [word for setting in small for word in ("--set", setting)]
+        command = [sys.executable, str(TRAIN), *SMALL, "--output", str(run), *words]
+        interpret = str(int(kernels == "triton"))  # read when Triton is imported: a process of its own
+        subprocess.run(command, check=True, capture_output=True, timeout=400, env=os.environ | {"TRITON_INTERPRET": interpret})
         rows[kernels] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for reference, kernel in zip(rows["torch"], rows["triton"], strict=True):
         for name in ("reward", "log_prob", "loss", "grad_norm", "mean_abs_target", "clip_fraction", "pair_accuracy", "pairs"):
@@ -89,24 +83,22 @@ def test_the_triton_kernels_train_like_the_references(tmp_path: Path) -> None:
 @pytest.mark.parametrize("moment", ["random", "while a checkpoint is written"])
 def test_a_killed_run_resumes_bit_for_bit(whole_run: tuple[Path, str], tmp_path: Path, moment: str) -> None:
     run = tmp_path / "run"
-    process = start(run)
+    job = launching.start(TRAIN, *SMALL, "--output", run)
     checkpoints = run / "checkpoints"
     deadline = time.monotonic() + 300
     if moment == "random":
         while not list(checkpoints.glob("epoch-*")):
-            assert process.poll() is None and time.monotonic() < deadline
+            assert job.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
         time.sleep(random.uniform(0, 4))
     else:
         while not (list(checkpoints.glob(".*.partial")) and list(checkpoints.glob("epoch-*"))):
-            assert process.poll() is None and time.monotonic() < deadline
+            assert job.poll() is None and time.monotonic() < deadline
             time.sleep(0.0005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    process.stdout.close()  # type: ignore[union-attr]
+    job.kill()
     whole = [path for path in checkpoints.glob("epoch-*") if (path / "state.json").exists()]
     assert whole, "no usable checkpoint was left"
-    finish(start(run, "--resume", "auto"))
+    train(run, "--resume", "auto")
     expected = weights(whole_run[0])
     for name, tensor in weights(run).items():
         assert torch.equal(tensor, expected[name]), f"{name} differs by {(tensor - expected[name]).abs().max():.1e}"
@@ -145,7 +137,7 @@ def test_the_export_opens_in_a_fresh_process_and_scores_the_reported_reward(whol
 
 def test_the_deepspeed_command_by_absolute_path_from_another_directory(tmp_path: Path) -> None:
     command = deepspeed_command(
-        ROOT / "prdp_fast/train.py", "--config", "zero2.json", "--recipe", "tiny_ddpo",
+        TRAIN, "--config", "zero2.json", "--recipe", "tiny_ddpo",
         "--set", "schedule.epochs=1", "--set", "evaluation.prompts=4", "--set", "sampler.num_inference_steps=2",
         "--set", "schedule.prompts_per_epoch=2", "--set", "schedule.images_per_prompt=2",
     )  # fmt: skip
@@ -158,7 +150,7 @@ def test_the_deepspeed_command_by_absolute_path_from_another_directory(tmp_path:
 
 def test_a_refusal_under_the_launcher_is_one_line_and_a_status(tmp_path: Path) -> None:
     arguments = ["--config", "zero2.json", "--recipe", "smoke", "--set", "schedule.prompts_per_epoch=3"]
-    command = deepspeed_command(ROOT / "prdp_fast/train.py", *arguments, ranks=2)
+    command = deepspeed_command(TRAIN, *arguments, ranks=2)
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.returncode != 0
     printed = result.stdout + result.stderr

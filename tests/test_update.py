@@ -72,7 +72,9 @@ def whole_log_probs(policy, denoiser, trajectories: Trajectories) -> torch.Tenso
     return torch.stack(columns, 1)
 
 
-def whole_loss_gradients(policy, denoiser, reference, trajectories, updates: int, learning_rate: float) -> list[list[torch.Tensor]]:
+def whole_loss_gradients(
+    policy, denoiser, reference, trajectories, updates: int, learning_rate: float
+) -> list[list[torch.Tensor]]:
     """K updates of plain SGD by autograd through the whole loss over all steps."""
     shape = (len(trajectories.prompts), trajectories.images_per_prompt, -1)
     denoiser.requires_grad_(True)

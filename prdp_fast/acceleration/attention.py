@@ -1,4 +1,4 @@
-"""Attention kernels of a U-Net, through diffusers' own dispatcher.
+"""Attention kernels of a denoiser, through diffusers' own dispatcher.
 
 `UNet2DConditionModel.set_attention_backend` does nothing by itself: its layers are diffusers' older `Attention`, whose processor
 calls torch's scaled_dot_product_attention and knows no backend. The processor here is the same arithmetic, sent through the

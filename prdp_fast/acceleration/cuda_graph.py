@@ -14,7 +14,7 @@ Forward = Callable[..., Any]
 class CudaGraphForward:
     """A forward as a CUDA graph, for each batch size that recurs.
 
-    A graph reads the weights at the addresses it was captured with, so optimizer steps in place are seen, and a U-Net whose
+    A graph reads the weights at the addresses it was captured with, so optimizer steps in place are seen, and a denoiser whose
     weights move (the gathered copy of ZeRO-3 goes to the host between rollouts) cannot be captured.
     """
 

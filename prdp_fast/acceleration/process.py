@@ -1,4 +1,4 @@
-"""Settings of the process that make a U-Net cheaper: before anything is loaded or compiled."""
+"""Settings of the process that make a denoiser cheaper: before anything is loaded or compiled."""
 
 from __future__ import annotations
 

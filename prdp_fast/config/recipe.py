@@ -32,7 +32,7 @@ def _micro_batch(value: Any) -> Any:
 
 
 class LoraSettings(Section):
-    """A low-rank adapter (arXiv:2106.09685) that is trained in place of the U-Net's own weights."""
+    """A low-rank adapter (arXiv:2106.09685) that is trained in place of the denoiser's own weights."""
 
     rank: int = Field(16, ge=1)
     alpha: float | None = Field(None, gt=0, description="the adapter is scaled by alpha / rank; null: alpha = rank")
@@ -43,7 +43,7 @@ class LoraSettings(Section):
 
 class ModelSettings(Section):
     pretrained: str = Field("tiny", description="'tiny' (embedded), a diffusers directory, or a hub id")
-    lora: LoraSettings | None = Field(None, description="null trains the whole U-Net")
+    lora: LoraSettings | None = Field(None, description="null trains the whole denoiser")
     ema_decay: float | None = Field(
         None, gt=0, lt=1, description="evaluate and export a moving average of the trained weights, e.g. 0.999; stages 0 to 2"
     )
@@ -72,7 +72,7 @@ class SamplerSettings(Section):
     )
     eta: float = Field(1.0, description="DDIM's share of noise, 0 < eta <= 1; DDPM has only 1")
     rollout_batch: int = Field(
-        64, ge=1, description="trajectories per U-Net call (guidance doubles the rows); changes speed only"
+        64, ge=1, description="trajectories per denoiser call (guidance doubles the rows); changes speed only"
     )
 
     @model_validator(mode="after")
@@ -178,12 +178,12 @@ class PerformanceSettings(Section):
         "auto", description="auto: the fastest of those that work, measured at start on the model's own shapes"
     )
     compile: Annotated[Literal["auto", "off", "blocks", "full"], BeforeValidator(_switch)] = Field(
-        "auto", description="torch.compile of the U-Net: its repeated blocks (starts soon) or all of it"
+        "auto", description="torch.compile of the denoiser: its repeated blocks (starts soon) or all of it"
     )
     compile_cache: str | None = Field(None, description="directory of compiled code; a second start is quick. null: torch's own")
     cuda_graphs: Switch = Field("auto", description="capture the rollout's fixed shapes")
     channels_last: Switch = "auto"
-    fuse_qkv: Switch = Field("auto", description="one matrix product for query, key and value of the frozen U-Nets")
+    fuse_qkv: Switch = Field("auto", description="one matrix product for query, key and value of the frozen denoisers")
     tf32: Switch = Field("auto", description="float32 matrix products of CUDA on tensor cores")
     fused_optimizer: Switch = Field("auto", description="AdamW in one kernel")
     activation_checkpointing: bool = Field(
@@ -192,7 +192,7 @@ class PerformanceSettings(Section):
     coalesce_gradients: Switch = Field(
         "auto", description="reduce gradients over ranks once an update; needs room for all of them"
     )
-    background_rewards: Switch = Field("auto", description="score images while the U-Net goes on")
+    background_rewards: Switch = Field("auto", description="score images while the denoiser goes on")
 
 
 class EvaluationSettings(Section):

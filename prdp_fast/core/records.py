@@ -19,7 +19,7 @@ class Prompt:
 
 
 class TextEmbeddings(NamedTuple):
-    """Text conditioning of N rows, ready for the U-Net."""
+    """Text conditioning of N rows, ready for the denoiser."""
 
     prompt_embeds: torch.Tensor  # (N, L, D) model dtype
     negative_prompt_embeds: torch.Tensor  # (1, L, D): the empty prompt, broadcast to every row

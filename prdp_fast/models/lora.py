@@ -1,8 +1,8 @@
-"""LoRA: a low-rank adapter is trained, the U-Net's own weights stay as they are.
+"""LoRA: a low-rank adapter is trained, the denoiser's own weights stay as they are.
 
     W x + (alpha / rank) B A x,    A normal, B zero at first
 
-So a fresh adapter changes nothing, and the U-Net with its adapter off is the reference: no second U-Net in memory.
+So a fresh adapter changes nothing, and the denoiser with its adapter off is the reference: no second denoiser in memory.
 
 Source: LoRA (arXiv:2106.09685), in peft's implementation, as diffusers opens it.
 """
@@ -25,7 +25,7 @@ WEIGHTS = "pytorch_lora_weights.safetensors"  # the name that `load_lora_weights
 
 
 def add_adapter(denoiser: nn.Module, settings: LoraSettings, seed: int) -> None:
-    """Put an adapter into the U-Net, in place: it alone requires gradients, in the dtype and on the device of its layers.
+    """Put an adapter into the denoiser, in place: it alone requires gradients, in the dtype and on the device of its layers.
 
     Args: seed: of A, drawn on the CPU: the same on every rank and device. Torch's own generator is left as it was.
     Raises: UserError if peft is missing or no layer has a name in settings.targets.
@@ -75,7 +75,7 @@ def has_adapter(denoiser: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def adapter_off(denoiser: nn.Module) -> Iterator[nn.Module]:
-    """Inside, the U-Net computes as it did before it was given an adapter.
+    """Inside, the denoiser computes as it did before it was given an adapter.
 
     peft's own switch also turns `requires_grad` off and on, which is ZeRO's to mind.
     """

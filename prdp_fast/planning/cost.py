@@ -1,4 +1,4 @@
-"""What an epoch costs: U-Net rows by phase, floating-point operations, and how the time would scale over GPUs.
+"""What an epoch costs: denoiser rows by phase, floating-point operations, and how the time would scale over GPUs.
 
 One multiplication with one addition counts as two operations (FLOP), as vendors count the peak of a device.
 """
@@ -34,7 +34,7 @@ PEAK_TFLOPS = {
 
 
 def denoiser_flop(shapes: Family) -> int:
-    """FLOP of the U-Net's forward for one row, matrix products, convolutions and attention, counted on the meta device."""
+    """FLOP of the denoiser's forward for one row, matrix products, convolutions and attention, counted on the meta device."""
     denoiser = shapes.meta_denoiser().eval()
     inputs = shapes.denoiser_inputs(1, "meta")
     counter = FlopCounterMode(display=False)
@@ -45,7 +45,7 @@ def denoiser_flop(shapes: Family) -> int:
 
 
 def backward_per_forward(shapes: Family) -> float:
-    """FLOP of the U-Net's backward over its forward's.
+    """FLOP of the denoiser's backward over its forward's.
 
     With an adapter about 1: frozen weights have no gradient, but what comes before them does. Counted there, layer by layer.
     """
@@ -60,7 +60,7 @@ def backward_per_forward(shapes: Family) -> float:
 
 @dataclass(frozen=True)
 class PhaseRows:
-    """U-Net rows of one phase of an epoch, over all ranks."""
+    """denoiser rows of one phase of an epoch, over all ranks."""
 
     forward: float = 0.0  # with a subset of timesteps and a guidance interval, the average over the draws
     backward: float = 0.0  # of those, the ones that are backpropagated
@@ -73,7 +73,7 @@ class PhaseRows:
 def epoch_rows(
     schedule: ScheduleSettings, policy: Policy, *, needs_reference: bool, first_epoch: bool = False
 ) -> dict[str, PhaseRows]:
-    """U-Net rows of one epoch by phase, on the fast path (no pass (1) before the first update).
+    """denoiser rows of one epoch by phase, on the fast path (no pass (1) before the first update).
 
     Args:
         first_epoch: before the first update the policy is the reference, and no reference pass is run.

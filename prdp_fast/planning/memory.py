@@ -78,7 +78,7 @@ def peak_bytes(function: Callable[[], Any], module: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Activations:
-    """What one U-Net call holds beyond weights and gradients: fixed + rows * per row."""
+    """What one denoiser call holds beyond weights and gradients: fixed + rows * per row."""
 
     per_row: int
     fixed: int = 0
@@ -155,7 +155,7 @@ class Footprint:
     needs_reference: bool
     activations: Activations
     micro_batch: int  # rows of one backward
-    evaluations: int  # U-Net rows of one row: 2 with guidance
+    evaluations: int  # denoiser rows of one row: 2 with guidance
     rollout_batch: int = 64
     coalesced: bool = False
     offload_optimizer: bool = False
@@ -163,7 +163,7 @@ class Footprint:
     reduce_bucket: int = BUCKET
     double_bucket: bool = False
     max_live: int = LIVE
-    adapter_parameters: int | None = None  # what is trained of the U-Net; None: all of it
+    adapter_parameters: int | None = None  # what is trained of the denoiser; None: all of it
     averaged: bool = False  # a moving average of what is trained
 
     @property
@@ -266,7 +266,7 @@ def plan_memory(job: Footprint) -> MemoryPlan:
         buffers = (2 if job.double_bucket else 1) * job.reduce_bucket * width
         items.append(Item("gradient reduction buffer", buffers, when="always" if stage == 3 else "update"))
 
-    if job.needs_reference and job.adapter_parameters is None:  # with an adapter it is the U-Net with that off
+    if job.needs_reference and job.adapter_parameters is None:  # with an adapter it is the denoiser with that off
         items.append(Item("reference weights", count * width))
     if stage == 3:
         items.append(Item("weights gathered for the rollout", count * width, when="rollout"))

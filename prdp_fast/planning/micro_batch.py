@@ -58,8 +58,9 @@ def choose_micro_batch(
     if agreed == 0:
         plan = plan_memory(replace(job, micro_batch=1))
         raise UserError(
-            f"schedule.micro_batch auto: not even one row fits: {format_bytes(plan.total())} planned on a rank with {format_bytes(available)} "
-            "free, on this rank or another; use a higher ZeRO stage, more ranks, or performance.activation_checkpointing true"
+            f"schedule.micro_batch auto: not even one row fits: {format_bytes(plan.total())} planned on a rank with "
+            f"{format_bytes(available)} free, on this rank or another; use a higher ZeRO stage, more ranks, or "
+            "performance.activation_checkpointing true"
         )
     return agreed
 
@@ -74,7 +75,7 @@ def fit(
     local_ranks: int,
     agree: Callable[[float], float],
 ) -> tuple[int, MemoryPlan, int]:
-    """Measure the activations of the real U-Net, and choose the micro-batch if the recipe leaves it open. Every rank calls it.
+    """Measure the activations of the real denoiser, and choose the micro-batch if the recipe leaves it open. Every rank calls it.
 
     Args:
         job: its activations and micro-batch are filled in here.
@@ -100,7 +101,7 @@ def _try_out(
     most: int | None,
     agree: Callable[[float], float],
 ) -> tuple[Footprint, int]:
-    """The job with its activations measured on a copy of the U-Net, and, if `most` is given, the micro-batch to take."""
+    """The job with its activations measured on a copy of the denoiser, and, if `most` is given, the micro-batch to take."""
     device = next(denoiser.parameters()).device
     probe = copy.deepcopy(denoiser).to(job.dtype).train()
     for parameter in trained_parameters(probe):

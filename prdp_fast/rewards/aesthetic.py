@@ -63,13 +63,13 @@ class Aesthetic(ScoringModel):
     def load(self) -> None:
         from transformers import CLIPVisionModelWithProjection
 
-        find_model_file(self.whose, self.model, "config.json")
-        tower = self.place(read_pretrained(self.whose, CLIPVisionModelWithProjection, self.model))
-        self.clip = Clip(tower, processor_pixels(self.whose, self.model))
-        path = find_weights(self.whose, self.weights, *HEAD)
-        state = head_tensors(read_checkpoint(self.whose, path))
+        find_model_file(self.owner, self.model, "config.json")
+        tower = self.place(read_pretrained(self.owner, CLIPVisionModelWithProjection, self.model))
+        self.clip = Clip(tower, processor_pixels(self.owner, self.model))
+        path = find_weights(self.owner, self.weights, *HEAD)
+        state = head_tensors(read_checkpoint(self.owner, path))
         head = build_head(tower.config.projection_dim)
-        check_tensors(self.whose, path, state, head.state_dict())
+        check_tensors(self.owner, path, state, head.state_dict())
         head.load_state_dict(state)
         self.head = head.to(self.device).eval().requires_grad_(False)  # float32: it costs nothing
 

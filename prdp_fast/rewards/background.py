@@ -1,4 +1,4 @@
-"""Scoring beside the U-Net: one worker thread, one call at a time."""
+"""Scoring beside the denoiser: one worker thread, one call at a time."""
 
 from __future__ import annotations
 

@@ -52,15 +52,15 @@ def unit(features: torch.Tensor) -> torch.Tensor:
     return features / features.norm(dim=-1, keepdim=True)
 
 
-def processor_pixels(whose: str, name: str) -> Pixels:
+def processor_pixels(owner: str, name: str) -> Pixels:
     """The preprocessing that a model was published with, by its preprocessor_config.json. Raises: UserError.
 
     The processor that works on PIL pictures: it needs no torchvision, and resizes as the models' own code does.
     """
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    find_model_file(whose, name, "preprocessor_config.json")
-    processor = read_pretrained(whose, CLIPImageProcessorPil, name)
+    find_model_file(owner, name, "preprocessor_config.json")
+    processor = read_pretrained(owner, CLIPImageProcessorPil, name)
 
     def pixels(images: torch.Tensor) -> torch.Tensor:
         pictures = list(images.permute(0, 2, 3, 1).numpy())
@@ -69,7 +69,7 @@ def processor_pixels(whose: str, name: str) -> Pixels:
     return pixels
 
 
-def read_tokenizer(whose: str, name: str, words: int) -> Any:
+def read_tokenizer(owner: str, name: str, words: int) -> Any:
     """words: of the model's vocabulary. transformers makes a tokenizer of two words, silently, where the vocabulary's file is
     missing or out of reach.
 
@@ -77,11 +77,11 @@ def read_tokenizer(whose: str, name: str, words: int) -> Any:
     """
     from transformers import CLIPTokenizer
 
-    find_model_file(whose, name, "tokenizer_config.json")
-    tokenizer = read_pretrained(whose, CLIPTokenizer, name)
+    find_model_file(owner, name, "tokenizer_config.json")
+    tokenizer = read_pretrained(owner, CLIPTokenizer, name)
     if len(tokenizer) < words:
         raise UserError(
-            f"{whose}: the tokenizer of {name!r} knows {len(tokenizer)} words, the model {words}; expected the model's own, with "
+            f"{owner}: the tokenizer of {name!r} knows {len(tokenizer)} words, the model {words}; expected the model's own, with "
             "tokenizer.json, or vocab.json and merges.txt"
         )
     return tokenizer
@@ -102,7 +102,7 @@ class ClipReward(ScoringModel):
     def load(self) -> None:
         from transformers import CLIPModel
 
-        find_model_file(self.whose, self.model, "config.json")
-        model = self.place(read_pretrained(self.whose, CLIPModel, self.model))
-        tokenizer = read_tokenizer(self.whose, self.processor, model.config.text_config.vocab_size)
-        self.clip = Clip(model, processor_pixels(self.whose, self.processor), tokenizer)
+        find_model_file(self.owner, self.model, "config.json")
+        model = self.place(read_pretrained(self.owner, CLIPModel, self.model))
+        tokenizer = read_tokenizer(self.owner, self.processor, model.config.text_config.vocab_size)
+        self.clip = Clip(model, processor_pixels(self.owner, self.processor), tokenizer)

@@ -136,18 +136,18 @@ class HpsV2(ScoringModel):
         self.version, self.weights, self.tokenizer = version, weights, tokenizer
 
     def load(self) -> None:
-        path = find_weights(self.whose, self.weights, HUB_ID, FILES[self.version])
-        checkpoint = read_checkpoint(self.whose, path)
+        path = find_weights(self.owner, self.weights, HUB_ID, FILES[self.version])
+        checkpoint = read_checkpoint(self.owner, path)
         if not isinstance(checkpoint.get("state_dict"), dict):
-            raise UserError(f"{self.whose}: {path} has no 'state_dict'; expected a copy of {FILES[self.version]} of {HUB_ID}")
+            raise UserError(f"{self.owner}: {path} has no 'state_dict'; expected a copy of {FILES[self.version]} of {HUB_ID}")
         tensors = transformers_tensors(checkpoint["state_dict"])
         model = empty_model()
-        check_tensors(self.whose, path, tensors, model.state_dict())
+        check_tensors(self.owner, path, tensors, model.state_dict())
         model.load_state_dict(tensors, assign=True)
         for module in model.modules():  # which no checkpoint holds
             if "position_ids" in module._buffers:
                 module.position_ids = torch.arange(module.position_ids.shape[-1])[None]
-        self.clip = Clip(self.place(model), square, read_tokenizer(self.whose, self.tokenizer, TEXT["vocab_size"]))
+        self.clip = Clip(self.place(model), square, read_tokenizer(self.owner, self.tokenizer, TEXT["vocab_size"]))
 
     def score_batch(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         return self.clip.cosine(images, prompts)

@@ -110,16 +110,16 @@ class Blip(nn.Module):
         return (self.head(read.float())[:, 0] - MEAN) / STD
 
 
-def read_vocabulary(whose: str, tokenizer: str) -> dict[str, int]:
+def read_vocabulary(owner: str, tokenizer: str) -> dict[str, int]:
     """Raises: UserError unless it holds as many words as the model knows. transformers would go on with five."""
-    path = find_model_file(whose, tokenizer, VOCABULARY)
+    path = find_model_file(owner, tokenizer, VOCABULARY)
     try:
         words = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{whose}: {path} cannot be read ({error}); fetch it again") from None
+        raise UserError(f"{owner}: {path} cannot be read ({error}); fetch it again") from None
     expected = TEXT["vocab_size"] - len(ADDED_TOKENS)
     if len(words) != expected:
-        raise UserError(f"{whose}: {path} has {len(words)} words; expected the {expected} of {TOKENIZER}")
+        raise UserError(f"{owner}: {path} has {len(words)} words; expected the {expected} of {TOKENIZER}")
     return {word: number for number, word in enumerate(words)}
 
 
@@ -169,13 +169,13 @@ class ImageReward(ScoringModel):
     def load(self) -> None:
         from transformers import BertTokenizer
 
-        self.words = BertTokenizer(vocab=read_vocabulary(self.whose, self.tokenizer), do_lower_case=True)
+        self.words = BertTokenizer(vocab=read_vocabulary(self.owner, self.tokenizer), do_lower_case=True)
         self.words.add_tokens(list(ADDED_TOKENS), special_tokens=True)
-        path = find_weights(self.whose, self.weights, HUB_ID, WEIGHTS)
-        tensors = renamed(read_checkpoint(self.whose, path))
+        path = find_weights(self.owner, self.weights, HUB_ID, WEIGHTS)
+        tensors = renamed(read_checkpoint(self.owner, path))
         with torch.device("meta"):  # what is loaded needs no memory and no random numbers first
             model = Blip()
-        check_tensors(self.whose, path, tensors, model.state_dict())
+        check_tensors(self.owner, path, tensors, model.state_dict())
         model.load_state_dict(tensors, assign=True)
         model.text.embeddings.position_ids = torch.arange(TEXT["max_position_embeddings"])[None]  # of no checkpoint
         self.place(model)

@@ -64,7 +64,7 @@ class ScoringModel(Reward):
         return RewardOutput(torch.cat(parts))
 
     @property
-    def whose(self) -> str:
+    def owner(self) -> str:
         """Opens an error."""
         return f"reward {self.name!r}"
 
@@ -82,16 +82,16 @@ def choose_device(name: str) -> torch.device:
         raise ValueError(f"device is {name!r}; expected auto, cpu or cuda, or one such as cuda:1") from error
     if device.type != "cuda":
         return device
-    # This rank's own, by its number: rewards are scored in a thread beside the U-Net's, and a new thread starts on GPU 0.
+    # This rank's own, by its number: rewards are scored in a thread beside the denoiser's, and a new thread starts on GPU 0.
     index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
     if index >= torch.cuda.device_count():
         raise ValueError(f"device is {name!r}, but torch sees {torch.cuda.device_count()} GPUs; expected auto or cpu")
     return torch.device("cuda", index)
 
 
-def find_model_file(whose: str, name: str, filename: str) -> Path:
+def find_model_file(owner: str, name: str, filename: str) -> Path:
     """A file of a model. name: a directory, or a hub id. Raises: UserError."""
-    what = f"{whose}: {name!r}"
+    what = f"{owner}: {name!r}"
     if Path(name).is_dir():
         path = Path(name) / filename
         if not path.is_file():
@@ -100,28 +100,28 @@ def find_model_file(whose: str, name: str, filename: str) -> Path:
     return hub_file(what, name, filename, lacking="is it the right model?")
 
 
-def find_weights(whose: str, override: str | None, name: str, filename: str) -> Path:
+def find_weights(owner: str, override: str | None, name: str, filename: str) -> Path:
     """The file `override`, if the user has it somewhere, or a file of a hub id. Raises: UserError."""
     if override is None:
-        return find_model_file(whose, name, filename)
+        return find_model_file(owner, name, filename)
     if not Path(override).is_file():
-        raise UserError(f"{whose}: weights {override!r} is no file; expected a copy of {filename} of {name}")
+        raise UserError(f"{owner}: weights {override!r} is no file; expected a copy of {filename} of {name}")
     return Path(override)
 
 
-def read_checkpoint(whose: str, path: Path) -> dict[str, Any]:
+def read_checkpoint(owner: str, path: Path) -> dict[str, Any]:
     """A .pt or .pth of tensors. Nothing in it is run. Raises: UserError if it holds anything else."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # pickle, zip and torch's own
         line = " ".join(str(error).split())[:200]
-        raise UserError(f"{whose}: {path} is no file of tensors ({line}); fetch it again") from None
+        raise UserError(f"{owner}: {path} is no file of tensors ({line}); fetch it again") from None
     if not isinstance(content, dict):
-        raise UserError(f"{whose}: {path} holds a {type(content).__name__}; expected tensors by name")
+        raise UserError(f"{owner}: {path} holds a {type(content).__name__}; expected tensors by name")
     return content
 
 
-def check_tensors(whose: str, path: Path, found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+def check_tensors(owner: str, path: Path, found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
     """Raises: UserError if names or shapes disagree, with the first few that do."""
     missing = [name for name in expected if name not in found]
     strange = [name for name in found if name not in expected]
@@ -136,11 +136,11 @@ def check_tensors(whose: str, path: Path, found: Mapping[str, torch.Tensor], exp
         if names
     ]
     if faults:
-        raise UserError(f"{whose}: {path} {'; '.join(faults)}; is it the right model?")
+        raise UserError(f"{owner}: {path} {'; '.join(faults)}; is it the right model?")
 
 
-def read_pretrained(whose: str, loader: Any, name: str, **options: Any) -> Any:
-    """`loader.from_pretrained`, in silence. whose: opens an error, e.g. "reward 'hpsv2'". Raises: UserError."""
+def read_pretrained(owner: str, loader: Any, name: str, **options: Any) -> Any:
+    """`loader.from_pretrained`, in silence. owner: opens an error, e.g. "reward 'hpsv2'". Raises: UserError."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -149,4 +149,4 @@ def read_pretrained(whose: str, loader: Any, name: str, **options: Any) -> Any:
         return loader.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
         line = " ".join(str(error).split())[:200]
-        raise UserError(f"{whose}: {name!r} does not load as a {loader.__name__} ({line})") from None
+        raise UserError(f"{owner}: {name!r} does not load as a {loader.__name__} ({line})") from None

@@ -45,7 +45,7 @@ class Policy:
 
     @cached_property
     def guided(self) -> torch.Tensor:
-        """(T,) bool on the CPU: which steps evaluate the U-Net twice. Where none does, p(x_{t-1} | x_t, prompt) is the plain
+        """(T,) bool on the CPU: which steps evaluate the denoiser twice. Where none does, p(x_{t-1} | x_t, prompt) is the plain
         conditional model: the interval defines another policy, it approximates nothing."""
         timesteps = self.transitions.timesteps
         if self.guidance_scale is None:
@@ -58,7 +58,7 @@ class Policy:
         return self.guided.tolist()
 
     def evaluations(self, steps: torch.Tensor) -> int:
-        """U-Net rows that one latent at each of these steps (CPU) costs: two where it is guided."""
+        """denoiser rows that one latent at each of these steps (CPU) costs: two where it is guided."""
         return len(steps) + int(self.guided[steps].sum())
 
     def coefficients(self, steps: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -117,7 +117,7 @@ class Policy:
         *,
         guided: bool,
     ) -> torch.Tensor:
-        """Log-prob of stored steps, differentiable in the U-Net's weights.
+        """Log-prob of stored steps, differentiable in the denoiser's weights.
 
         Args:
             latents, prev_latents: (N, C, H, W) float32, x_t and x_{t-1} exactly as stored.
@@ -147,7 +147,7 @@ class Policy:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """sum(weights * log_prob) of stored steps, a scalar to backpropagate, and the log-probs (N,), detached.
 
-        The weights are known, so the gradient at the U-Net's output is made in the same pass as the log-probs.
+        The weights are known, so the gradient at the denoiser's output is made in the same pass as the log-probs.
 
         Args:
             weights: (N,) dL/dlog_prob, constants. The rest as in `log_prob`.

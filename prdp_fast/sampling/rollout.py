@@ -40,7 +40,7 @@ def rollout(
     Args:
         embeddings: one row per prompt.
         latent_shape: (C, H, W).
-        batch: at most this many trajectories per U-Net call; changes speed only.
+        batch: at most this many trajectories per denoiser call; changes speed only.
     Returns: G * B trajectories of T steps on the embeddings' device.
     """
     device = embeddings.prompt_embeds.device

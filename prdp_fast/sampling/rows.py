@@ -1,6 +1,6 @@
 """Which rows of an epoch a pass evaluates, a row being one stochastic step of one trajectory, and in what micro-batches.
 
-Every micro-batch of a pass makes the same number of U-Net rows, so that nothing recompiles and no kernel changes between them.
+Every micro-batch of a pass makes the same number of denoiser rows, so that nothing recompiles and no kernel changes between them.
 """
 
 from __future__ import annotations

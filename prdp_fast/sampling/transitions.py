@@ -24,7 +24,7 @@ NO_NOISE = 1e-9
 class Transitions:
     """The T steps of one sampling schedule, first step first."""
 
-    timesteps: torch.Tensor  # (T,) int64, what the U-Net is told
+    timesteps: torch.Tensor  # (T,) int64, what the denoiser is told
     sample_coef: torch.Tensor  # (T,) float64
     output_coef: torch.Tensor  # (T,) float64
     std: torch.Tensor  # (T,) float64; exactly 0 for a deterministic step

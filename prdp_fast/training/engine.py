@@ -55,7 +55,7 @@ def join_process_group() -> None:
 
 
 class ZeroEngine:
-    """A trained U-Net, whichever way DeepSpeed shards it.
+    """A trained denoiser, whichever way DeepSpeed shards it.
 
     Gradients: every `backward` adds a plain sum, gradients are averaged over ranks, and the sum of an update is clipped once.
     """
@@ -79,7 +79,7 @@ class ZeroEngine:
 
         # At stage 3 the weights are gathered once per rollout into this copy, not layer by layer at every step.
         self.gathered = copy.deepcopy(denoiser).to(self.dtype).requires_grad_(False).eval() if config.stage == 3 else None
-        # What a rollout calls in place of the U-Net whose weights it samples with: the same, cheaper.
+        # What a rollout calls in place of the denoiser whose weights it samples with: the same, cheaper.
         self.sampling_view: Callable[[nn.Module], Any] = lambda denoiser: denoiser
         self.trained = trained_parameters(denoiser)
         self.has_adapter = has_adapter(denoiser)
@@ -124,13 +124,13 @@ class ZeroEngine:
 
     @contextlib.contextmanager
     def sampling_denoiser(self) -> Iterator[Any]:
-        """The current weights, called as the U-Net is, for inference. No communication inside the block."""
+        """The current weights, called as the denoiser is, for inference. No communication inside the block."""
         with self.whole_denoiser() as denoiser:
             yield self.sampling_view(denoiser)
 
     @contextlib.contextmanager
     def whole_denoiser(self) -> Iterator[nn.Module]:
-        """The U-Net itself with the current weights. No communication inside the block."""
+        """The denoiser itself with the current weights. No communication inside the block."""
         if self.gathered is None:
             yield self.engine.module
             return
@@ -166,7 +166,7 @@ class ZeroEngine:
         assert self.average is not None
         self.average.swap()
         if self.config.stage > 0:
-            self.engine.optimizer.update_lp_params()  # what the U-Net computes with, from the master weights
+            self.engine.optimizer.update_lp_params()  # what the denoiser computes with, from the master weights
 
     # At beta 1e-5 the weights of the log-probs are 1e4 and more. A power of two brings them to about 1 for the backward pass,
     # where fp16 would overflow, and is undone before clipping; both are exact.
@@ -207,7 +207,7 @@ class ZeroEngine:
         self.engine.set_gradient_accumulation_boundary(True)  # `coalesce_grad_reduction` restores "not the last backward"
 
     def discard_gradients(self) -> None:
-        """Forget what the update's backwards have added so far, also by one that was interrupted. With `passes_are_local` alone."""
+        """Forget what an update has added so far, an interrupted backward included. Only with `passes_are_local`."""
         optimizer = self.engine.optimizer
         if hasattr(optimizer, "exit_backward"):
             optimizer.exit_backward()  # which an interrupted backward has not reached; otherwise it does nothing

@@ -30,13 +30,22 @@ def load_or_run(output: Path | None, run: Callable[[], Evaluations]) -> Evaluati
         return {}
     path = output / run_directory.EVALUATION_BEFORE
     # Rank 0 looks for all: another rank could look when rank 0 has written already.
-    if distributed.from_main(path.exists()):
-        return {name: Evaluation(**fields) for name, fields in torch.load(path, weights_only=True).items()}
+    found = distributed.from_main(load(path) if distributed.is_main() else None)
+    if found is not None:
+        return found
     evaluations = run()
     if distributed.is_main():
         save(path, evaluations)
     distributed.barrier()
     return evaluations
+
+
+def load(path: Path) -> Evaluations | None:
+    """None if there is no such file, or a damaged one."""
+    try:
+        return {name: Evaluation(**fields) for name, fields in torch.load(path, weights_only=True).items()}
+    except Exception:  # missing, or what pickle, zip and torch say of a damaged file; what it held can be made again
+        return None
 
 
 def save(path: Path, evaluations: Evaluations) -> None:

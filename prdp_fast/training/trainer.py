@@ -19,7 +19,7 @@ from torch import nn
 from prdp_fast.acceleration.choose import Acceleration, Denoisers, Ranks, accelerate
 from prdp_fast.acceleration.process import choose_fused_optimizer, prepare_process
 from prdp_fast.core import distributed, run_directory
-from prdp_fast.core.errors import RewardError
+from prdp_fast.core.errors import RewardError, UserError
 from prdp_fast.core.files import read_json, write_json
 from prdp_fast.core.format import format_bytes
 from prdp_fast.core.records import Prompt, TextEmbeddings
@@ -127,7 +127,14 @@ class Trainer:
     # The loop.
 
     def train(self) -> dict[str, Any]:
-        """Run the job, or what is left of it. Returns: the summary, also in summary.json."""
+        """Run the job, or what is left of it. Algorithm 1 of the paper, E epochs of:
+
+            collect   N prompts; B trajectories of each, sampled from the policy (its step is eq. 4); their images' rewards; and
+                      the same steps' log-probs under the reference
+            update    K gradient steps on the proximal loss (Appendix G)
+
+        Returns: the summary, also in summary.json.
+        """
         with self.telemetry, contextlib.closing(self.scorer):
             self.say_hello()
             self.resume()
@@ -141,8 +148,7 @@ class Trainer:
             return self.finish(before)
 
     def collect(self) -> Experience:
-        """Algorithm 1, lines 3 to 6: N prompts, B trajectories of each from the current policy, their rewards; and the log-probs
-        of the same steps under the reference. Noise and subsets follow from the seed and the epoch: a repetition has the same."""
+        """What one epoch learns from. Noise and subsets follow from the seed and the epoch: a repetition has the same."""
         settings, schedule, policy = self.job.settings, self.job.settings.schedule, self.job.policy
         with self.telemetry.phase("prompts"):
             prompts = self.stream.epoch(self.state.epoch)
@@ -170,7 +176,7 @@ class Trainer:
         return Experience(trajectories, scores, reference)
 
     def update(self, experience: Experience) -> UpdateReport:
-        """Algorithm 1, lines 7 to 9: K gradient steps on the loss of Appendix G."""
+        """K gradient steps on what was collected."""
         schedule, state = self.job.settings.schedule, self.state
         experience.scores, state.seen_rewards, experience.divisors = self.job.rewards.normalised(
             experience.scores, state.seen_rewards, distributed.all_reduce
@@ -281,28 +287,45 @@ class Trainer:
 
     def evaluate(self, names: list[str]) -> dict[str, Evaluation]:
         """Sample and score evaluation sets with the current weights, or their moving average. Every rank does its share."""
-        return self.repeatable("evaluation", partial(self._evaluate, names))
 
-    def _evaluate(self, names: list[str]) -> dict[str, Evaluation]:
-        settings, found = self.job.settings, {}
-        with self.engine.averaged(), self.engine.sampling_denoiser() as denoiser:
-            for name in names:
-                prompts = self.job.evaluation_prompts[name]
-                with agree_on_rewards():
-                    part = evaluate(
-                        self.job.policy, denoiser, self.pipeline, self.encode, self.job.rewards,
-                        prompts[distributed.rank() :: self.job.world_size],
-                        images_per_prompt=settings.evaluation.images_per_prompt, batch=settings.sampler.rollout_batch,
-                        seed=settings.evaluation.seed,
-                    )  # fmt: skip
-                found[name] = Evaluation.merge(distributed.gather_objects(part), len(prompts))
-        return found
+        def run() -> dict[str, Evaluation]:
+            with self.engine.averaged(), self.engine.sampling_denoiser() as denoiser:
+                return {name: self.evaluate_set(denoiser, name) for name in names}
+
+        return self.repeatable("evaluation", run)
+
+    def evaluate_reference(self, names: list[str]) -> dict[str, Evaluation]:
+        """The same with the weights that the run began with."""
+        if self.state.epoch == 0:
+            return self.evaluate(names)  # no update has moved them
+        if self.reference is None and not self.engine.has_adapter:
+            raise UserError(
+                f"{self.output} has no whole {run_directory.EVALUATION_BEFORE}, and objective {self.objective.name!r} keeps no reference "
+                "to make it again; put the file back, or go on with --set evaluation.prompts=0 in another --output"
+            )
+        self.telemetry.message(f"{run_directory.EVALUATION_BEFORE} is missing or damaged: the reference is evaluated again")
+
+        def run() -> dict[str, Evaluation]:
+            with self.reference_denoiser() as denoiser:
+                return {name: self.evaluate_set(denoiser, name) for name in names}
+
+        return self.repeatable("evaluation", run)
+
+    def evaluate_set(self, denoiser: Any, name: str) -> Evaluation:
+        settings, prompts = self.job.settings, self.job.evaluation_prompts[name]
+        with agree_on_rewards():
+            part = evaluate(
+                self.job.policy, denoiser, self.pipeline, self.encode, self.job.rewards,
+                prompts[distributed.rank() :: self.job.world_size], images_per_prompt=settings.evaluation.images_per_prompt,
+                batch=settings.sampler.rollout_batch, seed=settings.evaluation.seed,
+            )  # fmt: skip
+        return Evaluation.merge(distributed.gather_objects(part), len(prompts))
 
     def evaluate_before(self) -> dict[str, Evaluation]:
         """The reference on every evaluation set: measured when the run starts, read again when it goes on."""
-        before = results.load_or_run(
-            self.output, lambda: self.evaluate(list(self.job.evaluation_prompts)) if self.job.evaluation_prompts else {}
-        )
+        if not self.job.evaluation_prompts:
+            return {}
+        before = results.load_or_run(self.output, lambda: self.evaluate_reference(list(self.job.evaluation_prompts)))
         if before and self.state.epoch == 0:
             results.write_samples(self.output, "before", before["unseen"], self.telemetry, 0)
         return before

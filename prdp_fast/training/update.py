@@ -71,7 +71,7 @@ class Experience:
 class UpdateReport:
     """What K updates did, for telemetry and the next epoch."""
 
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)  # means over the updates; first_ratio_error is of the first
     drift_by_step: torch.Tensor | None = None  # (S,) max over trajectories of |sampler log-prob - trainer log-prob|, nats
     denoiser_rows: int = 0
     free_first_pass: bool = True
@@ -238,6 +238,7 @@ def run_updates(
         )  # fmt: skip
 
     old = None
+    told: list[dict[str, float]] = []  # of each update
     for _ in range(updates):
         if old is None:
             # Policy and snapshot coincide, so nothing is clipped and pass (1) can be the rollout's own log-probs, unless their
@@ -283,8 +284,9 @@ def run_updates(
             numbers["kl_to_reference"] = (trained - ref_log_probs).nanmean()
         # One wait an update, after everything else has been asked for.
         values = torch.stack([value.detach().double() for value in numbers.values()]).tolist()
-        report.metrics.update(zip(numbers, values, strict=True))
-        report.metrics["grad_norm"] = result.grad_norm
+        told.append(dict(zip(numbers, values, strict=True)) | {"grad_norm": result.grad_norm})
+    report.metrics = {name: sum(one[name] for one in told) / updates for name in told[0]}
+    report.metrics["first_ratio_error"] = told[0]["first_ratio_error"]
     if reference is not None and reference.error:
         report.metrics["reference_weight_error"] = objective.weight_error(inputs(sampled, sampled), reference.error / 2)
     report.micro_batch = micro_batch

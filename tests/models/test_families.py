@@ -63,7 +63,15 @@ def sampled(own: Pipeline, scale: float | None = SCALE, interval: tuple[int, int
     policy = Policy(Transitions.from_scheduler(own.scheduler, STEPS), scale, own.family.predict, guidance_interval=interval)
     embeddings = TextEncoder(own, torch.float32).encode(PROMPTS)
     trajectories = rollout(
-        policy, own.denoiser, PROMPTS, embeddings, images_per_prompt=IMAGES, latent_shape=own.latent_shape, batch=3, seed=1, epoch=0
+        policy,
+        own.denoiser,
+        PROMPTS,
+        embeddings,
+        images_per_prompt=IMAGES,
+        latent_shape=own.latent_shape,
+        batch=3,
+        seed=1,
+        epoch=0,
     )
     return policy, trajectories
 
@@ -110,7 +118,9 @@ def plain_log_probs(pipe: DiffusionPipeline, latents: torch.Tensor, guided: list
     return torch.stack(columns, 1)
 
 
-def test_the_engine_tells_the_unet_what_the_pipeline_tells_it(own: Pipeline, plain: DiffusionPipeline, family: str, monkeypatch) -> None:
+def test_the_engine_tells_the_unet_what_the_pipeline_tells_it(
+    own: Pipeline, plain: DiffusionPipeline, family: str, monkeypatch
+) -> None:
     """Every tensor that a guided call of the pipeline hands to its U-Net."""
     calls = []
     forward = plain.unet.forward
@@ -217,7 +227,10 @@ def test_shapes_count_what_is_loaded(own: Pipeline, family: str, directories: di
     assert shapes.text_parameters == sum(count_parameters(encoder) for encoder in encoders)
     assert shapes.denoiser_parameters == count_parameters(own.denoiser) and shapes.vae_parameters == count_parameters(own.vae)
     assert shapes.latent_shape == own.latent_shape
-    inputs, told = shapes.denoiser_inputs(4, CPU), own.family.conditioning(TextEncoder(own, torch.float32).encode(PROMPTS), guided=True)
+    inputs, told = (
+        shapes.denoiser_inputs(4, CPU),
+        own.family.conditioning(TextEncoder(own, torch.float32).encode(PROMPTS), guided=True),
+    )
     assert inputs["encoder_hidden_states"].shape == told["encoder_hidden_states"].shape
     for name, tensor in told.get("added_cond_kwargs", {}).items():
         assert inputs["added_cond_kwargs"][name].shape == tensor.shape

@@ -330,7 +330,9 @@ def test_the_dry_run_tells_what_is_trained() -> None:
         for overrides in ([], ["model.lora={rank: 4}"])
     )
     trained = read_family("tiny", LoraSettings(rank=4)).trained_parameters
-    assert adapter[0] == f"LoRA of rank 4: {trained} weights are trained, {read_family('tiny').denoiser_parameters} stay as they are"
+    assert (
+        adapter[0] == f"LoRA of rank 4: {trained} weights are trained, {read_family('tiny').denoiser_parameters} stay as they are"
+    )
     assert any("reference weights" in line for line in whole) and not any("reference weights" in line for line in adapter)
 
 

@@ -10,11 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import launching
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
-from launching import ROOT, deepspeed_command
+from launching import TRAIN
 from safetensors.torch import load_file
 from tiny_pipelines import FAMILIES, build
 
@@ -34,12 +35,10 @@ SETTINGS = [
 
 def train(model: Path, output: Path, *arguments: str, ranks: int = 1, more: tuple[str, ...] = ()) -> str:
     words = [word for setting in [*SETTINGS, f"model.pretrained={model}", *more] for word in ("--set", setting)]
-    command = deepspeed_command(
-        ROOT / "prdp_fast/train.py", "--recipe", "smoke", "--config", "zero2.json", "--output", output, *words, *arguments,
-        ranks=ranks,
+    result = launching.run(
+        TRAIN, "--recipe", "smoke", "--config", "zero2.json", "--output", output, *words, *arguments, ranks=ranks,
+        cwd=output.parent,
     )  # fmt: skip
-    result = subprocess.run(command, capture_output=True, text=True, cwd=output.parent, timeout=300)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result.stdout
 
 

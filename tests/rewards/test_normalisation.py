@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import launching
 import numpy as np
 import pytest
 import torch
-from launching import ROOT
+from launching import TRAIN
 from safetensors.torch import load_file
 
 from prdp_fast.config.load import load_recipe
@@ -153,10 +151,8 @@ def trained(output: Path, epochs: int) -> list[dict[str, float]]:
         f"rewards={listed}", f"schedule.epochs={epochs}", "schedule.updates_per_epoch=1", "schedule.prompts_per_epoch=2",
         "sampler.num_inference_steps=2", "evaluation.prompts=0", "performance.attention=sdpa", "performance.fuse_qkv=off",
     ]  # fmt: skip
-    command = [sys.executable, str(ROOT / "prdp_fast/train.py"), "--recipe", "smoke", "--output", str(output)]
-    command += [word for setting in settings for word in ("--set", setting)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
+    words = [word for setting in settings for word in ("--set", setting)]
+    launching.run(TRAIN, "--recipe", "smoke", "--output", output, *words)
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 

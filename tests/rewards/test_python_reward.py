@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import launching
 import pytest
 import torch
-from launching import deepspeed_command
+from launching import ROOT, TRAIN
 
 from prdp_fast.config.recipe import RewardSettings
 from prdp_fast.core.errors import RewardError, UserError
 from prdp_fast.rewards import RewardOutput, build_rewards
 from prdp_fast.rewards.registry import build_reward
 
-ROOT = Path(__file__).resolve().parents[2]
 IMAGES = torch.stack([torch.full((3, 4, 4), value, dtype=torch.uint8) for value in (10, 20, 30)])
 METADATA = [{"bonus": value} for value in (1.0, 2.0, 3.0)]
 
@@ -94,15 +91,12 @@ def test_a_fault_while_scoring_stops_the_run_and_names_the_line(tmp_path):
 
 def test_the_shipped_example_trains(tmp_path):
     """One epoch of the smoke recipe on examples/custom_reward.py."""
-    command = deepspeed_command(
-        ROOT / "prdp_fast" / "train.py", "--config", "zero2.json", "--recipe", "smoke", "--output", tmp_path / "run",
+    launching.run(
+        TRAIN, "--config", "zero2.json", "--recipe", "smoke", "--output", tmp_path / "run",
         "--set", "rewards=[{name: python, options: {function: examples/custom_reward.py:red}}]",
         "--set", "schedule.epochs=1", "--set", "schedule.updates_per_epoch=1", "--set", "schedule.prompts_per_epoch=2",
         "--set", "evaluation.prompts=0", "--set", "performance.attention=sdpa", "--set", "performance.fuse_qkv=off",
+        ranks=1, cwd=ROOT,  # by which the example is found
     )  # fmt: skip
-    # The launcher is found by this python's own folder, the example by the current one.
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PATH": path}, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "run" / "summary.json").is_file()
     assert '"reward/python"' in (tmp_path / "run" / "metrics.jsonl").read_text()
