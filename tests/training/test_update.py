@@ -2,57 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-from dataclasses import dataclass, field
-
 import pytest
 import torch
+from plain_engine import BETA, CLIP, REWARDS, PlainEngine, run
 from small_model import SHAPE, WIDTH, small_policy, small_trajectories, small_unet
 
 from prdp_fast.core.records import Trajectories
 from prdp_fast.objectives import DdpoObjective, ObjectiveInput, PrdpObjective
 from prdp_fast.sampling.rows import micro_batches, strata, stratified
-from prdp_fast.training.update import drift_warning, gradient_pass, log_prob_pass, reference_pass, run_updates
+from prdp_fast.training.update import drift_warning, gradient_pass, log_prob_pass, reference_pass
 from prdp_kernels import prdp_loss
-
-CLIP, BETA = 2e-4, 0.5
-REWARDS = torch.tensor([0.3, 0.9, 0.1, 0.2, 0.2, 0.8], dtype=torch.float64)
-
-
-@dataclass
-class PlainEngine:
-    """The engine without DeepSpeed: a plain optimizer on plain gradients."""
-
-    denoiser: torch.nn.Module
-    learning_rate: float = 1e-3
-    scale: float = 1.0
-    gradients: list[list[torch.Tensor]] = field(default_factory=list)
-    passes_are_local: bool = True
-
-    def __post_init__(self) -> None:
-        self.denoiser.requires_grad_(True)
-        self.optimizer = torch.optim.SGD(self.denoiser.parameters(), lr=self.learning_rate)
-
-    def set_scale(self, max_weight: float) -> None:
-        pass
-
-    def accumulating(self):
-        return contextlib.nullcontext()
-
-    def discard_gradients(self) -> None:
-        self.optimizer.zero_grad()
-
-    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
-        loss.backward()
-
-    def step(self):
-        from prdp_fast.training.engine import StepResult
-
-        self.gradients.append([p.grad.clone() for p in self.denoiser.parameters()])
-        norm = torch.nn.utils.get_total_norm(self.gradients[-1])
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return StepResult(float(norm), applied=True)
 
 
 def whole_log_probs(policy, denoiser, trajectories: Trajectories) -> torch.Tensor:
@@ -90,23 +49,6 @@ def whole_loss_gradients(
             for parameter, gradient in zip(denoiser.parameters(), gradients[-1], strict=True):
                 parameter -= learning_rate * gradient
     return gradients
-
-
-def no_reduce(values: list[float], op: str) -> list[float]:
-    return values
-
-
-def run(
-    policy, engine, reference, trajectories, updates: int, micro_batch: int, objective=None, rewards=REWARDS, last_drift=None,
-    timesteps=None, reference_timesteps=None,
-):  # fmt: skip
-    """One epoch's updates; without a reference the policy is it."""
-    if reference is not None:
-        reference = reference_pass(policy, reference, trajectories, micro_batch, reference_timesteps)
-    return run_updates(
-        policy, engine, objective or PrdpObjective(BETA, CLIP, "torch"), trajectories, rewards, reference=reference,
-        updates=updates, micro_batch=micro_batch, last_drift=last_drift, reduce=no_reduce, timesteps=timesteps,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("micro_batch", [1, 5, 7, 24, 1000])
@@ -454,3 +396,22 @@ def test_a_large_drift_is_told_once() -> None:
     assert first is not None and "1.1e-05" in first and "clip_range (1e-04)" in first
     assert drift_warning(9e-5, 1e-4, told=1.1e-5) is None
     assert drift_warning(1.2e-4, 1e-4, told=1.1e-5) is not None
+
+
+def test_metrics_of_an_epoch_are_means_over_its_updates() -> None:
+    policy, told = small_policy(), []
+
+    class Spy(PrdpObjective):
+        def __call__(self, batch: ObjectiveInput):
+            output = super().__call__(batch)
+            told.append({name: float(value) for name, value in output.metrics.items()} | {"loss": float(output.loss)})
+            return output
+
+    trajectories = small_trajectories(policy, small_unet(0))
+    engine, objective = PlainEngine(small_unet(0)), Spy(BETA, CLIP, "torch")
+    report = run(policy, engine, small_unet(1), trajectories, 3, 8, objective, REWARDS.float())
+    assert len(told) == 3 and told[0]["clip_fraction"] != told[2]["clip_fraction"]
+    for name in told[0]:
+        assert report.metrics[name] == pytest.approx(sum(one[name] for one in told) / 3, rel=1e-6), name
+    norms = [float(torch.nn.utils.get_total_norm(gradients)) for gradients in engine.gradients]
+    assert report.metrics["grad_norm"] == pytest.approx(sum(norms) / 3, rel=1e-6)

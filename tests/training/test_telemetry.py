@@ -238,7 +238,7 @@ def test_tensorboard_is_imported_only_where_it_is_written():
         "with Telemetry(None, total_epochs=1) as t:\n    t.log_epoch(0, {'reward': 1.0}, 1)\n"
         "assert 'tensorboard' not in sys.modules and 'torch' not in sys.modules and 'rich' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00:00"), (59.6, "0:01:00"), (3725, "1:02:05"), (-3, "0:00:00")])

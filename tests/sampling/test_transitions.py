@@ -15,7 +15,7 @@ from prdp_fast.core.errors import UserError
 from prdp_fast.sampling.transitions import Transitions
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False, "steps_offset": 1}
-ORACLE = np.load(Path(__file__).parent / "data" / "ddim_eta1.npz")
+ORACLE = np.load(Path(__file__).parents[1] / "data" / "ddim_eta1.npz")
 
 
 def take_steps(scheduler, table: Transitions, steps: int, eta: float | None) -> None:

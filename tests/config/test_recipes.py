@@ -29,7 +29,7 @@ from prdp_fast.planning.micro_batch import choose_micro_batch
 from prdp_fast.prompts.stream import PromptSet
 from prdp_fast.train import parse
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 # PRDP (arXiv:2402.08714) Table 4: E, K, N, B, beta, epsilon, learning rate.
 SMALL, LARGE, MULTI = (

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from plain_engine import PlainEngine, run
 from small_model import SHAPE, small_policy, small_trajectories, small_unet
-from test_update import PlainEngine, run
 
 from prdp_fast.core.errors import OneRankError, UserError
 from prdp_fast.core.format import format_bytes
