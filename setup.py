@@ -1,6 +1,6 @@
 """Packaging: two import roots from one repository. `prdp_kernels` is usable without `prdp_fast`.
 
-Install in place (`pip install -c constraints.txt -e .`): `configs/` is looked up at the top of the repository.
+`prdp doctor` reads the requirements from here without running this file. So they are lists of plain strings.
 """
 
 from setuptools import find_packages, setup
@@ -26,6 +26,7 @@ CORE = [
     "tensorboard>=2.16",
     "matplotlib>=3.8",
     "rich>=13",
+    "packaging>=22",  # `prdp doctor` judges versions with it
 ]
 GPU = ["xformers>=0.0.35"]
 REWARDS = [
@@ -37,7 +38,18 @@ REWARDS = [
 LORA = ["peft>=0.18"]
 DATA = ["pyarrow>=15", "datasets>=3"]  # `prdp shards build` from parquet files and hub data sets, imported on first use
 DOCS = ["mkdocs-material>=9.6"]  # `make docs`
-DEV = ["hypothesis", "mypy", "pytest>=8.1", "pytest-benchmark", "pytest-timeout", "pytest-xdist", "ruff", "scipy", "types-PyYAML"]
+DEV = [
+    "hypothesis",
+    "mypy",
+    "pytest>=8.1",
+    "pytest-benchmark",
+    "pytest-timeout",
+    "pytest-xdist",
+    "ruff",
+    "scipy",
+    "setuptools>=70.1",  # the tests build a wheel, without the network; earlier releases need the package `wheel` for it
+    "types-PyYAML",
+]
 
 setup(
     name="prdp-fast",
@@ -49,9 +61,14 @@ setup(
     packages=[
         *find_packages(".", include=["prdp_fast", "prdp_fast.*"]),
         *find_packages("kernels", include=["prdp_kernels", "prdp_kernels.*"]),
+        "prdp_fast.configs",
     ],
-    package_dir={"prdp_kernels": "kernels/prdp_kernels"},
-    package_data={"prdp_fast.assets": ["**/*.safetensors", "**/*.json", "**/*.txt"]},
+    # In a wheel `configs/` lies inside the package. config/load.py finds it there, and at the top of a clone.
+    package_dir={"prdp_kernels": "kernels/prdp_kernels", "prdp_fast.configs": "configs"},
+    package_data={
+        "prdp_fast.configs": ["*.json", "recipes/*.yaml", "launch/*"],
+        "prdp_fast.world": ["tiny/**/*"],
+    },
     entry_points={"console_scripts": ["prdp = prdp_fast.cli:main"]},
     install_requires=CORE,
     extras_require={

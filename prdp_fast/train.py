@@ -10,10 +10,13 @@ import sys
 from pathlib import Path
 
 if __package__ in (None, ""):
-    # DeepSpeed runs this file by path, which puts prdp_fast/ itself on sys.path, where its modules would shadow others'.
-    _root = Path(__file__).resolve().parent.parent
-    sys.path[0] = str(_root)
-    sys.path.insert(1, str(_root / "kernels"))
+    # Python puts the folder of a script that is run by path on sys.path. Here that is prdp_fast/ itself, whose modules would
+    # shadow others. What is needed is the folder above.
+    _above = Path(__file__).resolve().parent.parent
+    if _above.name in ("site-packages", "dist-packages"):
+        del sys.path[0]  # already there, and behind the standard library, where it belongs
+    else:
+        sys.path[0] = str(_above)
 
 from prdp_fast.core import environment
 

@@ -13,7 +13,7 @@ import json
 import time
 from pathlib import Path
 
-from prdp_fast.doctor import installation as doctor
+from prdp_fast import doctor
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     width = max(len(check.name) for check in doctor.CHECKS)
     findings = []
-    for finding in doctor.examine(args.runs):
+    for finding in doctor.examine(args.runs, doctor.CHECKS):
         findings.append(finding)
         if not args.json:
             print(f"{finding.status:5}  {finding.check:{width}}  {finding}", flush=True)

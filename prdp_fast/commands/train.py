@@ -10,15 +10,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
-import shutil
+import random
+import socket
 import sys
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prdp_fast.config.load import find_recipe, load_recipe
+from prdp_fast.core import environment
 from prdp_fast.core.errors import OneRankError, UserError
 from prdp_fast.core.run_directory import RUN, SUMMARY, claim
 
@@ -62,28 +66,50 @@ def run(args: argparse.Namespace) -> int:
 
 
 def launch(args: argparse.Namespace) -> int:
-    """Become DeepSpeed's launcher, with the same arguments."""
+    """Become DeepSpeed's launcher, which starts N ranks of this package on this machine. Does not return.
+
+    Raises: UserError about what would otherwise be found by N processes after seconds of imports.
+    """
     if "RANK" in os.environ:
         raise UserError(f"--num_gpus {args.num_gpus} inside a launched job; give it to the launcher, or leave it out")
-    beside = Path(sys.executable).with_name("deepspeed")
-    launcher = str(beside) if beside.is_file() else shutil.which("deepspeed")
-    if launcher is None:
-        raise UserError("--num_gpus needs the command deepspeed, which is not on the path; run pip install deepspeed")
-    own = ["--config", args.config, "--recipe", args.recipe, "--resume", args.resume]
-    own += [word for override in args.overrides for word in ("--set", override)]
-    own += [
-        word for name in ("output", "seed") if (value := getattr(args, name)) is not None for word in (f"--{name}", str(value))
-    ]
-    own += ["--dry-run"] if args.dry_run else []
+    if args.num_gpus < 1:
+        raise UserError(f"--num_gpus is {args.num_gpus}; expected at least 1; leave it out to run in this process")
+    load_recipe(args.recipe, args.overrides, seed=args.seed).check_ranks(args.num_gpus)
+    if find_spec("deepspeed") is None:
+        raise UserError("--num_gpus needs DeepSpeed's launcher, and deepspeed is not installed; pip install deepspeed")
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(args.num_gpus)]
+    # Two jobs on one machine need two ports. The launcher's own log would follow the run directory, which is printed last.
+    launcher += ["--master_port", os.environ.get("MASTER_PORT") or str(free_port()), "--log_level", "warning"]
+    # By path, so that the ranks run this package whatever the current directory holds.
+    script = Path(__file__).resolve().parent.parent / "train.py"
     sys.stdout.flush()
-    os.execv(launcher, [launcher, "--num_gpus", str(args.num_gpus), "--module", "prdp_fast.train", *own])
+    os.execve(sys.executable, [*launcher, str(script), *rank_arguments(args)], environment.before_prepare())
+
+
+def rank_arguments(args: argparse.Namespace) -> list[str]:
+    """The command line of one rank: these arguments without --num_gpus."""
+    given = [f"--config={args.config}", f"--recipe={args.recipe}", f"--resume={args.resume}"]
+    given += [f"--set={override}" for override in args.overrides]
+    given += [f"--output={args.output}"] if args.output is not None else []
+    given += [f"--seed={args.seed}"] if args.seed is not None else []
+    return given + (["--dry-run"] if args.dry_run else [])
+
+
+def free_port() -> int:
+    """A port where the ranks can meet. Outgoing connections take theirs from 32768 and up, so this one stays free until then."""
+    for port in random.sample(range(20000, 32000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise UserError("no free port was found between 20000 and 32000; set MASTER_PORT to one")
 
 
 def train(args: argparse.Namespace) -> int:
+    """Run the job in this process, which is one of its ranks. Raises: UserError, on every rank."""
     settings = load_recipe(args.recipe, args.overrides, seed=args.seed)
     settings.check_ranks(int(os.environ.get("WORLD_SIZE", "1")))
 
-    import torch  # heavy imports come after the recipe's typos
+    import torch  # takes seconds, and a mistake in the recipe is reported before
 
     from prdp_fast.core import distributed
     from prdp_fast.planning.job import Job
@@ -113,7 +139,7 @@ def train(args: argparse.Namespace) -> int:
     except OneRankError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         if job.world_size > 1:
-            os._exit(2)  # the others wait in a collective, and taking leave of them properly would wait too
+            os._exit(2)  # the other ranks wait in a collective, and an orderly exit would wait for them
         return 2
     finally:
         distributed.shutdown()
@@ -135,7 +161,7 @@ def claim_for_all(output: Path, job: Job, resume: str) -> None:
         raise UserError(fault)
 
 
-def choose_output(args: argparse.Namespace, record: dict[str, object]) -> Path:
+def choose_output(args: argparse.Namespace, record: dict[str, Any]) -> Path:
     """The run directory: as given, or one that the same command finds again, so that `--resume auto` needs no path."""
     if args.resume not in ("auto", "never"):
         directory = Path(args.resume)
@@ -147,7 +173,7 @@ def choose_output(args: argparse.Namespace, record: dict[str, object]) -> Path:
     if args.output:
         return args.output.resolve()
     digest = hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=4).hexdigest()
-    base = Path("runs").resolve() / f"{find_recipe(args.recipe).stem}-seed{record['recipe']['seed']}-{digest}"  # type: ignore[index]
+    base = Path("runs").resolve() / f"{find_recipe(args.recipe).stem}-seed{record['recipe']['seed']}-{digest}"
     candidate, number = base, 1
     # A finished run is never continued by accident, and with "never" neither is an unfinished one.
     while (candidate / SUMMARY).exists() or (args.resume == "never" and candidate.exists()):

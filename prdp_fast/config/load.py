@@ -14,10 +14,9 @@ from prdp_fast.config.recipe import DdpoSettings, PrdpSettings, RewardSettings, 
 from prdp_fast.core.errors import UserError
 
 PACKAGE = Path(__file__).resolve().parent.parent
-# At the top of a clone; inside an installed package, where `setup.py` puts them.
-CONFIGS = next(
-    (path for path in (PACKAGE.parent / "configs", PACKAGE / "configs") if (path / "recipes").is_dir()), PACKAGE / "configs"
-)
+# setup.py puts them into the package of a wheel. A clone has them at its top, and an editable installation uses the clone's.
+# The package is looked at first: a folder `configs` beside it in site-packages would belong to another distribution.
+CONFIGS = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
 RECIPES = CONFIGS / "recipes"
 
 

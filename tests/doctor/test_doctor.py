@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
 import json
 import logging
 import os
 import resource
+import runpy
 import stat
 import subprocess
 import sys
@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from packaging.requirements import Requirement
 
-from prdp_fast import cli
+from prdp_fast import cli, doctor
 from prdp_fast.core.errors import UserError
-from prdp_fast.doctor import installation as doctor
-from prdp_fast.doctor.installation import Check, Outcome
+from prdp_fast.doctor import Check, Outcome, engine, installation, machine, requirements
+from prdp_fast.doctor.checks import fault, note, ok
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RUNS = Path("runs")
 
 
@@ -36,10 +37,10 @@ def environment(monkeypatch):
 
 @pytest.fixture
 def on_a_cpu(monkeypatch):
-    monkeypatch.setattr(doctor, "has_gpu", lambda: False)
-    doctor.embedded_model.cache_clear()
+    monkeypatch.setattr(machine, "has_gpu", lambda: False)
+    engine.embedded_model.cache_clear()
     yield
-    doctor.embedded_model.cache_clear()
+    engine.embedded_model.cache_clear()
 
 
 def prdp_doctor(*arguments: str, path: str = f"{ROOT}:{ROOT / 'kernels'}", **options) -> subprocess.CompletedProcess[str]:
@@ -50,13 +51,13 @@ def prdp_doctor(*arguments: str, path: str = f"{ROOT}:{ROOT / 'kernels'}", **opt
 
 def versions(monkeypatch, **changed: str | None) -> None:
     """Pretend that these distributions have these versions; None: that they are not installed."""
-    real = doctor.installed
-    monkeypatch.setattr(doctor, "installed", lambda name: changed[name] if name in changed else real(name))
+    real = installation.installed
+    monkeypatch.setattr(installation, "installed", lambda name: changed[name] if name in changed else real(name))
 
 
 def pins(monkeypatch, **pinned: str | None) -> None:
     """Pretend that these distributions ask for exactly this version of what depends on them or they depend on."""
-    monkeypatch.setattr(doctor, "pinned", lambda distribution, name: pinned.get(distribution))
+    monkeypatch.setattr(installation, "pinned", lambda distribution, name: pinned.get(distribution))
 
 
 # The whole
@@ -93,20 +94,96 @@ def test_a_torch_that_cannot_be_imported_is_a_fault_and_no_traceback(tmp_path):
     assert last.endswith("mend these first")
 
 
-def test_nothing_heavy_is_imported_before_a_check_runs():
-    code = "import sys; from prdp_fast import doctor_command; print({'torch', 'numpy', 'packaging'} & set(sys.modules))"
+def test_only_the_standard_library_is_imported_before_a_check_runs():
+    code = (
+        "import sys; before = set(sys.modules); import prdp_fast.commands.doctor\n"
+        "print({name.split('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout.strip() == "set()", done.stderr
+    assert done.stdout.strip() == "{'prdp_fast'}", done.stderr
 
 
-def test_it_asks_for_what_setup_asks_for():
-    lists = {}
-    for node in ast.parse((ROOT / "setup.py").read_text()).body:
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.List):
-            lists[node.targets[0].id] = tuple(ast.literal_eval(node.value))
-    extras = {name.lower(): items for name, items in lists.items() if name not in ("CORE", "DEV")}
-    assert lists["CORE"] == doctor.CORE and extras == doctor.EXTRAS
-    assert doctor.FOR.keys() == extras.keys()
+# Where the requirements come from
+
+
+def test_setup_is_read_as_pip_reads_it(monkeypatch):
+    """What `read_setup` finds without running setup.py is what running it gives."""
+    import setuptools
+
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(setuptools, "setup", given.update)
+    monkeypatch.chdir(ROOT)
+    runpy.run_path(str(ROOT / "setup.py"))
+    read = requirements.read_setup(ROOT / "setup.py")
+    assert read == (given["python_requires"], given["install_requires"], given["extras_require"])
+    assert "packaging" in {Requirement(text).name for text in read.core}  # the checks judge versions with it
+    assert installation.EXTRAS.keys() == read.extras.keys() - {"dev", "docs"}
+
+
+def as_texts(extra: str = "") -> dict[str, str]:
+    return {name: f"{name}{requirement.specifier}" for name, requirement in requirements.requirements(extra).items()}
+
+
+SETUP = """
+from setuptools import setup
+CORE = ["torch>=2.99", "deepspeed>=1; python_version >= '3'", "deepspeed>=0; python_version < '3'"]
+GPU = ["xformers>=7"]
+setup(name="prdp-fast", python_requires=">=3.5", install_requires=CORE, extras_require={"gpu": GPU, "dev": ["a", *GPU]})
+"""
+METADATA = """Metadata-Version: 2.4
+Name: prdp-fast
+Version: 0.1.0
+Requires-Python: >=3.4
+Requires-Dist: torch>=2.88
+Requires-Dist: deepspeed>=1; python_version >= "3"
+Requires-Dist: deepspeed>=0; python_version < "3"
+Provides-Extra: gpu
+Requires-Dist: xformers>=6; extra == "gpu"
+Requires-Dist: winformers>=6; platform_system == "Plan 9" and extra == "gpu"
+Provides-Extra: dev
+Requires-Dist: peft>=1; extra == "dev"
+"""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder where the package pretends to lie, with installed metadata beside it."""
+    (tmp_path / "prdp_fast-0.1.0.dist-info").mkdir()
+    (tmp_path / "prdp_fast-0.1.0.dist-info" / "METADATA").write_text(METADATA)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(requirements, "ROOT", tmp_path)
+    return tmp_path
+
+
+def test_a_clone_asks_for_what_its_setup_says(place):
+    (place / "setup.py").write_text(SETUP)
+    (place / "kernels" / "prdp_kernels").mkdir(parents=True)
+    assert requirements.requires_python() == ">=3.5"
+    assert as_texts() == {"torch": "torch>=2.99", "deepspeed": "deepspeed>=1"}
+    assert as_texts("gpu") == {"xformers": "xformers>=7"}
+    assert as_texts("dev") == {"a": "a", "xformers": "xformers>=7"}
+    status, line = run("torch")
+    assert status == "fault" and line.endswith("expected >=2.99; pip install --upgrade 'torch>=2.99'")
+
+
+@pytest.mark.parametrize("stray", [False, True], ids=["", "a setup.py of others in site-packages"])
+def test_an_installed_package_asks_for_what_its_metadata_says(place, stray):
+    if stray:
+        (place / "setup.py").write_text("raise SystemExit")
+    assert requirements.requires_python() == ">=3.4"
+    assert as_texts() == {"torch": "torch>=2.88", "deepspeed": "deepspeed>=1"}
+    assert as_texts("gpu") == {"xformers": "xformers>=6"}
+    status, line = run("torch")
+    assert status == "fault" and line.endswith("expected >=2.88; pip install --upgrade 'torch>=2.88'")
+
+
+def test_without_packaging_no_version_is_judged(monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "packaging"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "packaging", None)
+    assert run("Python")[0] == "ok"
+    for name in ("torch", "other libraries", "extra lora"):
+        assert run(name) == ("fault", "packaging is not installed, so no version can be judged; pip install packaging")
 
 
 # The lines
@@ -119,9 +196,9 @@ def pretend(monkeypatch, *checks: Check) -> None:
 def test_lines_are_aligned_and_end_with_a_summary(monkeypatch, capsys):
     pretend(
         monkeypatch,
-        Check("first", lambda runs: doctor.ok("1.0"), ""),
-        Check("the second", lambda runs: doctor.note("none", "have one"), ""),
-        Check("third", lambda runs: doctor.fault("broken", "mend it"), ""),
+        Check("first", lambda runs: ok("1.0"), ""),
+        Check("the second", lambda runs: note("none", "have one"), ""),
+        Check("third", lambda runs: fault("broken", "mend it"), ""),
     )
     assert cli.main(["doctor"]) == 1
     assert capsys.readouterr().out.splitlines() == [
@@ -130,7 +207,7 @@ def test_lines_are_aligned_and_end_with_a_summary(monkeypatch, capsys):
         "fault  third       broken; mend it",
         "3 checks in 0 s: 1 fault (third), 1 note (the second); mend these first",
     ]
-    pretend(monkeypatch, Check("first", lambda runs: doctor.ok("1.0"), ""))
+    pretend(monkeypatch, Check("first", lambda runs: ok("1.0"), ""))
     assert cli.main(["doctor"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "1 checks in 0 s: no fault, no note; ready for a job"
 
@@ -138,8 +215,8 @@ def test_lines_are_aligned_and_end_with_a_summary(monkeypatch, capsys):
 def test_json(monkeypatch, capsys):
     pretend(
         monkeypatch,
-        Check("good", lambda runs: doctor.ok(str(runs)), ""),
-        Check("bad", lambda runs: doctor.fault("broken", "mend it"), "", aside=True),
+        Check("good", lambda runs: ok(str(runs)), ""),
+        Check("bad", lambda runs: fault("broken", "mend it"), "", aside=True),
     )
     assert cli.main(["doctor", "--json", "--runs", "elsewhere"]) == 1
     report = json.loads(capsys.readouterr().out)
@@ -168,7 +245,7 @@ def test_a_check_that_raises_is_a_fault(error, found, advice, aside):
     def check(runs: Path) -> Outcome:
         raise error
 
-    checks = [Check("it", check, "mend it", aside), Check("next", lambda runs: doctor.ok("fine"), "")]
+    checks = [Check("it", check, "mend it", aside), Check("next", lambda runs: ok("fine"), "")]
     assert list(doctor.examine(RUNS, checks)) == [("it", "fault", found, advice), ("next", "ok", "fine", "")]
 
 
@@ -189,7 +266,7 @@ def test_what_libraries_say_is_no_line(monkeypatch, capfd):
         print("hello", file=sys.stderr)
         warnings.warn("hello", stacklevel=1)
         logger.error("hello")
-        return doctor.ok("quiet")
+        return ok("quiet")
 
     pretend(monkeypatch, Check("it", check, ""))
     logger.addHandler(handler)
@@ -255,15 +332,15 @@ def test_a_wrong_version(monkeypatch, wrong):
 
 def test_xformers_is_of_use_on_a_gpu_only(monkeypatch):
     versions(monkeypatch, xformers=None)
-    monkeypatch.setattr(doctor, "has_gpu", lambda: False)
+    monkeypatch.setattr(machine, "has_gpu", lambda: False)
     assert run("extra gpu") == ("ok", "xformers not installed, of use on a GPU only")
-    monkeypatch.setattr(doctor, "has_gpu", lambda: True)
+    monkeypatch.setattr(machine, "has_gpu", lambda: True)
     assert run("extra gpu") == ("note", "xformers not installed; pip install 'prdp-fast[gpu]' for one more attention kernel")
 
 
 def test_a_python_that_is_too_old(monkeypatch):
     assert run("Python")[0] == "ok"
-    monkeypatch.setattr(doctor, "PYTHON", (3, 99))
+    monkeypatch.setattr(installation, "requires_python", lambda: ">=3.99")
     status, line = run("Python")
     assert status == "fault" and "expected at least 3.99; make the environment with a newer Python" in line
 
@@ -293,8 +370,8 @@ def test_what_a_distribution_pins(monkeypatch):
         "bare": ["triton"],
         "none": None,
     }
-    monkeypatch.setattr(doctor.importlib.metadata, "requires", asked.get)
-    assert {name: doctor.pinned(name, "triton") for name in asked} == dict.fromkeys(asked) | {"cuda": "3.7.1"}
+    monkeypatch.setattr(installation.importlib.metadata, "requires", asked.get)
+    assert {name: installation.pinned(name, "triton") for name in asked} == dict.fromkeys(asked) | {"cuda": "3.7.1"}
 
 
 def test_guests_that_do_not_go_with_torch(monkeypatch, tmp_path):
@@ -349,8 +426,8 @@ def gpus(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: each[index][0])
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: each[index][1])
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: each[index][2:])
-        monkeypatch.setattr(doctor, "multiplies", lambda index, dtype: True)
-        monkeypatch.setattr(doctor, "nvidia_smi", lambda *arguments: ["580.95.05"] if "-L" not in arguments else [])
+        monkeypatch.setattr(machine, "multiplies", lambda index, dtype: True)
+        monkeypatch.setattr(machine, "nvidia_smi", lambda *arguments: ["580.95.05"] if "-L" not in arguments else [])
 
     return have
 
@@ -370,7 +447,7 @@ def test_gpus(gpus, monkeypatch):
     status, line = run("GPUs")
     assert status == "note" and "1 x T4 (sm_75, no bf16" in line and 'enable "fp16" in the DeepSpeed file' in line
     asked = []
-    monkeypatch.setattr(doctor, "multiplies", lambda index, dtype: asked.append((index, dtype)))
+    monkeypatch.setattr(machine, "multiplies", lambda index, dtype: asked.append((index, dtype)))
     assert run("GPUs")[0] == "fault" and asked == [(0, "float16")]
 
 
@@ -378,7 +455,7 @@ def test_gpus_that_torch_does_not_see(gpus, monkeypatch):
     gpus()
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert run("GPUs") == ("note", "none: jobs run on the CPU, in float32")
-    monkeypatch.setattr(doctor, "nvidia_smi", lambda *arguments: ["GPU 0: H100 (UUID: GPU-1)", "GPU 1: H100 (UUID: GPU-2)"])
+    monkeypatch.setattr(machine, "nvidia_smi", lambda *arguments: ["GPU 0: H100 (UUID: GPU-1)", "GPU 1: H100 (UUID: GPU-2)"])
     status, line = run("GPUs")
     assert status == "fault" and line.startswith("nvidia-smi lists 2, torch ") and "install a CUDA build of torch" in line
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -392,11 +469,11 @@ def program(path: Path, text: str) -> None:
 
 def test_nvidia_smi(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert doctor.nvidia_smi("-L") == []
+    assert machine.nvidia_smi("-L") == []
     program(tmp_path / "nvidia-smi", 'echo "GPU 0: $1"')
-    assert doctor.nvidia_smi("-L") == ["GPU 0: -L"]
+    assert machine.nvidia_smi("-L") == ["GPU 0: -L"]
     program(tmp_path / "nvidia-smi", 'echo "no driver"; exit 9')
-    assert doctor.nvidia_smi("-L") == []
+    assert machine.nvidia_smi("-L") == []
 
 
 def test_a_missing_compiler(monkeypatch, tmp_path):
@@ -421,7 +498,7 @@ def test_a_compiler_that_does_not_work(monkeypatch, tmp_path):
     assert status == "fault" and "answer.so" in line and line.endswith("apt install g++ python3-dev")
     # One that leaves something out.
     monkeypatch.delenv("CXX")
-    monkeypatch.setattr(doctor, "PROGRAM", doctor.PROGRAM.replace("return sum", "return sum - 1"))
+    monkeypatch.setattr(machine, "PROGRAM", machine.PROGRAM.replace("return sum", "return sum - 1"))
     assert "compiles wrongly: 42 became 41" in run("C++ compiler")[1]
 
 
@@ -447,7 +524,7 @@ class Usage(NamedTuple):
 
 def test_little_room(monkeypatch, tmp_path):
     def room(free: float) -> None:
-        monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: Usage(int(64e9), 0, int(free)))
+        monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: Usage(int(64e9), 0, int(free)))
 
     room(40e9)
     assert run("shared memory") == ("ok", "40.0 GB of 64.0 GB free in /dev/shm")
@@ -459,7 +536,7 @@ def test_little_room(monkeypatch, tmp_path):
     room(12e9)
     status, line = run("disk", tmp_path)
     assert status == "note" and "a checkpoint of SD v1.4 takes 10 GB" in line
-    assert doctor.check_shared_memory(RUNS, str(tmp_path / "none")).found == f"no {tmp_path / 'none'} on this system"
+    assert machine.check_shared_memory(RUNS, str(tmp_path / "none")).found == f"no {tmp_path / 'none'} on this system"
 
 
 def test_a_place_that_cannot_be_written(tmp_path):
@@ -489,7 +566,7 @@ def test_the_hub(monkeypatch, tmp_path):
     )
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     assert run("hub") == ("ok", f"{tmp_path} holds 1 models, HF_HUB_OFFLINE is not set")
-    monkeypatch.setattr(doctor.os, "access", lambda path, mode: False)  # root may write anywhere
+    monkeypatch.setattr(machine.os, "access", lambda path, mode: False)  # root may write anywhere
     assert run("hub") == ("fault", f"{tmp_path} holds 1 models and cannot be written; set HF_HOME to a folder that can")
 
 
@@ -498,34 +575,34 @@ def test_the_hub(monkeypatch, tmp_path):
 
 def test_another_python(monkeypatch):
     monkeypatch.setenv("PRDP_TEST", "here")
-    doctor.run_python("import os, prdp_fast, prdp_kernels; assert os.environ['PRDP_TEST'] == 'here'", 60)
-    doctor.run_python("import os; assert 'PRDP_TEST' not in os.environ and os.environ['A'] == '1'", 60, PRDP_TEST=None, A="1")
+    engine.run_python("import os, prdp_fast, prdp_kernels; assert os.environ['PRDP_TEST'] == 'here'", 60)
+    engine.run_python("import os; assert 'PRDP_TEST' not in os.environ and os.environ['A'] == '1'", 60, PRDP_TEST=None, A="1")
     for code, message in [
         ("print('hello'); raise ValueError('not so')", "^ValueError: not so$"),
         ("raise SystemExit(4)", "^exit status 4$"),
         ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "^its process was ended by SIGSEGV$"),
     ]:
         with pytest.raises(RuntimeError, match=message):
-            doctor.run_python(code, 60)
+            engine.run_python(code, 60)
     with pytest.raises(RuntimeError, match=r"^not done after 0\.5 s$"):
-        doctor.run_python("import time; time.sleep(60)", 0.5)
+        engine.run_python("import time; time.sleep(60)", 0.5)
 
 
 def test_a_kernel_that_fails(monkeypatch):
-    monkeypatch.setattr(doctor, "has_gpu", lambda: False)
+    monkeypatch.setattr(machine, "has_gpu", lambda: False)
     code = []
 
     def fail(text: str, timeout: float, **variables: Any) -> None:
         code.append((text, variables))
         raise RuntimeError("ValueError: off by 1.0e+00, expected at most 1e-04")
 
-    monkeypatch.setattr(doctor, "run_python", fail)
+    monkeypatch.setattr(engine, "run_python", fail)
     assert run("Triton kernel") == (
         "fault",
         "denoise_step fails in Triton's interpreter: ValueError: off by 1.0e+00, expected at most 1e-04; "
         "set kernels to torch in the recipe, or mend triton",
     )
-    monkeypatch.setattr(doctor, "has_gpu", lambda: True)
+    monkeypatch.setattr(machine, "has_gpu", lambda: True)
     assert "fails on the GPU" in run("Triton kernel")[1]
     assert [variables for _, variables in code] == [{"TRITON_INTERPRET": "1"}, {"TRITON_INTERPRET": None}]
     assert "compare_kernel('cpu')" in code[0][0] and "compare_kernel('cuda')" in code[1][0]
@@ -544,10 +621,10 @@ def test_a_kernel_that_disagrees(monkeypatch):
 
     monkeypatch.setattr(prdp_kernels, "denoise_step", step)
     shift = 1e-5
-    doctor.compare_kernel("cpu")
+    engine.compare_kernel("cpu")
     for shift in (1e-2, float("nan")):  # noqa: B007
         with pytest.raises(ValueError, match="off by"):
-            doctor.compare_kernel("cpu")
+            engine.compare_kernel("cpu")
 
 
 def test_a_step_that_is_not_finite(monkeypatch, on_a_cpu):
