@@ -63,8 +63,8 @@ def small_trajectories(
 ) -> Trajectories:
     prompts = [Prompt(index=10 + g, text=f"prompt {g}", metadata={}) for g in range(groups)]
     trajectories = rollout(
-        policy, denoiser, prompts, small_embeddings(groups, torch.float32), images_per_prompt=images, latent_shape=SHAPE, batch=batch,
-        seed=3, epoch=0,
+        policy, denoiser, prompts, small_embeddings(groups, torch.float32), images_per_prompt=images, latent_shape=SHAPE,
+        batch=batch, seed=3, epoch=0,
     )  # fmt: skip
     trajectories.latents = trajectories.latents.to(dtype)
     trajectories.embeddings = small_embeddings(groups, dtype)

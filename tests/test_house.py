@@ -198,7 +198,7 @@ SOUND = {
     "prdp_fast/training/engine.py": "import deepspeed\nfrom prdp_fast.core.errors import UserError",
     "prdp_fast/training/update.py": "from prdp_fast.training import engine\nfrom prdp_fast.sampling.policy import Policy",
     "prdp_fast/sampling/__init__.py": "",
-    "prdp_fast/sampling/policy.py": "from diffusers import X\nfrom . import table\nfrom ..core.records import Y\nimport prdp_kernels",
+    "prdp_fast/sampling/policy.py": "import diffusers\nfrom . import table\nfrom ..core.records import Y\nimport prdp_kernels",
     "prdp_fast/sampling/table.py": "",
     "prdp_fast/rewards/__init__.py": "",
     "prdp_fast/rewards/clip.py": "import torch\ndef load():\n    import transformers",

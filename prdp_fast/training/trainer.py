@@ -300,8 +300,8 @@ class Trainer:
             return self.evaluate(names)  # no update has moved them
         if self.reference is None and not self.engine.has_adapter:
             raise UserError(
-                f"{self.output} has no whole {run_directory.EVALUATION_BEFORE}, and objective {self.objective.name!r} keeps no reference "
-                "to make it again; put the file back, or go on with --set evaluation.prompts=0 in another --output"
+                f"{self.output} has no whole {run_directory.EVALUATION_BEFORE}, and objective {self.objective.name!r} keeps "
+                "no reference to make it again; put the file back, or go on with --set evaluation.prompts=0 in another --output"
             )
         self.telemetry.message(f"{run_directory.EVALUATION_BEFORE} is missing or damaged: the reference is evaluated again")
 

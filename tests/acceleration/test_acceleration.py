@@ -47,8 +47,8 @@ def outputs(denoiser, *, gradients: bool = True, call=None, rows: int = ROWS) ->
 
 def choose(denoiser, reference=None, *, ranks=ALONE, remembered=None, **performance):
     return accelerate(
-        Denoisers(denoiser, None, reference), PerformanceSettings(**performance), small_family(), train_rows=ROWS, sample_rows=ROWS,
-        stage=2, device=CPU, dtype=torch.float32, ranks=ranks, remembered=remembered,
+        Denoisers(denoiser, None, reference), PerformanceSettings(**performance), small_family(), train_rows=ROWS,
+        sample_rows=ROWS, stage=2, device=CPU, dtype=torch.float32, ranks=ranks, remembered=remembered,
     )  # fmt: skip
 
 

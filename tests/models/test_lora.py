@@ -233,8 +233,8 @@ def test_compiled_views_see_the_adapter_and_see_it_off(mode: str, monkeypatch) -
     torch._dynamo.reset()
     denoiser = adapted().train()
     speed = accelerate(
-        Denoisers(denoiser, None, None, has_adapter=True), PerformanceSettings(compile=mode, attention="auto"), small_family(), train_rows=ROWS,
-        sample_rows=ROWS, stage=2, device=CPU, dtype=torch.float32,
+        Denoisers(denoiser, None, None, has_adapter=True), PerformanceSettings(compile=mode, attention="auto"), small_family(),
+        train_rows=ROWS, sample_rows=ROWS, stage=2, device=CPU, dtype=torch.float32,
     )  # fmt: skip
     assert speed.decisions["fuse_qkv"].value == "off" and "lora" in speed.decisions["fuse_qkv"].reason
     view = speed.sampling_view(denoiser)
@@ -266,7 +266,8 @@ def test_joined_products_leave_adapters_their_own(monkeypatch) -> None:
 def test_fusing_is_refused() -> None:
     with pytest.raises(UserError, match=r"fuse_qkv is on, but with model\.lora"):
         accelerate(
-            Denoisers(adapted(), None, None, has_adapter=True), PerformanceSettings(compile="off", attention="sdpa", fuse_qkv="on"),
+            Denoisers(adapted(), None, None, has_adapter=True),
+            PerformanceSettings(compile="off", attention="sdpa", fuse_qkv="on"),
             small_family(), train_rows=ROWS, sample_rows=ROWS, stage=2, device=CPU, dtype=torch.float32,
         )  # fmt: skip
 
