@@ -95,7 +95,7 @@ class PhaseResult:
 
 def compare(eager: Any, full: Any) -> Agreement:
     """Before either has been trained. Args: two `Workload`s with the same weights."""
-    from prdp_fast.training.update import log_prob_pass
+    from prdp_fast.training.passes import log_prob_pass
 
     trajectories = eager.rollout()
 

@@ -36,7 +36,7 @@ from prdp_fast.core.files import write_json
 from prdp_fast.core.records import Trajectories
 from prdp_fast.objectives import ObjectiveInput
 from prdp_fast.sampling.rows import UPDATE_STREAM, strata, stratified
-from prdp_fast.training.update import Reference, gradient_pass, reference_pass
+from prdp_fast.training.passes import Reference, gradient_pass, reference_pass
 
 
 @dataclass(frozen=True)

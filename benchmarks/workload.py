@@ -32,7 +32,8 @@ from prdp_fast.sampling.rollout import rollout
 from prdp_fast.sampling.transitions import Transitions
 from prdp_fast.training import trainer as runner
 from prdp_fast.training.engine import ZeroEngine
-from prdp_fast.training.update import Reference, UpdateReport, reference_pass, run_updates
+from prdp_fast.training.passes import Reference, reference_pass
+from prdp_fast.training.update import UpdateReport, run_updates
 
 Call = Callable[[], object]
 

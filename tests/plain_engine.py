@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 
 from prdp_fast.objectives import PrdpObjective
-from prdp_fast.training.update import reference_pass, run_updates
+from prdp_fast.training.passes import reference_pass
+from prdp_fast.training.update import run_updates
 
 CLIP, BETA = 2e-4, 0.5
 REWARDS = torch.tensor([0.3, 0.9, 0.1, 0.2, 0.2, 0.8], dtype=torch.float64)

@@ -39,9 +39,10 @@ from prdp_fast.training import results
 from prdp_fast.training.checkpoint import Checkpoints
 from prdp_fast.training.engine import ZeroEngine
 from prdp_fast.training.metrics import epoch_metrics
+from prdp_fast.training.passes import reference_pass
 from prdp_fast.training.state import TrainState
 from prdp_fast.training.telemetry import Telemetry
-from prdp_fast.training.update import Experience, UpdateReport, drift_warning, reference_pass, run_updates
+from prdp_fast.training.update import Experience, UpdateReport, drift_warning, run_updates
 
 Result = TypeVar("Result")
 

@@ -20,11 +20,13 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from prdp_fast.core.distributed import AllReduce
 from prdp_fast.core.records import Scores, Trajectories
 from prdp_fast.objectives import Objective, ObjectiveInput
 from prdp_fast.planning.micro_batch import halve_on_oom
 from prdp_fast.sampling.policy import Policy
-from prdp_fast.sampling.rows import REFERENCE_STREAM, UPDATE_STREAM, micro_batches, strata, stratified
+from prdp_fast.sampling.rows import UPDATE_STREAM, strata, stratified
+from prdp_fast.training.passes import Reference, gradient_pass, log_prob_pass
 
 # Of the clip range: a drift beyond it is more than rounding, and is told.
 LOUD_DRIFT = 0.1
@@ -33,7 +35,7 @@ MAX_WEIGHT_ERROR = 1e-3
 
 
 class TrainingEngine(Protocol):
-    """What an update needs of `zero.ZeroEngine`."""
+    """What an update needs of `ZeroEngine`."""
 
     scale: float  # of the loss, chosen by `set_scale`
 
@@ -46,15 +48,6 @@ class TrainingEngine(Protocol):
     def discard_gradients(self) -> None: ...
     def backward(self, loss: torch.Tensor, *, last: bool) -> None: ...
     def step(self) -> Any: ...
-
-
-@dataclass(frozen=True)
-class Reference:
-    """The frozen model's log-probs of an epoch, as the objective wants them."""
-
-    log_probs: torch.Tensor  # (N, S) float32
-    error: float = 0.0  # nats, two standard errors of a trajectory's mean log-ratio, the largest; 0 if nothing was left out
-    denoiser_rows: int = 0
 
 
 @dataclass
@@ -95,91 +88,65 @@ def drift_warning(drift: float, clip_range: float, told: float) -> str | None:
     )
 
 
-def _empty_rows(trajectories: Trajectories) -> torch.Tensor:
-    """(N * S,) NaN: what a pass leaves out stays visible."""
-    latents = trajectories.latents
-    return torch.full((trajectories.log_probs.numel(),), math.nan, dtype=latents.dtype, device=latents.device)
+class EpochInputs:
+    """One epoch as the objective takes it: log-probs grouped by prompt, beside the rewards and the reference."""
 
+    def __init__(
+        self,
+        objective: Objective,
+        trajectories: Trajectories,
+        rewards: torch.Tensor,
+        reference: Reference | None,
+        reduce: AllReduce,
+    ) -> None:
+        """The mean and deviation of the rewards are over all ranks. Every rank calls this."""
+        groups, steps = len(trajectories.prompts), trajectories.log_probs.shape[1]
+        self.grouped = (groups, trajectories.images_per_prompt, steps)
+        self.rewards = rewards
+        self.policy_is_reference = objective.needs_reference and reference is None
+        self.ref_log_probs = None if reference is None else reference.log_probs  # (N, S)
+        finite = rewards[rewards.isfinite()].double()
+        count, total, squares = reduce([float(len(finite)), float(finite.sum()), float(finite.square().sum())], "sum")
+        self.reward_mean = total / max(count, 1.0)
+        self.reward_std = max(squares / max(count, 1.0) - self.reward_mean**2, 0.0) ** 0.5
 
-@torch.no_grad()
-def log_prob_pass(
-    policy: Policy, denoiser: nn.Module, trajectories: Trajectories, micro_batch: int, chosen: torch.Tensor | None = None
-) -> torch.Tensor:
-    """(N, S) log-probs of the stored steps under `denoiser`, without gradients, in the batch geometry of the gradient pass.
-
-    Args: chosen: (N, m) stochastic steps to evaluate; the others are NaN.
-    """
-    flat = _empty_rows(trajectories)
-    for part in micro_batches(policy, trajectories, micro_batch, chosen):
-        log_prob = policy.log_prob(
-            denoiser, part.latents, part.prev_latents, part.steps, part.embeddings, guided=part.guided
+    def of(self, log_probs: torch.Tensor, old: torch.Tensor) -> ObjectiveInput:
+        """Args: log_probs, old: (N, S)."""
+        ref = log_probs if self.policy_is_reference and self.ref_log_probs is None else self.ref_log_probs
+        return ObjectiveInput(
+            log_probs=log_probs.view(self.grouped), old_log_probs=old.view(self.grouped),
+            ref_log_probs=None if ref is None else ref.view(self.grouped),
+            rewards=self.rewards.to(log_probs.device).view(self.grouped[:2]), reward_mean=self.reward_mean,
+            reward_std=self.reward_std,
         )  # fmt: skip
-        flat[part.rows[: part.count]] = log_prob[: part.count]
-    return flat.view(trajectories.log_probs.shape)
 
 
-def gradient_pass(
-    policy: Policy,
-    denoiser: nn.Module,
-    trajectories: Trajectories,
-    weights: torch.Tensor,
-    micro_batch: int,
-    backward: Callable[..., None],
-    loss_scale: float = 1.0,
-    chosen: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Backpropagate sum(weights * log_prob).
+def draw_steps(trajectories: Trajectories, timesteps: int | None) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """The stochastic steps that an update backpropagates through: one of each of `timesteps` strata, or all.
 
-    Args:
-        weights: (N, S), dL/dlog_prob, constants.
-        backward: called once a micro-batch with its scalar, and last=True for the final one.
-        loss_scale: what `backward` multiplies the scalar by.
-        chosen: (N, m) stochastic steps to backpropagate through; None for all.
-    Returns: (N, S) the log-probs, detached; NaN where not chosen.
+    Returns: (N, m) the steps, None for all; and (S,) the size of the stratum that a step is in, by which its weight counts, or 1.
     """
-    flat, flat_weights = _empty_rows(trajectories), weights.reshape(-1)
-    parts = micro_batches(policy, trajectories, micro_batch, chosen)
-    part = next(parts, None)
-    while part is not None:
-        row_weights = flat_weights[part.rows]
-        row_weights[part.count :] = 0  # rows that only fill up
-        loss, log_prob = policy.weighted_log_prob(
-            denoiser, part.latents, part.prev_latents, part.steps, part.embeddings, guided=part.guided, weights=row_weights,
-            loss_scale=loss_scale,
-        )  # fmt: skip
-        flat[part.rows[: part.count]] = log_prob[: part.count]
-        part = next(parts, None)
-        backward(loss, last=part is None)
-    return flat.view(trajectories.log_probs.shape)
-
-
-def reference_pass(
-    policy: Policy, reference: nn.Module, trajectories: Trajectories, micro_batch: int, timesteps: int | None = None
-) -> Reference:
-    """Log-probs of the stored steps under the frozen model.
-
-    Args:
-        timesteps: evaluate this many steps of each trajectory, one of each stratum. The loss needs the mean log-ratio over the
-            steps alone, which the subset estimates without bias; every step then carries that mean. For K = 1 only.
-    """
-    sampled = trajectories.log_probs
-    total = sampled.shape[1]
-    stochastic = policy.transitions.stochastic
+    total = trajectories.log_probs.shape[1]
     if timesteps is None or timesteps >= total:
-        log_probs = log_prob_pass(policy, reference, trajectories, micro_batch)
-        return Reference(log_probs, denoiser_rows=len(sampled) * policy.evaluations(stochastic))
-    chosen = stratified(trajectories.seeds, total, timesteps, REFERENCE_STREAM)
-    on_device = chosen.to(sampled.device)
-    evaluated = log_prob_pass(policy, reference, trajectories, micro_batch, chosen).gather(1, on_device)
-    log_ratio = sampled.gather(1, on_device) - evaluated
+        return None, torch.ones(1, device=trajectories.log_probs.device)
     borders = strata(total, timesteps)
-    sizes = (borders[1:] - borders[:-1]).to(log_ratio)
-    mean = (sizes * log_ratio).sum(1) / total
-    # One draw a stratum says nothing of the spread inside it; the spread over all of them is no smaller on average. What is
-    # drawn from a stratum of one step has no error.
-    drawn = sizes.square().where(sizes > 1, 0.0).sum().sqrt() / total
-    error = 2 * float((log_ratio.std(1) * drawn).max())
-    return Reference(sampled - mean[:, None], error, policy.evaluations(stochastic[chosen.flatten()]))
+    sizes = borders[1:] - borders[:-1]
+    chosen = stratified(trajectories.seeds, total, timesteps, UPDATE_STREAM)
+    return chosen, sizes.repeat_interleave(sizes).to(trajectories.log_probs.device)
+
+
+def sampled_will_do(
+    objective: Objective, inputs: EpochInputs, sampled: torch.Tensor, last_drift: float | None, reduce: AllReduce
+) -> bool:
+    """Whether the rollout's own log-probs can be pass (1) of the first update. Every rank calls this.
+
+    There policy and snapshot coincide, so nothing is clipped: what is wrong with them can show in the weights alone. While the
+    policy is the reference too, every log-ratio is exactly 0.
+    """
+    if inputs.policy_is_reference:
+        return True
+    error = objective.weight_error(inputs.of(sampled, sampled), math.inf if last_drift is None else last_drift)
+    return not reduce([error], "max")[0] > MAX_WEIGHT_ERROR
 
 
 def run_updates(
@@ -193,7 +160,7 @@ def run_updates(
     updates: int,
     micro_batch: int,
     last_drift: float | None,
-    reduce: Callable[[list[float], str], list[float]],
+    reduce: AllReduce,
     timesteps: int | None = None,
     say: Callable[[str], None] = print,
 ) -> UpdateReport:
@@ -203,58 +170,27 @@ def run_updates(
         rewards: (N,) float32, NaN removes an image.
         reference: `reference_pass`; None while the policy is the reference, or if the objective needs none.
         last_drift: `UpdateReport.drift` of the epoch before; None (first epoch) runs pass (1) to measure it, if it could matter.
-        reduce: `zero.all_reduce`; ranks must agree on the loss scale and on the number of forwards.
+        reduce: `distributed.all_reduce`; ranks must agree on the loss scale and on the number of forwards.
         timesteps: backpropagate this many steps of each trajectory, one of each stratum; for K = 1 only.
         say: tells the user a line: that a micro-batch was too large for the memory, say.
     """
-    report = UpdateReport()
-    sampled = trajectories.log_probs
-    total = sampled.shape[1]
-    grouped = (len(trajectories.prompts), trajectories.images_per_prompt, total)
-    stochastic = policy.transitions.stochastic
-    denoiser_rows = len(sampled) * policy.evaluations(stochastic)
-    finite = rewards[rewards.isfinite()].double()
-    count, reward_sum, squares = reduce([float(len(finite)), float(finite.sum()), float(finite.square().sum())], "sum")
-    reward_mean = reward_sum / max(count, 1.0)
-    reward_std = max(squares / max(count, 1.0) - reward_mean**2, 0.0) ** 0.5
+    report, sampled, stochastic = UpdateReport(), trajectories.log_probs, policy.transitions.stochastic
+    every_row = len(sampled) * policy.evaluations(stochastic)
+    inputs = EpochInputs(objective, trajectories, rewards, reference, reduce)
+    chosen, strata_sizes = draw_steps(trajectories, timesteps)
+    assert chosen is None or updates == 1, "a subset of timesteps is unbiased for one update only"
+    trained_rows = every_row if chosen is None else policy.evaluations(stochastic[chosen.flatten()])
 
-    policy_is_reference = objective.needs_reference and reference is None
-    ref_log_probs = None if reference is None else reference.log_probs
-
-    chosen, strata_sizes = None, torch.ones(1, device=sampled.device)
-    if timesteps is not None and timesteps < total:
-        assert updates == 1, "a subset of timesteps is unbiased for one update only"
-        chosen = stratified(trajectories.seeds, total, timesteps, UPDATE_STREAM)
-        borders = strata(total, timesteps)
-        sizes = borders[1:] - borders[:-1]
-        strata_sizes = sizes.repeat_interleave(sizes).to(sampled.device)  # (S,), of the stratum that a step is in
-
-    def inputs(log_probs: torch.Tensor, old: torch.Tensor) -> ObjectiveInput:
-        ref = log_probs if policy_is_reference and ref_log_probs is None else ref_log_probs
-        return ObjectiveInput(
-            log_probs=log_probs.view(grouped), old_log_probs=old.view(grouped),
-            ref_log_probs=None if ref is None else ref.view(grouped),
-            rewards=rewards.to(log_probs.device).view(grouped[:2]), reward_mean=reward_mean, reward_std=reward_std,
-        )  # fmt: skip
-
-    old = None
+    old = None  # log-probs at the start of the epoch, by the training path
     told: list[dict[str, float]] = []  # of each update
     for _ in range(updates):
-        if old is None:
-            # Policy and snapshot coincide, so nothing is clipped and pass (1) can be the rollout's own log-probs, unless their
-            # error would show in the weights. While the policy is the reference too, every log-ratio is exactly 0.
+        if old is None and sampled_will_do(objective, inputs, sampled, last_drift, reduce):
             log_probs = sampled
-            if not policy_is_reference:
-                error = objective.weight_error(inputs(sampled, sampled), math.inf if last_drift is None else last_drift)
-                if reduce([error], "max")[0] > MAX_WEIGHT_ERROR:
-                    report.free_first_pass = False
-                    log_probs = log_prob_pass(policy, engine.denoiser, trajectories, micro_batch)
-                    report.denoiser_rows += denoiser_rows
-            output = objective(inputs(log_probs, log_probs))
-        else:
+        else:  # pass (1)
+            report.free_first_pass &= old is not None
             log_probs = log_prob_pass(policy, engine.denoiser, trajectories, micro_batch)
-            report.denoiser_rows += denoiser_rows
-            output = objective(inputs(log_probs, old))
+            report.denoiser_rows += every_row
+        output = objective(inputs.of(log_probs, log_probs if old is None else old))
         weights = output.weights.reshape(sampled.shape) * strata_sizes
         engine.set_scale(reduce([float(weights.abs().max())], "max")[0])
         attempt = partial(
@@ -267,29 +203,35 @@ def run_updates(
                 attempt, micro_batch, clear=engine.discard_gradients, recoverable=engine.passes_are_local, say=say,
                 any_rank=lambda failed: reduce([float(failed)], "max")[0] > 0,
             )  # fmt: skip
-        report.denoiser_rows += denoiser_rows if chosen is None else policy.evaluations(stochastic[chosen.flatten()])
+        report.denoiser_rows += trained_rows
         if old is None:
             # From here on old log-probs come from the training path: same code, dtype and batch geometry as the new ones.
             old = trained
-            drift = (sampled - trained).abs()
-            report.drift_by_step = torch.where(drift.isnan(), -math.inf, drift).amax(0).cpu()
-            report.drift_by_step[report.drift_by_step == -math.inf] = math.nan
+            report.drift_by_step = largest_by_step((sampled - trained).abs())
             first_error = (log_probs - trained).abs().nan_to_num().max()
-            if policy_is_reference:
-                ref_log_probs = trained
+            if inputs.policy_is_reference:
+                inputs.ref_log_probs = trained
         result = engine.step()
         report.skipped_updates += not result.applied
         numbers = output.metrics | {"loss": output.loss, "first_ratio_error": first_error, "log_prob": trained.nanmean()}
-        if ref_log_probs is not None:
-            numbers["kl_to_reference"] = (trained - ref_log_probs).nanmean()
+        if inputs.ref_log_probs is not None:
+            numbers["kl_to_reference"] = (trained - inputs.ref_log_probs).nanmean()
         # One wait an update, after everything else has been asked for.
         values = torch.stack([value.detach().double() for value in numbers.values()]).tolist()
         told.append(dict(zip(numbers, values, strict=True)) | {"grad_norm": result.grad_norm})
-    report.metrics = {name: sum(one[name] for one in told) / updates for name in told[0]}
-    report.metrics["first_ratio_error"] = told[0]["first_ratio_error"]
-    if reference is not None and reference.error:
-        report.metrics["reference_weight_error"] = objective.weight_error(inputs(sampled, sampled), reference.error / 2)
+
     report.micro_batch = micro_batch
+    report.metrics = {name: sum(one[name] for one in told) / updates for name in told[0]}
+    if reference is not None and reference.error:
+        error = objective.weight_error(inputs.of(sampled, sampled), reference.error / 2)
+        report.metrics["reference_weight_error"] = error
     report.metrics["drift"] = report.drift
     report.metrics["skipped_updates"] = float(report.skipped_updates)
     return report
+
+
+def largest_by_step(values: torch.Tensor) -> torch.Tensor:
+    """(S,) on the CPU: the largest of (N, S) values in each column, NaN where all are."""
+    largest = torch.where(values.isnan(), -math.inf, values).amax(0).cpu()
+    largest[largest == -math.inf] = math.nan
+    return largest

@@ -25,7 +25,7 @@ from prdp_fast.models.text import TextEncoder
 from prdp_fast.sampling.policy import Policy
 from prdp_fast.sampling.rollout import rollout
 from prdp_fast.sampling.transitions import Transitions
-from prdp_fast.training.update import gradient_pass, log_prob_pass
+from prdp_fast.training.passes import gradient_pass, log_prob_pass
 
 CPU = torch.device("cpu")
 TEXTS = ["a red circle", "three big blue squares on a green background, and then more words than the tokenizer takes"]

@@ -25,7 +25,7 @@ from prdp_fast.planning.dry_run import dry_run
 from prdp_fast.planning.job import Job
 from prdp_fast.planning.memory import Activations, Footprint, fake_activations, measure_activations, plan_memory
 from prdp_fast.training.engine import StepResult, ZeroEngine
-from prdp_fast.training.update import log_prob_pass, reference_pass
+from prdp_fast.training.passes import log_prob_pass, reference_pass
 
 CPU = torch.device("cpu")
 LORA = LoraSettings(rank=3, alpha=5.0)

@@ -26,7 +26,7 @@ from prdp_fast.planning.memory import (
     plan_memory,
 )
 from prdp_fast.planning.micro_batch import choose_micro_batch, fit, halve_on_oom, sizes_up_to
-from prdp_fast.training.update import gradient_pass
+from prdp_fast.training.passes import gradient_pass
 
 SMALL = StableDiffusion(dict(small_unet().config), text_length=6)
 P = 859_520_964  # SD v1.4

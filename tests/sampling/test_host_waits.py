@@ -19,7 +19,7 @@ from prdp_fast.core.records import Prompt, TextEmbeddings, Trajectories
 from prdp_fast.models.families import StableDiffusion
 from prdp_fast.sampling.policy import Policy
 from prdp_fast.sampling.rollout import rollout
-from prdp_fast.training.update import gradient_pass, log_prob_pass
+from prdp_fast.training.passes import gradient_pass, log_prob_pass
 
 DEVICE = torch.device("meta")
 GROUPS, IMAGES = 2, 4

@@ -10,7 +10,8 @@ from small_model import SHAPE, WIDTH, small_policy, small_trajectories, small_un
 from prdp_fast.core.records import Trajectories
 from prdp_fast.objectives import DdpoObjective, ObjectiveInput, PrdpObjective
 from prdp_fast.sampling.rows import micro_batches, strata, stratified
-from prdp_fast.training.update import drift_warning, gradient_pass, log_prob_pass, reference_pass
+from prdp_fast.training.passes import gradient_pass, log_prob_pass, reference_pass
+from prdp_fast.training.update import drift_warning
 from prdp_kernels import prdp_loss
 
 
@@ -259,7 +260,7 @@ def test_reference_on_a_subset_of_steps_is_unbiased(monkeypatch) -> None:
     for a in (0, 1):
         for b in (2, 3, 4):
             chosen = torch.tensor([[a, b]]).expand(6, -1)
-            monkeypatch.setattr("prdp_fast.training.update.stratified", lambda *args, chosen=chosen: chosen)
+            monkeypatch.setattr("prdp_fast.training.passes.stratified", lambda *args, chosen=chosen: chosen)
             part = reference_pass(policy, reference, trajectories, 7, timesteps=2)
             assert part.denoiser_rows == 6 * 2 * 2 and part.error > 0
             drawn.append(weights(part.log_probs))
