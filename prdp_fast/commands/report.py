@@ -6,12 +6,13 @@ prdp report runs/tiny-seed0-1a2b3c4d
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from prdp_fast.core.errors import UserError
+from prdp_fast.core.files import read_json
+from prdp_fast.core.run_directory import RUN, SUMMARY
 from prdp_fast.reporting.curves import plot_curves
-from prdp_fast.reporting.tables import final_table
+from prdp_fast.reporting.tables import print_summary
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,17 +25,16 @@ def run(args: argparse.Namespace) -> int:
     Raises: UserError if the directory is no run, or has nothing to show yet.
     """
     directory: Path = args.run
-    if not (directory / "run.json").is_file():
-        raise UserError(f"{directory} is no run directory (run.json is missing); give the path that training printed last")
+    if not (directory / RUN).is_file():
+        raise UserError(f"{directory} is no run directory ({RUN} is missing); give the path that training printed last")
     try:
-        summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
+        summary = read_json(directory / SUMMARY)
     except FileNotFoundError:
-        print("not finished: no summary.json yet")
+        print(f"not finished: no {SUMMARY} yet")
     except (OSError, ValueError) as error:
-        raise UserError(f"{directory / 'summary.json'} cannot be read ({error}); resume the run to write it again") from error
+        raise UserError(f"{directory / SUMMARY} cannot be read ({error}); resume the run to write it again") from error
     else:
-        if summary.get("evaluation"):
-            final_table(summary)
+        print_summary(summary)
     try:
         print(plot_curves(directory))
     except (OSError, ValueError) as error:

@@ -18,6 +18,7 @@ CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
 COMPARISON = "samples/before_after.png"
 EXPORT = "model"
+EVALUATION = "evaluation"  # what `prdp evaluate` found
 EVALUATION_BEFORE, EVALUATION_AFTER = "evaluation_before.pt", "evaluation_after.pt"
 
 # What a resumed run may change: how long it goes on and what it keeps, never what an epoch computes.

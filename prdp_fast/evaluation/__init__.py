@@ -1,4 +1,6 @@
-"""What training changed. `held`: on fixed prompts while a run goes on. The rest is `prdp evaluate`, a model against its base:
+"""What training changed, on the same prompts and the same noise before and after.
 
-plan (what) -> work (blocks of samples and scores, kept on disk) -> comparison (estimates) -> report (tables and pictures)
+While a run goes on, `run.evaluate` scores its denoiser. Afterwards `prdp evaluate` compares a model with its base:
+
+request (what is asked) -> plan (what that means) -> run (samples and scores) -> blocks (kept on disk) -> measure (numbers)
 """

@@ -1,10 +1,12 @@
-"""The work of an evaluation on disk: one file a block of prompts, so that a killed evaluation goes on where it stopped.
+"""The directory of an evaluation: one file a block of prompts, so that a killed evaluation goes on where it stopped.
 
     settings.json                    what is computed; a directory belongs to one such record
     work/MODEL/SET/block-00003.pt    scores, diversity and a few pictures of some prompts
+    evaluation.json, evaluation.md   what was found, once every block is there
+    samples/                         pictures side by side
 
-A block is computed alike whichever rank does it and whatever was done before. Files on a disk that all ranks see are all that
-passes between them.
+A block is computed alike whichever rank does it and whatever was done before. Ranks meet in these files alone, on a disk that all
+of them see.
 """
 
 from __future__ import annotations
@@ -25,16 +27,19 @@ from prdp_fast.core.files import read_json, write_json, write_tensors
 from prdp_fast.core.run_directory import first_difference
 
 SETTINGS = "settings.json"
-WORK = "work"
+BLOCKS = "work"  # folder
+RESULT, PAGE = "evaluation.json", "evaluation.md"
+BASE, FINETUNED, ALONE = "base", "finetuned", "model"  # roles of models; one that is compared with nothing is alone
+KEPT_PICTURES = 12  # of each set, for the picture of samples
 WAIT_S = 0.2  # between two looks for another rank's block
 TELL_S = 60.0  # of waiting, between two lines that say for what
 
 
 class BlockName(NamedTuple):
-    """Prompts number * size to (number + 1) * size of a set, by one model."""
+    """Prompts number * size to (number + 1) * size of a set, sampled by one model."""
 
     role: str
-    prompt_set: int  # number of the set
+    prompt_set: int  # position of the set in the plan
     number: int
 
 
@@ -44,14 +49,14 @@ class Block:
 
     scores: dict[str, torch.Tensor]  # by reward and detail, (P, B) float32
     diversity: torch.Tensor  # (P,) float64
-    images: torch.Tensor  # (p, 3, H, W) uint8, the first image of the first p <= P prompts, those that are shown
+    images: torch.Tensor  # (p, 3, H, W) uint8, the first image of the first p <= P prompts, for the picture of samples
 
 
-class Work:
-    """The directory of one evaluation."""
+class EvaluationDirectory:
+    """The blocks of one evaluation on disk."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
     def claim(self, settings: dict[str, Any], *, restart: bool) -> None:
         """Make the directory this evaluation's, or refuse it. One rank calls this, before the others look.
@@ -59,7 +64,7 @@ class Work:
         Args: restart: begin anew, whatever an earlier evaluation left there.
         Raises: UserError if it holds another evaluation or something else; nothing in it is touched then.
         """
-        record, directory = self.directory / SETTINGS, self.directory
+        record, directory = self.path / SETTINGS, self.path
         settings = json.loads(json.dumps(settings))
         try:
             if record.is_file():
@@ -71,7 +76,7 @@ class Work:
                             "same settings to go on with it, or begin anew with --restart"
                         )
                 else:
-                    shutil.rmtree(directory / WORK, ignore_errors=True)
+                    shutil.rmtree(directory / BLOCKS, ignore_errors=True)
             elif directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
                 raise UserError(f"--output {directory} is not empty and holds no evaluation; choose a new directory")
             directory.mkdir(parents=True, exist_ok=True)
@@ -81,20 +86,20 @@ class Work:
         except json.JSONDecodeError as error:
             raise UserError(f"{record} is damaged ({error}); begin anew with --restart") from None
 
-    def path(self, name: BlockName) -> Path:
-        return self.directory / WORK / name.role / f"set-{name.prompt_set}" / f"block-{name.number:05d}.pt"
+    def block_path(self, name: BlockName) -> Path:
+        return self.path / BLOCKS / name.role / f"set-{name.prompt_set}" / f"block-{name.number:05d}.pt"
 
     def missing(self, names: Iterable[BlockName]) -> list[BlockName]:
-        return [name for name in names if not self.path(name).is_file()]
+        return [name for name in names if not self.block_path(name).is_file()]
 
     def save(self, name: BlockName, block: Block) -> None:
-        """Whole or not at all."""
-        path = self.path(name)
+        """Write a block whole or not at all."""
+        path = self.block_path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(path, vars(block))
 
     def load(self, name: BlockName) -> Block:
-        return Block(**torch.load(self.path(name), weights_only=True))
+        return Block(**torch.load(self.block_path(name), weights_only=True))
 
     def wait(self, names: Iterable[BlockName], say: Callable[[str], None]) -> None:
         """Until all blocks are there. A rank that fails is the launcher's to notice: it ends the job."""

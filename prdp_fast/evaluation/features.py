@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,7 +11,6 @@ import torch
 
 from prdp_fast.core.errors import UserError
 from prdp_fast.evaluation.blocks import digest
-from prdp_fast.evaluation.statistics import pixel_features
 from prdp_fast.rewards.clip import Clip, processor_pixels
 from prdp_fast.rewards.scoring_model import read_pretrained
 
@@ -69,3 +69,28 @@ class ClipFeatures:
 
 def choose_features(directory: str | None) -> Features:
     return PixelFeatures() if directory is None else ClipFeatures(directory)
+
+
+def pixel_features(images: np.ndarray, size: int = 8) -> np.ndarray:
+    """What a picture looks like from afar: colours averaged over a grid.
+
+    Args:
+        images: (N, 3, H, W) uint8.
+        size: cells a side; cell i covers pixels floor(i H / size) to ceil((i + 1) H / size), as adaptive average pooling does.
+    Returns: (N, 3 * size * size) float64, each in [0, 1], divided by sqrt(3 * size * size): the distance of two pictures is the
+        root mean square difference of their cells, from 0 to 1 (black against white).
+    """
+    height, width = images.shape[2:]
+    rows = _pooling(height, size)
+    columns = _pooling(width, size)
+    cells = np.einsum("ih,nchw,jw->ncij", rows, images.astype(np.float64) / 255, columns, optimize=True)
+    return cells.reshape(len(images), -1) / math.sqrt(3 * size * size)
+
+
+def _pooling(length: int, cells: int) -> np.ndarray:
+    """(cells, length) float64: row i averages the pixels of cell i."""
+    table = np.zeros((cells, length))
+    for cell in range(cells):
+        first, last = cell * length // cells, -(-(cell + 1) * length // cells)
+        table[cell, first:last] = 1 / (last - first)
+    return table

@@ -1,12 +1,10 @@
-"""What an evaluation is: models, prompts, rewards and sampling, from the command line and a run's recipe.
+"""What an evaluation is: models, prompts, rewards and sampling, from what is asked and a run's recipe.
 
 All of it is checked before a weight is in memory.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +15,16 @@ from pydantic import ValidationError
 
 from prdp_fast.config.recipe import PromptSettings, RewardSettings, SamplerSettings, Settings
 from prdp_fast.core.errors import UserError
+from prdp_fast.core.files import read_json
 from prdp_fast.core.records import Prompt
-from prdp_fast.evaluation.blocks import BlockName, digest
+from prdp_fast.core.run_directory import EVALUATION, EXPORT, RUN
+from prdp_fast.evaluation.blocks import ALONE, BASE, FINETUNED, BlockName, digest
 from prdp_fast.evaluation.features import Features, choose_features
-from prdp_fast.evaluation.report import BASE, FINETUNED, SINGLE
+from prdp_fast.evaluation.request import EvaluationRequest
 from prdp_fast.models.families import find_family, read_family
 from prdp_fast.models.families.base import Family
-from prdp_fast.models.files import find_file, read_json, resolve
+from prdp_fast.models.files import find_file, resolve
+from prdp_fast.models.files import read_json as read_model_json
 from prdp_fast.models.lora import WEIGHTS
 from prdp_fast.models.schedulers import SCHEDULERS
 from prdp_fast.prompts.stream import SHIPPED, PromptSet
@@ -31,8 +32,7 @@ from prdp_fast.rewards import WeightedRewards, build_reward
 from prdp_fast.sampling.policy import Policy, build_policy
 from prdp_fast.sampling.transitions import Transitions
 
-EXPORT = "model"  # of a run directory
-ROLE_SETS = ("seen", "unseen")  # of a run's recipe
+RUN_SETS = ("seen", "unseen")  # of a run's recipe
 
 
 class Model(NamedTuple):
@@ -45,17 +45,19 @@ class Model(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvaluationPlan:
     """What is evaluated, checked before a weight is in memory."""
 
     models: dict[str, Model]  # by role
-    policies: dict[str, Policy]
+    policies: dict[str, Policy]  # by role
     prompts: dict[str, list[Prompt]]  # by the set's label
     rewards: dict[str, WeightedRewards]  # by label
-    trained: dict[str, str]  # by label: yes, no, other options
+    trained: dict[str, str]  # by the reward's label, whether it was trained on: yes, no, other options
     features: Features
+    samples: int  # images a prompt
+    seed: int
     block: int  # prompts
-    batch: int  # images a U-Net call
+    batch: int  # images a call of the denoiser
     dtype: str
     output: Path
     settings: dict[str, Any]  # all of the above as JSON, and what else the numbers depend on
@@ -69,50 +71,41 @@ class Plan:
             for block in range(-(-len(prompts) // self.block))
         ]
 
-    def part(self, name: BlockName) -> tuple[list[Prompt], int]:
+    def blocks_of(self, role: str, prompt_set: int) -> list[BlockName]:
+        """One model's blocks of a set, in the order of the prompts."""
+        return [name for name in self.blocks() if (name.role, name.prompt_set) == (role, prompt_set)]
+
+    def prompts_of(self, name: BlockName) -> tuple[list[Prompt], int]:
         """The prompts of a block, and the position of the first in its set."""
         start = name.number * self.block
         return list(self.prompts.values())[name.prompt_set][start : start + self.block], start
 
 
-def prepare(args: argparse.Namespace, *, cuda: bool) -> Plan:
+def plan_evaluation(request: EvaluationRequest, *, cuda: bool) -> EvaluationPlan:
     """Resolve and check everything. Raises: UserError."""
-    for option in ("samples", "limit", "steps", "batch"):
-        value = getattr(args, option)
-        if value is not None and value < 1:
-            raise UserError(f"--{option} is {value}; expected at least 1")
-    if args.seed < 0:
-        raise UserError(f"--seed is {args.seed}; expected a whole number from 0")
-    directory = Path(args.model)
-    recipe, run_record = read_run(directory) if (directory / "run.json").is_file() else (None, {})
-    sampler = choose_sampler(args, recipe)
-    prompts, prompt_record = choose_prompts(args, recipe)
-    rewards, trained, reward_record = choose_rewards(args.rewards, recipe.rewards if recipe else [])
-    features = choose_features(args.features)
-    models: dict[str, Model] = {}
-    pretrained = args.base or (recipe.model.pretrained if recipe else None)
-    if pretrained is not None:
-        models[BASE] = describe(pretrained)
-    models[FINETUNED if models else SINGLE] = export_of(directory, models[BASE]) if recipe else describe(args.model)
+    check_numbers(request)
+    directory = Path(request.model)
+    recipe, run_record = read_run(directory) if (directory / RUN).is_file() else (None, {})
+    sampler = choose_sampler(request, recipe)
+    prompts, prompt_record = choose_prompts(request, recipe)
+    rewards, trained, reward_record = choose_rewards(list(request.rewards), recipe.rewards if recipe else [])
+    features = choose_features(request.features)
+    models = choose_models(request, recipe)
     families = {role: read_family(model.pretrained) for role, model in models.items()}
-    if len({shapes(family) for family in families.values()}) > 1:
-        raise UserError(
-            "; ".join(f"{model.name!r} has {shapes(families[role])}" for role, model in models.items())
-            + "; models can share noise only if their latents and pictures have one size: choose another --base"
-        )
-    schedulers = {role: families[role].scheduler(sampler.scheduler) for role, model in models.items()}
+    check_sizes(models, families)
+    schedulers = {role: family.scheduler(sampler.scheduler) for role, family in families.items()}
     policies = {
         role: build_policy(
-            sampler, Transitions.from_scheduler(scheduler, sampler.num_inference_steps, sampler.eta), families[role].predict,
+            sampler, Transitions.from_scheduler(schedulers[role], sampler.num_inference_steps, sampler.eta), family.predict,
             setting="--guidance-interval",
         )
-        for role, scheduler in schedulers.items()
+        for role, family in families.items()
     }  # fmt: skip
 
-    *_, last = models
-    default = directory / "evaluation" if recipe else Path("evaluations") / models[last].name
-    dtype = args.dtype or (run_dtype(run_record) if cuda else "float32")
-    block = max(1, sampler.rollout_batch // args.samples)
+    *_, last = models.values()
+    output = request.output or (directory / EVALUATION if recipe else Path("evaluations") / last.name)
+    dtype = request.dtype or (run_dtype(run_record) if cuda else "float32")
+    block = max(1, sampler.rollout_batch // request.samples)
     settings = {
         "models": {
             role: {"name": model.name, "pretrained": model.pretrained, "adapter": model.adapter and str(model.adapter)}
@@ -122,39 +115,38 @@ def prepare(args: argparse.Namespace, *, cuda: bool) -> Plan:
         "sampler": sampler.model_dump(mode="json"),
         "prompts": prompt_record,
         "rewards": reward_record,
-        "samples": args.samples,
-        "seed": args.seed,
+        "samples": request.samples,
+        "seed": request.seed,
         "features": features.record(),
         "dtype": dtype,
         "device": "cuda" if cuda else "cpu",
         "block": block,
     }
-    return Plan(
-        models,
-        policies,
-        prompts,
-        rewards,
-        trained,
-        features,
-        block,
-        sampler.rollout_batch,
-        dtype,
-        args.output or default,
-        settings,
-    )
+    return EvaluationPlan(
+        models, policies, prompts, rewards, trained, features, request.samples, request.seed, block, sampler.rollout_batch,
+        dtype, output, settings,
+    )  # fmt: skip
+
+
+def check_numbers(request: EvaluationRequest) -> None:
+    """Raises: UserError for a number that no evaluation can have."""
+    for option in ("samples", "limit", "steps", "batch"):
+        value = getattr(request, option)
+        if value is not None and value < 1:
+            raise UserError(f"--{option} is {value}; expected at least 1")
+    if request.seed < 0:
+        raise UserError(f"--seed is {request.seed}; expected a whole number from 0")
 
 
 def read_run(directory: Path) -> tuple[Settings, dict[str, Any]]:
     """A run's recipe and record. Raises: UserError if they cannot be read."""
     try:
-        record = json.loads((directory / "run.json").read_text(encoding="utf-8"))
+        record = read_json(directory / RUN)
         return Settings.model_validate(record["recipe"]), record
     except (OSError, ValueError, KeyError, TypeError) as error:
         first = error.errors()[0] if isinstance(error, ValidationError) else None
         reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(error)
-        raise UserError(
-            f"{directory / 'run.json'} is no record of a run ({reason}); evaluate {directory / EXPORT} as a model"
-        ) from None
+        raise UserError(f"{directory / RUN} is no record of a run ({reason}); evaluate {directory / EXPORT} as a model") from None
 
 
 def run_dtype(record: dict[str, Any]) -> str:
@@ -165,11 +157,20 @@ def run_dtype(record: dict[str, Any]) -> str:
     return "float32"
 
 
-def describe(pretrained: str) -> Model:
+def choose_models(request: EvaluationRequest, recipe: Settings | None) -> dict[str, Model]:
+    """By role: the base, if there is one, and then what is compared with it. Raises: UserError."""
+    pretrained = request.base or (recipe.model.pretrained if recipe else None)
+    if pretrained is None:
+        return {ALONE: model_of(request.model)}
+    base = model_of(pretrained)
+    return {BASE: base, FINETUNED: model_of_run(Path(request.model), base) if recipe else model_of(request.model)}
+
+
+def model_of(pretrained: str) -> Model:
     """Raises: UserError if it is neither a diffusers pipeline nor something on the hub that looks like one."""
     path = Path(resolve(pretrained))
     if path.is_dir() and not (path / "model_index.json").is_file():
-        raise UserError(f"{path} is neither a run (run.json) nor a diffusers pipeline (model_index.json); give one of the two")
+        raise UserError(f"{path} is neither a run ({RUN}) nor a diffusers pipeline (model_index.json); give one of the two")
     find_family(pretrained)
     if path.is_dir():
         return Model(Path(pretrained).name or path.resolve().name, pretrained, None, digest(path))
@@ -177,50 +178,63 @@ def describe(pretrained: str) -> Model:
     return Model(pretrained, pretrained, None, find_file(pretrained, "model_index.json").parent.name)
 
 
-def export_of(run: Path, base: Model) -> Model:
+def model_of_run(run: Path, base: Model) -> Model:
     """What a run made: a whole pipeline, or LoRA weights for its base. Raises: UserError if it has made nothing yet."""
     export = run / EXPORT
     name = run.resolve().name
     if (export / "model_index.json").is_file():
-        return describe(str(export))._replace(name=name)
+        return model_of(str(export))._replace(name=name)
     if (export / WEIGHTS).is_file():
         return base._replace(name=name, adapter=export, digest=f"{base.digest} {digest(export / WEIGHTS)}")
     raise UserError(f"run {run} has no export ({export} is missing); finish it with --resume auto, which writes it at the end")
 
 
-def shapes(family: Family) -> str:
-    """Of latents and pictures, from configurations alone."""
+def check_sizes(models: dict[str, Model], families: dict[str, Family]) -> None:
+    """Raises: UserError unless all models draw latents and pictures of one size, which is what sharing noise takes."""
+    sizes = {role: size_of(family) for role, family in families.items()}
+    if len(set(sizes.values())) > 1:
+        raise UserError(
+            "; ".join(f"{model.name!r} has {sizes[role]}" for role, model in models.items())
+            + "; models can share noise only if their latents and pictures have one size: choose another --base"
+        )
+
+
+def size_of(family: Family) -> str:
+    """Of latents and pictures, in words, from configurations alone."""
     channels, height, width = family.latent_shape
-    blocks = len(read_json(family.pretrained, "vae/config.json")["block_out_channels"])
+    blocks = len(read_model_json(family.pretrained, "vae/config.json")["block_out_channels"])
     return f"{channels} channels of {height} x {width} latents, 2^{blocks - 1} pixels a latent"
 
 
-def choose_sampler(args: argparse.Namespace, recipe: Settings | None) -> SamplerSettings:
-    """The run's sampler with what the command line says instead. Raises: UserError for a value that makes no sense."""
+def choose_sampler(request: EvaluationRequest, recipe: Settings | None) -> SamplerSettings:
+    """The run's sampler with what the request says instead. Raises: UserError for a value that makes no sense."""
     values = (recipe.sampler if recipe else SamplerSettings()).model_dump()
-    if args.scheduler not in (None, *SCHEDULERS):
-        raise UserError(f"--scheduler is {args.scheduler!r}; expected {' or '.join(SCHEDULERS)}, or nothing for the model's own")
-    given = {"num_inference_steps": args.steps, "eta": args.eta, "rollout_batch": args.batch, "scheduler": args.scheduler}
+    if request.scheduler not in (None, *SCHEDULERS):
+        raise UserError(
+            f"--scheduler is {request.scheduler!r}; expected {' or '.join(SCHEDULERS)}, or nothing for the model's own"
+        )
+    given: dict[str, Any] = {"scheduler": request.scheduler, "num_inference_steps": request.steps}
+    given |= {"eta": request.eta, "rollout_batch": request.batch}
     values |= {key: value for key, value in given.items() if value is not None}
-    if args.guidance is not None:
+    if request.guidance is not None:
         try:
-            values["guidance_scale"] = None if args.guidance == "none" else float(args.guidance)
+            values["guidance_scale"] = None if request.guidance == "none" else float(request.guidance)
         except ValueError:
-            raise UserError(f"--guidance is {args.guidance!r}; expected a number above 1, or none") from None
-        if args.guidance == "none":
+            raise UserError(f"--guidance is {request.guidance!r}; expected a number above 1, or none") from None
+        if request.guidance == "none":
             values["guidance_interval"] = None
-    if args.guidance_interval is not None:
-        values["guidance_interval"] = tuple(args.guidance_interval)
+    if request.guidance_interval is not None:
+        values["guidance_interval"] = tuple(request.guidance_interval)
     try:
         return SamplerSettings(**values)
     except ValidationError as error:
         raise UserError(f"sampling: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
 
 
-def choose_prompts(args: argparse.Namespace, recipe: Settings | None) -> tuple[dict[str, list[Prompt]], dict[str, Any]]:
+def choose_prompts(request: EvaluationRequest, recipe: Settings | None) -> tuple[dict[str, list[Prompt]], dict[str, Any]]:
     """The prompts of each set by its label, and what identifies them. Raises: UserError."""
     run_prompts, run_limit = (recipe.prompts, recipe.evaluation.prompts) if recipe else (None, None)
-    wanted = args.prompts or (ROLE_SETS if run_prompts else ())
+    wanted = request.prompts or (RUN_SETS if run_prompts else ())
     if not wanted:
         raise UserError("--prompts is missing; without a run, name SOURCE:NAME (e.g. animals:unseen_eval) or a .txt file")
     drawn: dict[str, list[Prompt]] = {}
@@ -231,15 +245,15 @@ def choose_prompts(args: argparse.Namespace, recipe: Settings | None) -> tuple[d
         label = text if Path(text).suffix != ".txt" else Path(text).stem
         if label in drawn:
             raise UserError(f"--prompts {text!r}: two sets are called {label!r}; give each once, and files different names")
-        count = min(args.limit or run_limit or len(prompt_set), len(prompt_set))
-        drawn[label] = prompt_set.draw(count, seed=args.seed)
+        count = min(request.limit or run_limit or len(prompt_set), len(prompt_set))
+        drawn[label] = prompt_set.draw(count, seed=request.seed)
         records[label] = {"source": source, "name": name, "fingerprint": prompt_set.fingerprint, "count": count}
     return drawn, records
 
 
 def find_set(text: str, run_prompts: PromptSettings | None) -> tuple[str, str, int | None]:
     """Source, set and training limit that a word of --prompts means."""
-    if run_prompts is not None and text in ROLE_SETS:
+    if run_prompts is not None and text in RUN_SETS:
         if text == "seen" and run_prompts.limit:  # as in training: what is trained on has been seen
             return run_prompts.source, run_prompts.train, run_prompts.limit
         return run_prompts.source, run_prompts.seen if text == "seen" else run_prompts.unseen, None
@@ -270,7 +284,7 @@ def choose_rewards(
         raise UserError("--rewards is missing; without a run, name one, e.g. --rewards jpeg_size")
     rewards, trained, options = {}, {}, {}
     for name, values in wanted:
-        label = name + (":" + ",".join(f"{key}={shown(value)}" for key, value in values.items()) if values else "")
+        label = name + (":" + ",".join(f"{key}={option_text(value)}" for key, value in values.items()) if values else "")
         rewards[label] = WeightedRewards([build_reward(name, values)], [1.0])
         trained[label] = "no"
         if any(reward.name == name for reward in trained_on):
@@ -281,8 +295,9 @@ def choose_rewards(
     return rewards, trained, options
 
 
-def shown(value: Any) -> str:
-    return f"[{','.join(map(shown, value))}]" if isinstance(value, list) else str(value)
+def option_text(value: Any) -> str:
+    """As it is written on the command line."""
+    return f"[{','.join(map(option_text, value))}]" if isinstance(value, list) else str(value)
 
 
 def code_digest(options: dict[str, Any]) -> str | None:

@@ -1,22 +1,60 @@
-"""Fixed prompts, fixed noise, before and after: what training changed, on prompts it drew and on prompts it never saw."""
+"""Sampling and scoring on fixed prompts and fixed noise.
+
+`evaluate` scores the denoiser that a run trains: before, at intervals and after. `compute_blocks` does the work of
+`prdp evaluate`, on models as they lie on disk. Both sample with `sample_images`, so that their scores are comparable.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from prdp_fast.acceleration.process import prepare_process
+from prdp_fast.config.recipe import PerformanceSettings
+from prdp_fast.core import distributed
+from prdp_fast.core.errors import OneRankError, RewardError, UserError
 from prdp_fast.core.records import Prompt, Scores, TextEmbeddings
-from prdp_fast.evaluation.statistics import mean_and_error
+from prdp_fast.evaluation.blocks import KEPT_PICTURES, Block, BlockName, EvaluationDirectory
+from prdp_fast.evaluation.plan import EvaluationPlan, Model
+from prdp_fast.evaluation.statistics import diversity, mean_and_error, paired_mean_and_error, prompt_means
+from prdp_fast.models.lora import WEIGHTS
 from prdp_fast.models.pipeline import Pipeline
+from prdp_fast.models.text import TextEncoder
 from prdp_fast.rewards import WeightedRewards
 from prdp_fast.sampling.policy import Policy
 from prdp_fast.sampling.rollout import rollout
 
-# Training counts its epochs from 0; evaluation noise has an epoch number that no training reaches.
+# Training counts its epochs from 0. Evaluation noise has an epoch number that no training reaches.
 EVALUATION_EPOCH = 2**40
+PROGRESS_S = 30.0  # between two lines of progress
+
+Encode = Callable[[list[Prompt]], TextEmbeddings]
+Say = Callable[[str], None]
+
+
+def sample_images(
+    policy: Policy, denoiser: nn.Module, pipeline: Pipeline, encode: Encode, prompts: list[Prompt], *,
+    images_per_prompt: int, batch: int, seed: int,
+) -> torch.Tensor:  # fmt: skip
+    """(P * B, 3, H, W) uint8, prompt-major. The noise depends on (seed, prompt, image) alone, so models can be compared on it."""
+    trajectories = rollout(
+        policy, denoiser, prompts, encode(prompts), images_per_prompt=images_per_prompt,
+        latent_shape=pipeline.latent_shape, batch=batch, seed=seed, epoch=EVALUATION_EPOCH,
+    )  # fmt: skip
+    return pipeline.decode(trajectories.latents[:, -1])
+
+
+def score_images(rewards: WeightedRewards, images: torch.Tensor, prompts: list[Prompt], images_per_prompt: int) -> Scores:
+    """Scores of (P * B, ...) images, prompt-major. Raises: RewardError."""
+    rows = [prompt for prompt in prompts for _ in range(images_per_prompt)]
+    return rewards.score(images, [prompt.text for prompt in rows], [prompt.metadata for prompt in rows])
+
+
+# Of the denoiser that a run trains.
 
 
 @dataclass(frozen=True)
@@ -26,7 +64,7 @@ class Evaluation:
     prompts: list[str]  # P
     images: torch.Tensor  # (P * B, 3, H, W) uint8
     rewards: torch.Tensor  # (P,) float32, mean over the B images of a prompt
-    strict: torch.Tensor | None  # (P,) float32 share of images that the reward says are all right, where it says so
+    strict: torch.Tensor | None  # (P,) float32, share of images that are all right by a reward's verdict; None without one
 
     @staticmethod
     def merge(parts: list[Evaluation], total: int) -> Evaluation:
@@ -41,59 +79,137 @@ class Evaluation:
         )
 
     def summary(self) -> dict[str, float]:
-        """mean and standard error over prompts, n, and the strict rate if there is one."""
+        """Mean and standard error over prompts, n, and the strict rate if a reward gives verdicts."""
         summary = mean_and_error(self.rewards)
         if self.strict is not None:
-            summary["strict"] = self.strict.mean().item()
+            summary["strict"] = mean_and_error(self.strict)["mean"]
         return summary
 
 
-def compare(before: Evaluation, after: Evaluation) -> dict[str, dict[str, float]]:
+def compare_evaluations(before: Evaluation, after: Evaluation) -> dict[str, dict[str, float]]:
     """before, after, and their paired difference, prompt by prompt."""
-    return {"before": before.summary(), "after": after.summary(), "difference": mean_and_error(after.rewards - before.rewards)}
-
-
-def sample_images(
-    policy: Policy,
-    denoiser: nn.Module,
-    pipeline: Pipeline,
-    encode: Callable[[list[Prompt]], TextEmbeddings],
-    prompts: list[Prompt],
-    *,
-    images_per_prompt: int,
-    batch: int,
-    seed: int,
-) -> torch.Tensor:
-    """(P * B, 3, H, W) uint8, prompt-major. The noise depends on (seed, prompt, image) alone, so models can be compared on it."""
-    trajectories = rollout(
-        policy, denoiser, prompts, encode(prompts), images_per_prompt=images_per_prompt,
-        latent_shape=pipeline.latent_shape, batch=batch, seed=seed, epoch=EVALUATION_EPOCH,
-    )  # fmt: skip
-    return pipeline.decode(trajectories.latents[:, -1])
+    difference = paired_mean_and_error(before.rewards, after.rewards)
+    return {"before": before.summary(), "after": after.summary(), "difference": difference}
 
 
 def evaluate(
-    policy: Policy,
-    denoiser: nn.Module,
-    pipeline: Pipeline,
-    encode: Callable[[list[Prompt]], TextEmbeddings],
-    rewards: WeightedRewards,
-    prompts: list[Prompt],
-    *,
-    images_per_prompt: int,
-    batch: int,
-    seed: int,
-) -> Evaluation:
-    """Sample and score `prompts` (this rank's part)."""
+    policy: Policy, denoiser: nn.Module, pipeline: Pipeline, encode: Encode, rewards: WeightedRewards, prompts: list[Prompt], *,
+    images_per_prompt: int, batch: int, seed: int,
+) -> Evaluation:  # fmt: skip
+    """Sample and score `prompts` (this rank's part). Raises: RewardError."""
     images = sample_images(
         policy, denoiser, pipeline, encode, prompts, images_per_prompt=images_per_prompt, batch=batch, seed=seed
     )  # fmt: skip
-    rows = [prompt for prompt in prompts for _ in range(images_per_prompt)]
-    scores: Scores = rewards.score(images, [prompt.text for prompt in rows], [prompt.metadata for prompt in rows])
-    strict = None if rewards.verdict is None else scores.details[rewards.verdict]
-    return Evaluation(
-        [prompt.text for prompt in prompts],
-        images,
-        scores.total.view(len(prompts), -1).nanmean(-1),
-        None if strict is None else strict.float().view(len(prompts), -1).mean(-1),
+    scores = score_images(rewards, images, prompts, images_per_prompt)
+
+    def means(values: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(prompt_means(values.view(len(prompts), images_per_prompt))).float()
+
+    strict = None if rewards.verdict is None else means(scores.details[rewards.verdict])
+    return Evaluation([prompt.text for prompt in prompts], images, means(scores.total), strict)
+
+
+# Of models as they lie on disk: `prdp evaluate`.
+
+
+def claim_and_share(
+    plan: EvaluationPlan, directory: EvaluationDirectory, *, restart: bool
+) -> tuple[torch.device, list[BlockName]]:
+    """Claim the directory for the plan, and share out the blocks that it lacks. Every rank calls this.
+
+    Returns: this rank's device and its blocks.
+    Raises: UserError, on every rank, if the directory holds something else.
+    """
+    if distributed.world_size() == 1:
+        directory.claim(plan.settings, restart=restart)
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu"), directory.missing(plan.blocks())
+    # Rank 0 looks at the directory, and every rank hears its verdict. After that none waits for another in a collective, which
+    # would time out: how long a share takes differs.
+    device = distributed.init()
+    try:
+        fault, missing = "", []
+        if distributed.is_main():
+            try:
+                directory.claim(plan.settings, restart=restart)
+                missing = directory.missing(plan.blocks())
+            except UserError as error:
+                fault = str(error)
+        fault, missing = distributed.from_main((fault, missing))
+    finally:
+        distributed.shutdown()
+    if fault:
+        raise UserError(fault)
+    return device, missing[distributed.rank() :: distributed.world_size()]
+
+
+def compute_blocks(
+    plan: EvaluationPlan, directory: EvaluationDirectory, names: list[BlockName], device: torch.device, say: Say
+) -> None:
+    """Sample and score this rank's blocks, and keep each in the directory as soon as it is done.
+
+    Raises: OneRankError if a reward fails, or the GPU's memory is too small.
+    """
+    dtype = getattr(torch, plan.dtype)
+    prepare_process(PerformanceSettings(), device, dtype)
+    try:
+        if names:
+            for reward in plan.rewards.values():
+                reward.prepare()
+        for role, model in plan.models.items():
+            own = [name for name in names if name.role == role]
+            if not own:
+                continue
+            say(f"{model.name} ({role}): {len(own)} blocks of up to {plan.block} prompts, {plan.samples} images each")
+            pipeline = load_model(model, device, dtype)
+            encode, told = TextEncoder(pipeline, dtype).encode, time.monotonic()
+            for number, name in enumerate(own, start=1):
+                try:
+                    directory.save(name, compute_block(plan, name, pipeline, encode))
+                except torch.OutOfMemoryError as error:
+                    raise OneRankError(
+                        f"out of GPU memory with {plan.batch} images a {pipeline.family.denoiser_title} call; give a smaller "
+                        "--batch, and --restart"
+                    ) from error
+                if time.monotonic() - told > PROGRESS_S:
+                    told = time.monotonic()
+                    say(f"{model.name} ({role}): {number} of {len(own)} blocks")
+            del pipeline, encode  # before the next model is loaded
+    except RewardError as error:
+        raise OneRankError(str(error)) from error
+
+
+def compute_block(plan: EvaluationPlan, name: BlockName, pipeline: Pipeline, encode: Encode) -> Block:
+    """Raises: RewardError."""
+    prompts, start = plan.prompts_of(name)
+    images = sample_images(
+        plan.policies[name.role], pipeline.denoiser, pipeline, encode, prompts, images_per_prompt=plan.samples, batch=plan.batch,
+        seed=plan.seed,
+    )  # fmt: skip
+    scores: dict[str, torch.Tensor] = {}
+    for label, reward in plan.rewards.items():
+        scored = score_images(reward, images, prompts, plan.samples)
+        (scores[label],) = scored.parts.values()
+        scores |= {f"{label}/{key.partition('/')[2]}": value for key, value in scored.details.items()}
+    features = plan.features(images).reshape(len(prompts), plan.samples, -1)
+    return Block(
+        {label: values.view(len(prompts), plan.samples) for label, values in scores.items()},
+        torch.from_numpy(diversity(features)),
+        images[:: plan.samples][: max(0, KEPT_PICTURES - start)].clone(),
     )
+
+
+def load_model(model: Model, device: torch.device, dtype: torch.dtype) -> Pipeline:
+    """A model to sample from, its LoRA weights merged. Raises: UserError if they do not fit."""
+    pipeline = Pipeline.load(model.pretrained, device, frozen_dtype=dtype)
+    if model.adapter is not None:
+        try:
+            pipeline.whole.load_lora_weights(str(model.adapter))
+            pipeline.whole.fuse_lora()
+            pipeline.whole.unload_lora_weights()
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+            raise UserError(
+                f"{model.adapter / WEIGHTS} does not load onto {model.pretrained!r}: {' '.join(str(error).split())[:300]}; "
+                "give the model it was trained on as --base"
+            ) from None
+    pipeline.denoiser.to(dtype).requires_grad_(False).eval()
+    return pipeline

@@ -1,7 +1,8 @@
 """Two models on the same prompts and the same noise, in numbers: means, paired differences, win rates, diversity.
 
-Pure functions on numpy arrays in float64. The unit is the prompt: the images of one prompt are averaged first, then the prompts,
-and what is uncertain is which prompts were drawn. Intervals are percentile bootstraps over prompts.
+Pure functions of arrays; they compute in float64. The unit is the prompt: the images of one prompt are averaged first, then the
+prompts. What is uncertain is which prompts were drawn. `mean_and_error` and `paired_mean_and_error` give what training reports of
+itself. The others add an interval, a percentile bootstrap over prompts, for `prdp evaluate`.
 
 Source: PRDP (arXiv:2402.08714) section 5, whose tables are means over 64 samples a prompt, then over prompts; Efron and
 Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
@@ -33,9 +34,13 @@ class Estimate(NamedTuple):
     n: int  # prompts
 
 
-def prompt_means(scores: np.ndarray) -> np.ndarray:
-    """(P,) mean over the images of a prompt. scores: (P, B), not finite where an image has none; NaN if no image has one."""
-    values = np.where(np.isfinite(scores), scores, np.nan).astype(np.float64)
+def prompt_means(scores: Any) -> np.ndarray:
+    """(P,) float64 mean over the images of a prompt; NaN if none of them has a score.
+
+    Args: scores: (P, B) array or CPU tensor, not finite where an image has no score.
+    """
+    values = np.asarray(scores).astype(np.float64)
+    values[~np.isfinite(values)] = np.nan
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # "mean of empty slice"
         return np.nanmean(values, axis=1)
@@ -80,18 +85,28 @@ def bootstrap(statistic: Statistic, *values: np.ndarray, seed: int, level: float
 
 
 def mean_and_error(values: Any) -> dict[str, float]:
-    """Mean, standard error and number of (P,) values of prompts; JSON. The error of a single one is 0."""
+    """Mean of the finite ones of (P,) values of prompts, its standard error std / sqrt(n), and their number n, as JSON.
+
+    The error of a single value is 0. Without a finite value mean and error are NaN.
+    """
     array = np.asarray(values, dtype=np.float64)
-    count = len(array)
-    error = float(array.std(ddof=1)) / math.sqrt(count) if count > 1 else 0.0
-    return {"mean": float(array.mean()), "stderr": error, "n": count}
+    finite = array[np.isfinite(array)]
+    count = len(finite)
+    if count == 0:
+        return {"mean": math.nan, "stderr": math.nan, "n": 0}
+    error = float(finite.std(ddof=1)) / math.sqrt(count) if count > 1 else 0.0
+    return {"mean": float(finite.mean()), "stderr": error, "n": count}
+
+
+def paired_mean_and_error(before: Any, after: Any) -> dict[str, float]:
+    """`mean_and_error` of after - before, (P,) values each, prompt by prompt. A prompt that lacks a value is left out."""
+    return mean_and_error(np.asarray(after) - np.asarray(before))
 
 
 def mean(values: np.ndarray, *, seed: int) -> Estimate:
-    """The mean of (P,) values; its standard error is the usual one, std / sqrt(P)."""
+    """The mean of (P,) values. Its standard error is that of `mean_and_error`, not the bootstrap's; NaN of a single value."""
     estimate = bootstrap(lambda part: part.mean(-1), values, seed=seed)
-    finite = values[np.isfinite(values)]
-    return estimate._replace(stderr=mean_and_error(finite)["stderr"] if len(finite) > 1 else math.nan)
+    return estimate._replace(stderr=mean_and_error(values)["stderr"] if estimate.n > 1 else math.nan)
 
 
 def paired_difference(base: np.ndarray, finetuned: np.ndarray, *, seed: int) -> Estimate:
@@ -116,31 +131,6 @@ def ratio(numerator: np.ndarray, denominator: np.ndarray, *, seed: int) -> Estim
             return np.divide(top.mean(-1), bottom.mean(-1))
 
     return bootstrap(of_means, numerator, denominator, seed=seed)
-
-
-def pixel_features(images: np.ndarray, size: int = 8) -> np.ndarray:
-    """What a picture looks like from afar: colours averaged over a grid.
-
-    Args:
-        images: (N, 3, H, W) uint8.
-        size: cells a side; cell i covers pixels floor(i H / size) to ceil((i + 1) H / size), as adaptive average pooling does.
-    Returns: (N, 3 * size * size) float64, each in [0, 1], divided by sqrt(3 * size * size): the distance of two pictures is the
-        root mean square difference of their cells, from 0 to 1 (black against white).
-    """
-    height, width = images.shape[2:]
-    rows = _pooling(height, size)
-    columns = _pooling(width, size)
-    cells = np.einsum("ih,nchw,jw->ncij", rows, images.astype(np.float64) / 255, columns, optimize=True)
-    return cells.reshape(len(images), -1) / math.sqrt(3 * size * size)
-
-
-def _pooling(length: int, cells: int) -> np.ndarray:
-    """(cells, length) float64: row i averages the pixels of cell i."""
-    table = np.zeros((cells, length))
-    for cell in range(cells):
-        first, last = cell * length // cells, -(-(cell + 1) * length // cells)
-        table[cell, first:last] = 1 / (last - first)
-    return table
 
 
 def diversity(features: np.ndarray) -> np.ndarray:

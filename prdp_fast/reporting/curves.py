@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,33 +23,25 @@ PANELS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
     ("images per second", ("images_per_s",), False),
     ("seconds per epoch", ("seconds",), False),
 )
+CURVES = "curves.png"  # in the run directory
 MOST_LINES = 8  # in a panel, spread evenly over what there is; more would be unreadable
 
 
 def plot_curves(run_directory: Path) -> Path:
-    """curves.png in the run directory, from its metrics.jsonl: one panel for every kind of metric that the run has.
+    """Draw curves.png in the run directory, from its metrics.jsonl: one panel for every kind of metric that the run has.
 
     Raises: FileNotFoundError without a metrics.jsonl, ValueError if it has no epoch yet.
     """
     from matplotlib.figure import Figure  # no pyplot: draws with Agg, keeps no global state
+    from matplotlib.ticker import MaxNLocator
 
     run_directory = Path(run_directory)
     rows = read_metrics(run_directory / METRICS)
     if not rows:
-        raise ValueError(f"{run_directory / 'metrics.jsonl'} has no finished epoch to plot")
-    names = list(dict.fromkeys(name for row in rows for name in row if name != "epoch"))
-    panels = []
-    for title, groups, logarithmic in PANELS:
-        members = [name for name in names if any(name == group or name.startswith(f"{group}/") for group in groups)]
-        series = {name: [(row["epoch"], row[name]) for row in rows if _is_number(row.get(name))] for name in members}
-        series = {name: points for name, points in series.items() if points}
-        if series:
-            chosen = list(series.items())
-            if len(chosen) > MOST_LINES:
-                chosen = [chosen[round(i * (len(chosen) - 1) / (MOST_LINES - 1))] for i in range(MOST_LINES)]
-            panels.append((title, dict(chosen), logarithmic))
+        raise ValueError(f"{run_directory / METRICS} has no finished epoch to plot")
+    panels = [(title, series, log) for title, groups, log in PANELS if (series := choose_series(rows, groups))]
     if not panels:
-        raise ValueError(f"{run_directory / 'metrics.jsonl'} has none of the metrics that are plotted")
+        raise ValueError(f"{run_directory / METRICS} has none of the metrics that are plotted")
     columns = min(3, len(panels))
     lines = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(5 * columns, 3.2 * lines), layout="constrained")
@@ -62,14 +55,27 @@ def plot_curves(run_directory: Path) -> Path:
             axes.set_yscale("log")
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("epoch", fontsize=8)
-        axes.tick_params(labelsize=8)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+        axes.tick_params(labelsize=8, which="both")
+        axes.yaxis.get_offset_text().set_fontsize(8)
         axes.grid(alpha=0.3)
         if len(series) > 1:
             axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))  # beside the curves, not on them
-    path = run_directory / "curves.png"
+    path = run_directory / CURVES
     with whole(path) as partial:
         figure.savefig(partial, format="png", dpi=120)
     return path
+
+
+def choose_series(rows: list[dict[str, Any]], groups: Sequence[str]) -> dict[str, list[tuple[int, float]]]:
+    """The lines of a panel: (epoch, value) points by the metric's name, of the metrics in the groups that have a number."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    members = [name for name in names if any(name == group or name.startswith(f"{group}/") for group in groups)]
+    series = {name: [(row["epoch"], row[name]) for row in rows if _is_number(row.get(name))] for name in members}
+    chosen = [(name, points) for name, points in series.items() if points]
+    if len(chosen) > MOST_LINES:
+        chosen = [chosen[round(i * (len(chosen) - 1) / (MOST_LINES - 1))] for i in range(MOST_LINES)]
+    return dict(chosen)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,9 @@ from prdp_fast.core.files import whole
 PADDING = 8  # pixels between cells
 FONT_SIZE = 12  # pixels
 SMALLEST_GRID_CELL, SMALLEST_CELL = 128, 144  # pixels: narrower images are magnified, in a grid and in a comparison
+PAIR_COLUMNS = 3  # pairs beside each other in a picture of two models
+PAIR_GAP = 2  # white pixels of an image between the two of a pair
 INK, FAINT, PAPER = (20, 20, 20), (110, 110, 110), (255, 255, 255)
-
-
-# Pictures
 
 
 def image_grid(
@@ -75,6 +75,28 @@ def comparison_grid(
             rows.append(_Row(images[part], label=label, notes=notes, captions=captions))
     scale = max(1, math.ceil(SMALLEST_CELL / before.shape[-1]))
     return _draw(rows, path, columns=min(columns, len(before)), scale=scale)
+
+
+def model_grid(models: Sequence[torch.Tensor], prompts: Sequence[str], path: Path) -> Path:
+    """A PNG of what one model made of each prompt; or two models, in pairs, the first at the left. The prompts stand below.
+
+    Args: models: (N, 3, H, W) uint8 of each, image i made from prompts[i]; further prompts are left out.
+    """
+    captions = list(prompts[: len(models[0])])
+    if len(models) == 1:
+        return image_grid(models[0], path, columns=2 * PAIR_COLUMNS, captions=captions)
+    left, right = models
+    if left.shape != right.shape:
+        raise ValueError(f"pairs are of equal shapes; got {tuple(left.shape)} and {tuple(right.shape)}")
+    white = torch.full((*left.shape[:3], PAIR_GAP), 255, dtype=torch.uint8)
+    pairs = torch.cat([left, white, right], dim=-1)
+    scale = max(1, math.ceil(2 * SMALLEST_GRID_CELL / pairs.shape[-1]))
+    return image_grid(pairs, path, columns=PAIR_COLUMNS, scale=scale, captions=captions)
+
+
+def file_name(label: str) -> str:
+    """A prompt set's label as the name of a file."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", label).strip("-.") or "set"
 
 
 def check_images(images: torch.Tensor, name: str) -> None:

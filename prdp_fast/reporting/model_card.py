@@ -11,19 +11,18 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from prdp_fast.config.recipe import Settings
+from prdp_fast.models.families.base import Family
+from prdp_fast.reporting.tables import before_after
 
 CARD = "README.md"
 PICTURE = "before_after.png"
 
 
-def write_model_card(
-    directory: Path, settings: Settings, pipeline_class: str, tag: str, summary: dict[str, Any], picture: Path
-) -> None:
+def write_model_card(directory: Path, settings: Settings, family: type[Family], summary: dict[str, Any], picture: Path) -> None:
     """Write `directory`/README.md, front matter as the hub reads it, and copy the picture beside it.
 
     Args:
-        pipeline_class: name of the pipeline's class.
-        tag: as the hub tags such models.
+        directory: of the exported model.
         summary: of the run: "epochs", "images" and "evaluation", which may be empty.
         picture: of the run's samples before and after; left out if it does not exist.
     """
@@ -35,11 +34,12 @@ def write_model_card(
     if on_the_hub(settings.model.pretrained):  # which takes nothing but its own ids there
         relation = "adapter" if settings.model.lora else "finetune"
         base = {"base_model": settings.model.pretrained, "base_model_relation": relation}
-    tags = ["text-to-image", tag, settings.objective.name, *(["lora"] if settings.model.lora else [])]
+    tags = ["text-to-image", family.hub_tag, settings.objective.name, *(["lora"] if settings.model.lora else [])]
     data = ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=tags, **base)
     body = "\n\n".join(
         part for part in (
-            title(settings), usage(directory, settings, pipeline_class), scores(summary.get("evaluation") or {}),
+            title(settings, family.denoiser_title), usage(directory, settings, family.pipeline_class.__name__),
+            scores(summary.get("evaluation") or {}),
             f"![The same prompts and the same noise before and after finetuning]({PICTURE})" if picture.is_file() else "",
             training(settings, summary),
         ) if part
@@ -56,10 +56,10 @@ def base_name(pretrained: str) -> str:
     return pretrained if on_the_hub(pretrained) or pretrained == "tiny" else Path(pretrained).resolve().name
 
 
-def title(settings: Settings) -> str:
+def title(settings: Settings, denoiser: str) -> str:
     base = base_name(settings.model.pretrained)
     rewards = ", ".join(reward.name for reward in settings.rewards)
-    what = f"A LoRA of rank {settings.model.lora.rank} for" if settings.model.lora else "The U-Net of"
+    what = f"A LoRA of rank {settings.model.lora.rank} for" if settings.model.lora else f"The {denoiser} of"
     source = f"[{base}](https://huggingface.co/{base})" if on_the_hub(base) else f"`{base}`"
     method = "[PRDP](https://arxiv.org/abs/2402.08714)" if settings.objective.name == "prdp" else settings.objective.name.upper()
     average = f", averaged with a decay of {settings.model.ema_decay}" if settings.model.ema_decay else ""
@@ -72,17 +72,22 @@ def title(settings: Settings) -> str:
 def usage(directory: Path, settings: Settings, pipeline_class: str) -> str:
     """Code that opens the model and samples as it was trained to."""
     here, sampler = settings.model.push_to_hub or directory.name, settings.sampler
+    # Without it a text encoder that was saved in half precision is loaded so, and the float32 denoiser refuses its output.
+    dtype = "dtype=torch.float32"
     scheduler = json.loads((directory / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
     if settings.model.lora:
         base = settings.model.pretrained if on_the_hub(settings.model.pretrained) else "PATH_OF_THE_BASE_MODEL"
         lines = [
-            f"from diffusers import {scheduler}, {pipeline_class}", "",
-            f'pipe = {pipeline_class}.from_pretrained("{base}")',
+            "import torch", f"from diffusers import {scheduler}, {pipeline_class}", "",
+            f'pipe = {pipeline_class}.from_pretrained("{base}", {dtype})',
             f'pipe.load_lora_weights("{here}")',
             f'pipe.scheduler = {scheduler}.from_pretrained("{here}", subfolder="scheduler")',
         ]  # fmt: skip
     else:
-        lines = [f"from diffusers import {pipeline_class}", "", f'pipe = {pipeline_class}.from_pretrained("{here}")']
+        lines = [
+            "import torch", f"from diffusers import {pipeline_class}", "",
+            f'pipe = {pipeline_class}.from_pretrained("{here}", {dtype})',
+        ]  # fmt: skip
     options = [f"num_inference_steps={sampler.num_inference_steps}", f"guidance_scale={sampler.guidance_scale or 1.0}"]
     if scheduler == "DDIMScheduler":  # the other has no eta
         options.append(f"eta={sampler.eta}")
@@ -91,24 +96,14 @@ def usage(directory: Path, settings: Settings, pipeline_class: str) -> str:
 
 
 def scores(evaluation: dict[str, Any]) -> str:
-    """A table of the reward before and after, by prompt set; empty if nothing was evaluated."""
+    """The reward before and after, by prompt set; empty if nothing was evaluated."""
     if not evaluation:
         return ""
-
-    def number(value: dict[str, float], sign: str = "") -> str:
-        return f"{value['mean']:{sign}.4f} ± {value['stderr']:.4f}"
-
-    rows = [
-        f"| {name} | {result['after']['n']} | {number(result['before'])} | {number(result['after'])} "
-        f"| {number(result['difference'], '+')} |"
-        for name, result in evaluation.items()
-    ]
-    return "\n".join(
-        [
-            "Mean reward over prompts and its standard error, the same prompts and the same noise before and after:", "",
-            "| prompts | number | before | after | paired difference |", "|---|---|---|---|---|", *rows,
-        ]
-    )  # fmt: skip
+    return (
+        "Mean reward over n prompts ± its standard error, with the same prompts and the same noise before and after. The "
+        "difference is paired; s.e. is that difference in its own standard errors:\n\n"
+        + before_after(evaluation, digits=4).markdown()
+    )
 
 
 def training(settings: Settings, summary: dict[str, Any]) -> str:

@@ -1,70 +1,122 @@
-"""Before and after, in numbers for people."""
+"""Every table of results: rows of text, laid out here and drawn for a terminal or as markdown.
+
+A measured number comes as JSON: "mean", and where known "stderr" (its standard error) and "low" and "high" (its interval).
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import rich.table
 from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
+
+ABSENT = "-"  # in place of a number that there is none of
+TRAINED = {"yes": " (trained on)", "other options": " (trained on with other options)", "no": ""}
 
 
-def final_table(summary: Mapping[str, Any], console: Console | None = None) -> Table:
-    """Print, and return, the reward before and after on every prompt set of `summary["evaluation"]`, with standard errors.
+@dataclass(frozen=True)
+class Table:
+    """Rows of text. The first column names the rows. The others hold numbers, which stand at the right."""
 
-    The difference is paired, prompt by prompt and with the same noise; "s.e." is that difference in its own standard errors.
+    heads: tuple[str, ...]  # one a column
+    rows: tuple[tuple[str, ...], ...]  # as many cells each as there are heads
+
+    def markdown(self) -> str:
+        """Lines of a pipe table, without a newline at the end."""
+
+        def line(cells: tuple[str, ...]) -> str:
+            return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+        rule = "|---|" + "---:|" * (len(self.heads) - 1)
+        return "\n".join([line(self.heads), rule, *map(line, self.rows)])
+
+    def terminal(self, caption: str = "") -> rich.table.Table:
+        """For rich's console. On a narrow one, numbers wrap; none is ever cut."""
+        table = rich.table.Table(
+            box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), caption=caption or None,
+            caption_justify="left",
+        )  # fmt: skip
+        first, *others = self.heads
+        table.add_column(first, no_wrap=True)
+        for head in others:
+            table.add_column(head, justify="right")
+        for row in self.rows:
+            table.add_row(*map(Text, row))  # not a str, in which rich would look for markup
+        return table
+
+
+# Cells
+
+
+def number(measured: Mapping[str, Any], digits: int, sign: str = "") -> str:
+    """'mean ± standard error [interval]', as much of it as is known and finite.
+
+    Args: sign: "+" writes the sign of a positive mean too.
     """
-    evaluation: Mapping[str, Any] = summary.get("evaluation") or {}
-    has_strict = any("strict" in part for sets in evaluation.values() for part in (sets["before"], sets["after"]))
-    # Fits 80 columns, the width of a log; wider figures wrap, they are never cut.
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-        caption=_totals(summary) or None,
-        caption_justify="left",
-    )
-    table.add_column("reward", no_wrap=True)
-    for heading in ("n", "before", "after", "difference", "s.e.") + (("all right",) if has_strict else ()):
-        table.add_column(heading, justify="right")
+    mean, error, low, high = (measured.get(key) for key in ("mean", "stderr", "low", "high"))
+    if not is_finite(mean):
+        return ABSENT
+    text = f"{mean:{sign}.{digits}f}"
+    if is_finite(error):
+        text += f" ± {error:.{digits}f}"
+    if is_finite(low) and is_finite(high):
+        text += f" [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
+    return text
+
+
+def in_standard_errors(difference: Mapping[str, Any]) -> str:
+    """How many of its own standard errors a difference is away from 0."""
+    mean, error = difference.get("mean"), difference.get("stderr")
+    return f"{mean / error:+.1f}" if is_finite(mean) and is_finite(error) and error else ABSENT
+
+
+def percent(share: Any) -> str:
+    return f"{100 * share:.1f}%" if is_finite(share) else ABSENT
+
+
+def is_finite(value: Any) -> bool:
+    """Whether there is a number. In JSON one that is not finite is null."""
+    return value is not None and math.isfinite(value)
+
+
+# Before and after: the terminal's last table, `prdp report` and the model card
+
+
+def before_after(evaluation: Mapping[str, Any], digits: int = 3) -> Table:
+    """The reward before and after on every prompt set of a summary's "evaluation", with standard errors.
+
+    The difference is paired, prompt by prompt and with the same noise. "s.e." is that difference in its own standard errors.
+    Where a reward gives verdicts, "all right" is the share of images that pass, before and after. Three digits fit 80 columns,
+    the width of a log.
+    """
+    has_verdicts = any("strict" in sets[moment] for sets in evaluation.values() for moment in ("before", "after"))
+    rows = []
     for name, sets in evaluation.items():
         before, after, difference = sets["before"], sets["after"], sets["difference"]
         cells = [
-            name,
-            str(before.get("n", "-")),
-            _mean(before),
-            _mean(after),
-            _mean(difference, sign="+"),
-            _in_errors(difference),
-        ]
-        if has_strict:
-            cells.append(f"{_percent(before.get('strict'))} > {_percent(after.get('strict'))}")
-        table.add_row(*cells)
-    (console or Console()).print(table)
-    return table
+            name, str(before.get("n", ABSENT)), number(before, digits), number(after, digits), number(difference, digits, "+"),
+            in_standard_errors(difference),
+        ]  # fmt: skip
+        if has_verdicts:
+            cells.append(f"{percent(before.get('strict'))} > {percent(after.get('strict'))}")
+        rows.append(tuple(cells))
+    heads = ("reward", "n", "before", "after", "difference", "s.e.")
+    return Table((*heads, "all right") if has_verdicts else heads, tuple(rows))
 
 
-def _mean(part: Mapping[str, Any], sign: str = "") -> str:
-    mean, error = part.get("mean"), part.get("stderr")
-    if mean is None:
-        return "-"
-    return f"{mean:{sign}.3f}" + ("" if error is None else f" ± {error:.3f}")
+def print_summary(summary: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print the reward before and after, and below it what the run cost. Nothing if the run evaluated nothing."""
+    if summary.get("evaluation"):
+        (console or Console()).print(before_after(summary["evaluation"]).terminal(cost(summary)))
 
 
-def _in_errors(difference: Mapping[str, Any]) -> str:
-    mean, error = difference.get("mean"), difference.get("stderr")
-    return f"{mean / error:+.1f}" if mean is not None and error else "-"
-
-
-def _percent(value: Any) -> str:
-    if isinstance(value, Mapping):
-        value = value.get("mean")
-    return "-" if value is None else f"{100 * value:.1f}%"
-
-
-def _totals(summary: Mapping[str, Any]) -> str:
+def cost(summary: Mapping[str, Any]) -> str:
+    """A line of epochs, images and minutes, and one of rows of the denoiser; what the summary has of it."""
     parts = []
     if "epochs" in summary:
         parts.append(f"{summary['epochs']} epochs")
@@ -79,6 +131,30 @@ def _totals(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def print_summary(summary: Mapping[str, Any]) -> None:
-    if summary.get("evaluation"):
-        final_table(summary)
+# One model, or two compared: the page of `prdp evaluate`
+
+
+def reward_table(models: Mapping[str, str], sets: Mapping[str, Any]) -> Table:
+    """A column for every reward of every prompt set; a row for every model, and for two of them their difference and win rate.
+
+    Args:
+        models: titles by role.
+        sets: of an evaluation's record.
+    """
+    columns = [(f"{name}: {reward}", entry) for name, part in sets.items() for reward, entry in part["rewards"].items()]
+    heads = [f"{head}{TRAINED[entry['trained']]}" for head, entry in columns]
+    entries = [entry for _, entry in columns]
+    rows = [(title, *(number(entry[role], 4) for entry in entries)) for role, title in models.items()]
+    if len(models) > 1:
+        rows.append(("difference", *(number(entry["difference"], 4, "+") for entry in entries)))
+        rows.append(("win rate", *(number(entry["win_rate"], 3) for entry in entries)))
+    return Table(("model", *heads), tuple(rows))
+
+
+def diversity_table(models: Mapping[str, str], sets: Mapping[str, Any]) -> Table:
+    """A column for every prompt set; a row for every model, and for two of them their ratio. Arguments as of `reward_table`."""
+    entries = [part["diversity"] for part in sets.values()]
+    rows = [(title, *(number(entry[role], 4) for entry in entries)) for role, title in models.items()]
+    if len(models) > 1:
+        rows.append(("ratio", *(number(entry["ratio"], 3) for entry in entries)))
+    return Table(("model", *sets), tuple(rows))

@@ -11,7 +11,7 @@ import torch
 from prdp_fast.core import distributed, run_directory
 from prdp_fast.core.files import write_json, write_tensors
 from prdp_fast.core.hub import upload
-from prdp_fast.evaluation.run import Evaluation, compare
+from prdp_fast.evaluation.run import Evaluation, compare_evaluations
 from prdp_fast.models.pipeline import Pipeline
 from prdp_fast.planning.job import Job
 from prdp_fast.reporting.images import comparison_grid, image_grid
@@ -53,7 +53,7 @@ def save(path: Path, evaluations: Evaluations) -> None:
 
 
 def compare_all(before: Evaluations, after: Evaluations) -> dict[str, Any]:
-    return {name: compare(before[name], after[name]) for name in before}
+    return {name: compare_evaluations(before[name], after[name]) for name in before}
 
 
 def write(
@@ -70,10 +70,7 @@ def write(
         write_comparison(before["unseen"], after["unseen"], output / run_directory.COMPARISON)
     export = output / run_directory.EXPORT
     pipeline.export(export, weights)
-    family = pipeline.family
-    write_model_card(
-        export, job.settings, family.pipeline_class.__name__, family.hub_tag, summary, output / run_directory.COMPARISON
-    )  # fmt: skip
+    write_model_card(export, job.settings, type(pipeline.family), summary, output / run_directory.COMPARISON)
     write_json(output / run_directory.SUMMARY, summary)
 
 

@@ -1,39 +1,26 @@
-"""What a run leaves for others: an adapter that diffusers opens, a card that the hub reads, and the way there."""
+"""What a run leaves for others: an adapter that diffusers opens, and the way to the hub. Its card: tests/reporting."""
 
 from __future__ import annotations
 
-import json
-import re
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from diffusers import DiffusionPipeline
-from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tiny_pipelines import FAMILIES, build
 
 from prdp_fast.config.load import load_recipe
-from prdp_fast.config.recipe import LoraSettings, Settings
+from prdp_fast.config.recipe import LoraSettings
+from prdp_fast.core import hub as core_hub
 from prdp_fast.core.errors import UserError
 from prdp_fast.core.run_directory import first_difference
 from prdp_fast.models import lora
 from prdp_fast.models.families import Family, read_family
 from prdp_fast.models.pipeline import Pipeline
-from prdp_fast.reporting import model_card as publishing
+from prdp_fast.training.results import push
 
 CPU = torch.device("cpu")
-SUMMARY = {
-    "epochs": 3, "images": 96,
-    "evaluation": {
-        "seen": {
-            "before": {"mean": 0.5, "stderr": 0.01, "n": 16},
-            "after": {"mean": 0.61234, "stderr": 0.02, "n": 16},
-            "difference": {"mean": 0.11234, "stderr": 0.0151, "n": 16},
-        },
-    },
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +51,8 @@ ADAPTERS = [LoraSettings(rank=2), LoraSettings(rank=3, alpha=7.0, targets=["to_q
 def test_an_adapter_opens_in_a_pipeline_of_its_own(
     family: str, settings: LoraSettings, directories: dict[str, Path], tmp_path: Path
 ) -> None:
-    pipeline = Pipeline.load(str(directories[family]), CPU, torch.float32)
-    shapes = read_family(str(directories[family]))
+    shapes = read_family(str(directories[family]), settings)
+    pipeline = Pipeline.load(shapes, CPU, torch.float32)
     base = call(pipeline.denoiser, shapes)
     lora.add_adapter(pipeline.denoiser, settings, 0)
     with torch.no_grad():
@@ -74,7 +61,7 @@ def test_an_adapter_opens_in_a_pipeline_of_its_own(
                 parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(len(name)))
     state = {name: value.detach().clone() for name, value in pipeline.denoiser.named_parameters() if value.requires_grad}
     expected = call(pipeline.denoiser, shapes)
-    pipeline.export(tmp_path, state, settings)
+    pipeline.export(tmp_path, state)
     assert sorted(path.name for path in tmp_path.iterdir()) == [lora.WEIGHTS, "scheduler"]
     saved = load_file(tmp_path / lora.WEIGHTS)
     assert len(saved) == len(state) and all(name.startswith("unet.") for name in saved)
@@ -82,71 +69,11 @@ def test_an_adapter_opens_in_a_pipeline_of_its_own(
 
     fresh = DiffusionPipeline.from_pretrained(directories[family], dtype=torch.float32)
     fresh.load_lora_weights(tmp_path)
-    opened = call(fresh.denoiser, shapes)
+    opened = call(fresh.unet, shapes)
     torch.testing.assert_close(opened, expected, rtol=1e-6, atol=1e-6)
     assert (opened - base).abs().max() > 1e-3
     fresh.unload_lora_weights()
-    assert torch.equal(call(fresh.denoiser, shapes), base)
-
-
-# The card
-
-
-def exported(
-    settings: Settings, directory: Path, picture: Path, pipeline_class: str = "StableDiffusionPipeline", summary: dict = SUMMARY
-) -> str:
-    (directory / "scheduler").mkdir(parents=True, exist_ok=True)
-    (directory / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": "DDIMScheduler"}))
-    publishing.write_model_card(directory, settings, pipeline_class, summary, picture)
-    return (directory / "README.md").read_text()
-
-
-def test_the_card_of_a_hub_model(tmp_path: Path) -> None:
-    picture = tmp_path / "samples.png"
-    picture.write_bytes(b"png")
-    overrides = ["model.lora={rank: 4}", "model.pretrained=owner/base-model", "model.push_to_hub=me/tuned", "model.ema_decay=0.9"]
-    settings = load_recipe("smoke", overrides)
-    card = exported(settings, tmp_path / "model", picture, "StableDiffusionXLPipeline")
-    data = ModelCard(card).data.to_dict()
-    assert data == {
-        "library_name": "diffusers", "pipeline_tag": "text-to-image", "base_model": "owner/base-model",
-        "base_model_relation": "adapter", "tags": ["text-to-image", "stable-diffusion-xl", "prdp", "lora"],
-    }  # fmt: skip
-    assert "| seen | 16 | 0.5000 ± 0.0100 | 0.6123 ± 0.0200 | +0.1123 ± 0.0151 |" in card
-    assert "decay of 0.9" in card and "shapes_alignment" in card and "3 epochs, 96 images" in card
-    (recipe,) = re.findall(r"```yaml\n(.*?)```", card, re.DOTALL)
-    assert Settings.model_validate(yaml.safe_load(recipe)) == settings, "whoever has the card has the recipe"
-    assert (tmp_path / "model" / "before_after.png").read_bytes() == b"png" and "(before_after.png)" in card
-    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    compile(code, "card", "exec")
-    assert 'load_lora_weights("me/tuned")' in code and 'from_pretrained("owner/base-model")' in code
-    assert "num_inference_steps=4, guidance_scale=2.0, eta=1.0" in code
-
-
-def test_the_card_of_a_directory_names_no_place_of_this_machine(tmp_path: Path) -> None:
-    base = tmp_path / "secret" / "base"
-    base.mkdir(parents=True)
-    settings = load_recipe("smoke", [f"model.pretrained={base}", "evaluation.prompts=0"])
-    card = exported(settings, tmp_path / "model", tmp_path / "none.png", summary=SUMMARY | {"evaluation": {}})
-    data = ModelCard(card).data.to_dict()
-    assert "base_model" not in data and "lora" not in data["tags"]
-    assert "secret" not in card and "| seen |" not in card and "before_after" not in card
-    assert 'StableDiffusionPipeline.from_pretrained("model")' in card
-
-
-def test_the_code_of_a_card_runs(directories: dict[str, Path], tmp_path: Path, monkeypatch) -> None:
-    settings = load_recipe("smoke", [f"model.pretrained={directories['sd1']}", "model.lora={rank: 2}"])
-    assert settings.model.lora is not None
-    pipeline = Pipeline.load(str(directories["sd1"]), CPU, torch.float32)
-    lora.add_adapter(pipeline.denoiser, settings.model.lora, 0)
-    state = {name: value for name, value in pipeline.denoiser.named_parameters() if value.requires_grad}
-    pipeline.export(tmp_path / "model", state, settings.model.lora)
-    publishing.write_model_card(tmp_path / "model", settings, "StableDiffusionPipeline", SUMMARY, tmp_path / "none.png")
-    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "model" / "README.md").read_text(), re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    scope: dict = {}
-    exec(code.replace("PATH_OF_THE_BASE_MODEL", str(directories["sd1"])), scope)
-    assert scope["image"].size == (32, 32)
+    assert torch.equal(call(fresh.unet, shapes), base)
 
 
 # The hub
@@ -172,7 +99,7 @@ class FakeHub:
 @pytest.fixture
 def hub(monkeypatch) -> type[FakeHub]:
     fake = type("Fake", (FakeHub,), {"calls": []})
-    monkeypatch.setattr(publishing, "HfApi", fake)
+    monkeypatch.setattr(core_hub, "HfApi", fake)
     return fake
 
 
@@ -180,14 +107,14 @@ def test_a_push_uploads_the_directory_to_a_private_repository(hub: type[FakeHub]
     (tmp_path / "unet").mkdir()
     for name in ("README.md", "unet/config.json"):
         (tmp_path / name).write_text("x")
-    assert publishing.push(tmp_path, "me/tuned") == "pushed to https://hub/me/tuned"
+    assert push(tmp_path, "me/tuned") == "pushed to https://hub/me/tuned"
     assert hub.calls == [("create", "me/tuned", True, True), ("upload", "me/tuned", ["README.md", "unet/config.json"])]
 
 
 @pytest.mark.parametrize("error", [OSError("disk"), RuntimeError("401\nUnauthorized"), ConnectionError()])
 def test_a_push_that_fails_is_one_line_with_the_command(hub: type[FakeHub], tmp_path: Path, error: Exception) -> None:
     hub.fails = error
-    line = publishing.push(tmp_path, "me/tuned")
+    line = push(tmp_path, "me/tuned")
     assert line.startswith("warning: ") and "\n" not in line
     assert line.endswith(f"by hand: hf upload me/tuned {tmp_path}")
     assert " ".join(str(error).split()) in line
@@ -195,7 +122,7 @@ def test_a_push_that_fails_is_one_line_with_the_command(hub: type[FakeHub], tmp_
 
 def test_without_a_network_the_real_client_fails_into_that_line(tmp_path: Path) -> None:
     """HF_HUB_OFFLINE, which every test runs under."""
-    assert publishing.push(tmp_path, "me/tuned").startswith("warning: model.push_to_hub me/tuned failed (")
+    assert push(tmp_path, "me/tuned").startswith("warning: model.push_to_hub me/tuned failed (")
 
 
 @pytest.mark.parametrize("name", ["tuned", "a/b/c", "me/", "/x", "me/tu ned", "../x"])

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from prdp_fast.evaluation import statistics as comparison
+from prdp_fast.evaluation import statistics
+from prdp_fast.evaluation.features import pixel_features
 from prdp_fast.evaluation.statistics import (
     bootstrap,
     diversity,
     mean,
+    mean_and_error,
     paired_difference,
-    pixel_features,
+    paired_mean_and_error,
     prompt_means,
     ratio,
     win_rate,
@@ -59,19 +61,19 @@ def test_the_interval_is_that_of_resampled_prompts():
 
 
 def test_resamples_are_uniform_and_a_function_of_their_arguments():
-    drawn = comparison.resamples(10, seed=3)
-    assert drawn.shape == (comparison.RESAMPLES, 10) and drawn.min() == 0 and drawn.max() == 9
+    drawn = statistics.resamples(10, seed=3)
+    assert drawn.shape == (statistics.RESAMPLES, 10) and drawn.min() == 0 and drawn.max() == 9
     share = np.bincount(drawn.ravel()) / drawn.size
     assert abs(share - 0.1).max() < 5 * math.sqrt(0.09 / drawn.size)
-    assert np.array_equal(drawn, comparison.resamples(10, seed=3))
-    assert not np.array_equal(drawn, comparison.resamples(10, seed=4))
-    assert not np.array_equal(drawn[:, :9], comparison.resamples(9, seed=3))
+    assert np.array_equal(drawn, statistics.resamples(10, seed=3))
+    assert not np.array_equal(drawn, statistics.resamples(10, seed=4))
+    assert not np.array_equal(drawn[:, :9], statistics.resamples(9, seed=3))
 
 
 def test_chunks_change_nothing(monkeypatch):
     values = scores()[0][:, 0]
     whole = mean(values, seed=2)
-    monkeypatch.setattr(comparison, "CHUNK", 1)
+    monkeypatch.setattr(statistics, "CHUNK", 1)
     assert mean(values, seed=2) == whole
 
 
@@ -153,3 +155,25 @@ def test_a_ratio_is_of_means():
 def test_a_prompt_that_is_missing_in_one_is_left_out_of_both():
     found = bootstrap(lambda a, b: (a - b).mean(-1), np.array([1.0, math.nan, 3.0]), np.array([0.0, 9.0, math.nan]), seed=0)
     assert (found.mean, found.n) == (1.0, 1)
+
+
+def test_training_s_own_figures_are_the_straight_formulas():
+    values = [0.25, 0.5, 1.0, -0.75]
+    spread = math.sqrt(sum((value - 0.25) ** 2 for value in values) / 3)
+    assert mean_and_error(torch.tensor(values)) == {"mean": 0.25, "stderr": pytest.approx(spread / 2, rel=1e-12), "n": 4}
+    assert mean_and_error([3.0]) == {"mean": 3.0, "stderr": 0.0, "n": 1}
+    found = mean(np.array(values), seed=0)
+    assert (found.mean, found.stderr) == (0.25, mean_and_error(values)["stderr"]), "training and `prdp evaluate` agree"
+
+
+def test_training_s_difference_is_after_minus_before_prompt_by_prompt():
+    before, after = torch.tensor([1.0, 10.0, 100.0]), torch.tensor([1.5, 10.75, 101.0])
+    found = paired_mean_and_error(before, after)
+    assert found == {"mean": 0.75, "stderr": pytest.approx(0.25 / math.sqrt(3), rel=1e-12), "n": 3}
+
+
+def test_a_prompt_without_a_score_is_left_out_of_training_s_figures():
+    assert mean_and_error([1.0, math.nan, 2.0, math.inf]) == {"mean": 1.5, "stderr": pytest.approx(0.5, rel=1e-12), "n": 2}
+    assert paired_mean_and_error([1.0, math.nan, 5.0], [2.0, 3.0, math.nan]) == {"mean": 1.0, "stderr": 0.0, "n": 1}
+    nothing = mean_and_error([math.nan])
+    assert nothing["n"] == 0 and math.isnan(nothing["mean"]) and math.isnan(nothing["stderr"])

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launching import ROOT, free_port
+from launching import ROOT, free_port, start
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -25,8 +25,10 @@ from prdp_fast import cli
 from prdp_fast.commands import evaluate as evaluate_command
 from prdp_fast.config.load import load_recipe
 from prdp_fast.config.recipe import PromptSettings
-from prdp_fast.evaluation import blocks as evaluation_work
-from prdp_fast.evaluation.plan import find_set, parse_reward, prepare
+from prdp_fast.evaluation import run as evaluation_run
+from prdp_fast.evaluation.blocks import BlockName, EvaluationDirectory
+from prdp_fast.evaluation.plan import Model, find_set, parse_reward, plan_evaluation
+from prdp_fast.evaluation.request import EvaluationRequest
 from prdp_fast.world import TINY
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -110,11 +112,11 @@ def test_the_scores_are_those_of_training_s_own_evaluation(evaluated):
     from prdp_fast.sampling.transitions import Transitions
 
     pipeline = Pipeline.load("tiny", torch.device("cpu"), frozen_dtype=torch.float32)
-    policy = Policy(Transitions.from_scheduler(pipeline.scheduler, 2), None)
+    policy = Policy(Transitions.from_scheduler(pipeline.scheduler, 2), None, pipeline.family.predict)
     prompts = PromptSet.open("scenes", "unseen_eval").draw(5, seed=0)
     expected = evaluate_policy(
-        policy, pipeline.denoiser, pipeline, TextEncoder(pipeline, torch.float32).encode, build_rewards(load_recipe("tiny").rewards),
-        prompts, images_per_prompt=2, batch=4, seed=0,
+        policy, pipeline.denoiser, pipeline, TextEncoder(pipeline, torch.float32).encode,
+        build_rewards(load_recipe("tiny").rewards), prompts, images_per_prompt=2, batch=4, seed=0,
     )  # fmt: skip
     found = result(evaluated)["sets"]["unseen"]
     assert found["prompts"] == expected.prompts
@@ -136,8 +138,8 @@ def test_the_tables_and_the_pictures(evaluated):
     assert f"seen: {BOTH} (trained on)" in table[0] and "myrun (finetuned)" in rows
     # The left image of the first pair is the base's, magnified four times.
     picture = np.array(Image.open(evaluated / "samples" / "1-unseen.png").convert("RGB"))
-    names = [evaluation_work.BlockName(role, 1, 0) for role in ("base", "finetuned")]
-    base, finetuned = (evaluation_work.Work(evaluated).load(name).images[0].permute(1, 2, 0).numpy() for name in names)
+    names = [BlockName(role, 1, 0) for role in ("base", "finetuned")]
+    base, finetuned = (EvaluationDirectory(evaluated).load(name).images[0].permute(1, 2, 0).numpy() for name in names)
     assert (picture[8 : 8 + 128 : 4, 8 : 8 + 128 : 4] == base).all()
     assert (picture[8 : 8 + 128 : 4, 8 + 136 : 8 + 264 : 4] == finetuned).all()
 
@@ -154,25 +156,25 @@ def test_a_model_alone_has_one_row(tmp_path):
     assert (tmp_path / "out" / "samples" / "0-mine.png").is_file()
 
 
-def process(*words: str | Path, ranks: int | None = None) -> subprocess.Popen:
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(free_port())] if ranks else []
-    command = [sys.executable, *launcher, "-m", "prdp_fast.cli", "evaluate", *map(str, words)]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )  # fmt: skip
+def test_the_picture_shows_the_first_prompts_of_a_set(tmp_path, monkeypatch):
+    """Three of five, in blocks of two: the blocks keep no more images than the picture takes."""
+    monkeypatch.setattr(evaluation_run, "KEPT_PICTURES", 3)
+    assert evaluate("tiny", *MODEL, *FAST, "--output", tmp_path / "out") == 0
+    blocks = [EvaluationDirectory(tmp_path / "out").load(BlockName("model", 0, number)) for number in range(3)]
+    assert [len(block.images) for block in blocks] == [2, 1, 0]
+    picture = np.array(Image.open(tmp_path / "out" / "samples" / "0-scenes-unseen_eval.png").convert("RGB"))
+    assert picture.shape[1] == 3 * 128 + 4 * 8
 
 
 def test_a_killed_evaluation_goes_on_where_it_stopped(run, evaluated, tmp_path):
     output = tmp_path / "out"
     words = [run, "--rewards", "jpeg_size", "shapes_alignment", *FAST, "--output", output]
-    child = process(*words)
+    job = start(ROOT / "prdp_fast" / "cli.py", "evaluate", *words)
     deadline = time.monotonic() + 120
     while len(list(output.glob("work/*/*/block-*.pt"))) < 2:
-        assert child.poll() is None and time.monotonic() < deadline
+        assert job.poll() is None and time.monotonic() < deadline, job.output()
         time.sleep(0.002)
-    os.killpg(child.pid, signal.SIGKILL)
-    child.communicate()
+    job.kill()
     done = {path: path.stat().st_mtime_ns for path in output.glob("work/*/*/block-*.pt")}
     assert 2 <= len(done) < 12 and not (output / "evaluation.json").exists()
     assert evaluate(*words) == 0
@@ -181,17 +183,42 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(run, evaluated, tmp_path):
     # A finished one loads no model.
     before = (output / "evaluation.json").read_bytes()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate_command, "load", None)
+        patch.setattr(evaluation_run, "load_model", None)
         assert evaluate(*words) == 0
     assert (output / "evaluation.json").read_bytes() == before
 
 
+def test_it_never_imports_deepspeed(tmp_path):
+    """Which takes seconds, and is for training alone. A whole evaluation, and every module that it could have used."""
+    words = ["tiny", *MODEL, "--steps", "2", "--samples", "1", "--limit", "1", "--output", str(tmp_path / "out")]
+    paths = [path for name in ("evaluation", "reporting") for path in (ROOT / "prdp_fast" / name).glob("*.py")]
+    modules = [f"prdp_fast.{path.parent.name}.{path.stem}" for path in paths if path.stem != "__init__"]
+    assert {"prdp_fast.evaluation.run", "prdp_fast.reporting.model_card"} <= set(modules)
+    code = (
+        "import importlib, sys\n"
+        "from prdp_fast import cli\n"
+        f"assert cli.main(['evaluate', *{words}]) == 0\n"
+        f"for module in {modules}: importlib.import_module(module)\n"
+        "print('then', *(name for name in sys.modules if name.partition('.')[0] == 'deepspeed'))"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "then"
+
+
 @pytest.mark.distributed
 def test_two_ranks_find_what_one_finds(run, evaluated, tmp_path):
+    """As torchrun starts them."""
     output = tmp_path / "out"
-    child = process(run, "--rewards", "jpeg_size", "shapes_alignment", *FAST, "--output", output, ranks=2)
-    text, _ = child.communicate(timeout=200)
-    assert child.returncode == 0, text[-3000:]
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()), "-m", "prdp_fast.cli"]
+    words = ["evaluate", run, "--rewards", "jpeg_size", "shapes_alignment", *FAST, "--output", output]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *launcher, *map(str, words)], env=environment, capture_output=True, text=True, timeout=300
+    )  # fmt: skip
+    text = done.stdout + done.stderr
+    assert done.returncode == 0, text[-3000:]
     assert "tiny (base): 3 blocks" in text and "myrun (finetuned): 3 blocks" in text  # half of six: the other rank did the rest
     for name in ("evaluation.json", "evaluation.md"):
         assert (output / name).read_bytes() == (evaluated / name).read_bytes()
@@ -223,12 +250,12 @@ def test_other_weights_are_another_evaluation(run, tmp_path, capsys):
 
 def test_lora_weights_are_loaded_onto_the_base(run, tmp_path):
     from prdp_fast.config.recipe import LoraSettings
-    from prdp_fast.evaluation.plan import Model
+    from prdp_fast.models.families import read_family
     from prdp_fast.models.lora import add_adapter
     from prdp_fast.models.pipeline import Pipeline
 
     settings = LoraSettings(rank=2, alpha=6)
-    pipeline = Pipeline.load("tiny", torch.device("cpu"), torch.float32)
+    pipeline = Pipeline.load(read_family("tiny", settings), torch.device("cpu"), torch.float32)
     trained = copy.deepcopy(pipeline.denoiser)
     add_adapter(trained, settings, seed=0)
     generator = torch.Generator().manual_seed(0)
@@ -237,8 +264,8 @@ def test_lora_weights_are_loaded_onto_the_base(run, tmp_path):
             weight.data = 0.1 * torch.randn(weight.shape, generator=generator)
     state = {name: weight for name, weight in trained.state_dict().items() if "lora_" in name}
     lora_run = tmp_path / "lora"
-    pipeline.export(lora_run / "model", state, settings)
-    loaded = evaluate_command.load(Model("x", "tiny", lora_run / "model", ""), torch.device("cpu"), torch.float32)
+    pipeline.export(lora_run / "model", state)
+    loaded = evaluation_run.load_model(Model("x", "tiny", lora_run / "model", ""), torch.device("cpu"), torch.float32)
     inputs = torch.randn(2, 4, 8, 8, generator=generator), 500, torch.randn(2, 6, 128, generator=generator)
     with torch.no_grad():
         plain = pipeline.denoiser(*inputs, return_dict=False)[0]
@@ -310,7 +337,7 @@ def test_clip_features(tmp_path):
 )
 def test_what_cannot_be_evaluated_is_one_line_before_any_work(words, message, run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluate_command, "compute", None)
+    monkeypatch.setattr(evaluation_run, "compute_blocks", None)
     for name in ("unfinished", "broken", "foreign"):
         Path(name).mkdir()
     shutil.copy(run / "run.json", "unfinished")
@@ -351,15 +378,13 @@ def test_sets_are_found_as_the_recipe_means_them():
     assert find_set("some/where.txt", None) == ("some/where.txt", "train", None)
 
 
-@pytest.mark.parametrize(("words", "expected"), [([], "DDIMScheduler"), (["--scheduler", "DDPMScheduler"], "DDPMScheduler")])
-def test_both_models_sample_as_the_run_did_unless_told(run, tmp_path, words, expected):
+@pytest.mark.parametrize(("asked", "expected"), [(None, "DDIMScheduler"), ("DDPMScheduler", "DDPMScheduler")])
+def test_both_models_sample_as_the_run_did_unless_told(run, tmp_path, asked, expected):
     """The embedded model ships with DDPM; its recipe may have asked for another."""
     recipe = load_recipe("tiny", ["sampler.scheduler=DDIMScheduler"])
     shutil.copytree(run / "model", tmp_path / "model")
     (tmp_path / "run.json").write_text(json.dumps({"recipe": recipe.model_dump(mode="json"), "deepspeed": {}, "world_size": 1}))
-    parser = argparse.ArgumentParser()
-    evaluate_command.add_arguments(parser)
-    plan = prepare(parser.parse_args([str(tmp_path), *words]), cuda=False)
+    plan = plan_evaluation(EvaluationRequest(str(tmp_path), scheduler=asked), cuda=False)
     assert [model["scheduler"] for model in plan.settings["models"].values()] == [expected, expected]
 
 
@@ -373,3 +398,14 @@ def test_sdxl_is_evaluated_like_the_others(tmp_path, monkeypatch):
     assert record["settings"]["models"]["model"]["scheduler"] == "DDIMScheduler"  # in place of Euler's
     assert "guidance 3 at timesteps 1 to 600" in (tmp_path / "out" / "evaluation.md").read_text()
     assert record["sets"]["animals:train"]["rewards"]["jpeg_size"]["unscored"] == {"model": 0}
+
+
+def test_the_command_line_s_defaults_are_the_request_s():
+    parser = argparse.ArgumentParser()
+    evaluate_command.add_arguments(parser)
+    args = vars(parser.parse_args(["tiny"]))
+    assert args.pop("restart") is False
+    for field in dataclasses.fields(EvaluationRequest):
+        default = "tiny" if field.name == "model" else field.default
+        assert args.pop(field.name) in (default, list(default) if isinstance(default, tuple) else default), field.name
+    assert not args, "an option that nothing reads"

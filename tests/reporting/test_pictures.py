@@ -1,21 +1,16 @@
-"""Reports: pictures of the right size with the right pixels, a table that fits a terminal, curves from an unfinished run."""
+"""Pictures of the right size with the right pixels, and curves from an unfinished run."""
 
 from __future__ import annotations
 
-import io
 import json
-import os
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFont
-from rich.console import Console
 
-from prdp_fast.core.files import write_json
 from prdp_fast.reporting.curves import plot_curves, read_metrics
-from prdp_fast.reporting.images import FONT_SIZE, PADDING, comparison_grid, image_grid, wrap
-from prdp_fast.reporting.tables import final_table
+from prdp_fast.reporting.images import FONT_SIZE, PADDING, comparison_grid, file_name, image_grid, model_grid, wrap
 
 COLOURS = ((200, 10, 10), (10, 200, 10), (10, 10, 200), (200, 200, 10), (10, 200, 200))
 PROMPT = "a medium orange triangle with a purple outline at the middle center on a yellow background"
@@ -31,29 +26,6 @@ def pixels(path) -> np.ndarray:
     with Image.open(path) as image:
         assert image.format == "PNG"
         return np.asarray(image.convert("RGB"))
-
-
-def test_json_is_strict_and_whole(tmp_path, monkeypatch):
-    path = tmp_path / "summary.json"
-    value = {
-        "a": float("nan"),
-        "b": [1, 2.5, float("-inf")],
-        "c": np.float32(0.5),
-        "d": torch.tensor([1, 2]),
-        "e": tmp_path,
-        "f": None,
-    }
-    write_json(path, value)
-    expected = {"a": None, "b": [1, 2.5, None], "c": 0.5, "d": [1, 2], "e": str(tmp_path), "f": None}
-    assert json.loads(path.read_text()) == expected
-
-    def crash(*_: object) -> None:
-        raise OSError("no")
-
-    monkeypatch.setattr(os, "replace", crash)
-    with pytest.raises(OSError, match="no"):
-        write_json(path, {"new": 1})
-    assert json.loads(path.read_text()) == expected
 
 
 def test_image_grid_places_images_row_by_row(tmp_path):
@@ -145,54 +117,30 @@ def test_comparison_grid_refuses_what_does_not_pair(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def summary(strict: bool = True) -> dict:
-    def part(mean: float, rate: float) -> dict:
-        return {"mean": mean, "stderr": 0.0123, "n": 96} | ({"strict": rate} if strict else {})
-
-    return {
-        "evaluation": {
-            "seen": {
-                "before": part(0.512, 0.25),
-                "after": part(0.701, 0.5),
-                "difference": {"mean": 0.189, "stderr": 0.021, "n": 96},
-            },
-            "unseen": {"before": part(0.5, 0.2), "after": part(0.44, 0.1), "difference": {"mean": -0.06, "stderr": 0.0, "n": 96}},
-        },
-        "epochs": 60,
-        "images": 15360,
-        "wall_s": 412.0,
-        "unet_forwards": {"rollout": 614400, "reference": 583680, "update": 583680},
-    }
+def test_pairs_of_two_models_stand_side_by_side(tmp_path):
+    """Base left, finetuned right, with white between; a third prompt that has no images yet is left out."""
+    left, right = plain_images(2, side=32), plain_images(4, side=32)[2:]
+    picture = pixels(model_grid([left, right], ["x", "y", "z"], tmp_path / "pairs.png"))
+    side, gap = 32 * 4, 2 * 4
+    for number in range(2):
+        x = PADDING + number * (2 * side + gap + PADDING)
+        cells = (x, x + side, left[number]), (x + side + gap, x + 2 * side + gap, right[number])
+        for start, end, image in cells:
+            assert (picture[PADDING : PADDING + side, start:end] == image[:, 0, 0].numpy()).all()
+        assert (picture[PADDING : PADDING + side, x + side : x + side + gap] == 255).all()
+    assert picture.shape[1] == 2 * (2 * side + gap) + 3 * PADDING
 
 
-def printed(value: dict, width: int = 80) -> str:
-    stream = io.StringIO()
-    final_table(value, Console(file=stream, width=width))
-    return stream.getvalue()
+def test_one_model_is_a_grid_and_models_of_two_sizes_are_none(tmp_path):
+    alone = pixels(model_grid([plain_images(7, side=32)], ["x"] * 7, tmp_path / "alone.png"))
+    assert alone.shape[1] == 6 * 128 + 7 * PADDING
+    with pytest.raises(ValueError, match="pairs are of equal shapes"):
+        model_grid([plain_images(2, side=32), plain_images(2, side=64)], ["x"] * 2, tmp_path / "pairs.png")
 
 
-def test_final_table_says_it_all_in_eighty_columns():
-    text = printed(summary())
-    seen = next(line for line in text.splitlines() if line.startswith("seen"))
-    for expected in ("96", "0.512 ± 0.012", "0.701 ± 0.012", "+0.189 ± 0.021", "+9.0", "25.0% > 50.0%"):
-        assert expected in seen
-    unseen = next(line for line in text.splitlines() if line.startswith("unseen"))
-    assert "-0.060 ± 0.000" in unseen and "20.0% > 10.0%" in unseen
-    for expected in ("60 epochs, 15,360 images, 6.9 min", "rollout 614,400", "update 583,680"):
-        assert expected in text
-    assert "…" not in text and max(map(len, text.splitlines())) <= 80
-
-
-def test_final_table_without_strict_rates_or_with_little_else():
-    assert "all right" not in printed(summary(strict=False))
-    bare = {"evaluation": {"seen": {"before": {"mean": 0.5}, "after": {}, "difference": {"mean": 0.1, "stderr": None}}}}
-    assert "0.500" in printed(bare)
-    assert printed({})
-
-
-def test_final_table_prints_to_the_terminal_by_default(capsys):
-    final_table(summary())
-    assert "unseen" in capsys.readouterr().out
+def test_a_set_s_label_is_a_file_s_name():
+    labels = ["animals:unseen_eval", "../my prompts", "ä:ö", "-"]
+    assert [file_name(label) for label in labels] == ["animals-unseen_eval", "my-prompts", "set", "set"]
 
 
 def test_curves_from_an_unfinished_run(tmp_path):

@@ -1,0 +1,53 @@
+"""The page of `prdp evaluate`, evaluation.md: its tables, and below them what they are of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from prdp_fast.reporting.tables import diversity_table, reward_table
+
+
+def evaluation_page(record: Mapping[str, Any], level: float) -> str:
+    """Markdown.
+
+    Args:
+        record: "settings" and "sets" of an evaluation, of one model or of two.
+        level: of its intervals, e.g. 0.95.
+    """
+    settings, sets = record["settings"], record["sets"]
+    names = {role: model["name"] for role, model in settings["models"].items()}
+    compared = len(names) > 1
+    models = {role: f"{name} ({role})" for role, name in names.items()} if compared else names
+    counts = ", ".join(f"{name} {len(part['prompts'])}" for name, part in sets.items())
+    lines = [
+        f"# Evaluation: {' against '.join(reversed(names.values()))}",
+        "",
+        reward_table(models, sets).markdown(),
+        "",
+        f"Diversity: mean distance of a prompt's images in features of {settings['features']['name']}.",
+        "",
+        diversity_table(models, sets).markdown(),
+        "",
+        f"Prompts: {counts}; {settings['samples']} images each, seed {settings['seed']}"
+        + (", the same noise for both models." if compared else "."),
+        sampling(settings),
+        "Means over the images of a prompt, then over prompts; ± standard error over prompts; "
+        f"[{level:.0%} bootstrap interval over prompts].",
+    ]
+    if compared:
+        lines.append("Win rate: share of image pairs, of one prompt and one noise, that the finetuned model wins; a tie is half.")
+    unscored = sum(sum(entry["unscored"].values()) for part in sets.values() for entry in part["rewards"].values())
+    if unscored:
+        lines.append(f"{unscored} scores were not finite and are left out.")
+    return "\n".join(lines) + "\n"
+
+
+def sampling(settings: Mapping[str, Any]) -> str:
+    """How the images were sampled, in a line."""
+    sampler = settings["sampler"]
+    guidance = "without guidance" if sampler["guidance_scale"] is None else f"guidance {sampler['guidance_scale']:g}"
+    if sampler["guidance_interval"]:
+        guidance += " at timesteps {} to {}".format(*sampler["guidance_interval"])
+    schedulers = " and ".join(dict.fromkeys(model["scheduler"] for model in settings["models"].values()))
+    return f"{schedulers}, {sampler['num_inference_steps']} steps, eta {sampler['eta']:g}, {guidance}."

@@ -1,0 +1,95 @@
+"""What training measures of itself: verdicts, shares of several ranks, and the record that goes into summary.json."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from prdp_fast.core.records import Prompt
+from prdp_fast.evaluation import run
+from prdp_fast.evaluation.run import Evaluation, compare_evaluations, evaluate
+from prdp_fast.rewards import Reward, RewardOutput, WeightedRewards
+
+PROMPTS = [Prompt(index, f"prompt {index}", {}) for index in range(3)]
+B = 4
+
+
+class Counting(Reward):
+    """Scores 0, 1, 2, ... in the order of the images; every third image passes."""
+
+    name = "counting"
+
+    def score(self, images, prompts, metadata):
+        numbers = torch.arange(len(images))
+        return RewardOutput(numbers.float(), {"passes": (numbers % 3 == 0).float(), "strict": torch.ones(len(images))})
+
+
+class Judging(Counting):
+    name = "judging"
+    verdict = "passes"
+
+
+def measured(monkeypatch, *rewards: Reward) -> Evaluation:
+    images = torch.zeros(len(PROMPTS) * B, 3, 8, 8, dtype=torch.uint8)
+    monkeypatch.setattr(run, "sample_images", lambda *arguments, **options: images)
+    return evaluate(
+        None, None, None, None, WeightedRewards(rewards, [1.0] * len(rewards)), PROMPTS, images_per_prompt=B, batch=2, seed=0
+    )  # fmt: skip
+
+
+def test_a_reward_with_a_verdict_is_reported_with_its_share(monkeypatch) -> None:
+    """Whatever the reward and its detail are called; another reward in front has none."""
+    found = measured(monkeypatch, Counting(), Judging())
+    assert found.prompts == ["prompt 0", "prompt 1", "prompt 2"]
+    assert found.rewards.tolist() == [2 * 1.5, 2 * 5.5, 2 * 9.5]
+    assert found.strict is not None and found.strict.tolist() == [0.5, 0.25, 0.25]  # images 0 and 3; 6; 9
+    assert found.summary()["strict"] == pytest.approx(1 / 3, rel=1e-12)
+    record = compare_evaluations(found, found)
+    assert "strict" in record["before"] and "strict" not in record["difference"]
+
+
+def test_a_reward_without_one_is_reported_alone(monkeypatch) -> None:
+    """A detail that happens to be called strict is none."""
+    found = measured(monkeypatch, Counting())
+    assert found.strict is None and set(found.summary()) == {"mean", "stderr", "n"}
+
+
+def test_an_image_without_a_score_is_left_out_of_its_prompt(monkeypatch) -> None:
+    class Failing(Counting):
+        name = "failing"
+
+        def score(self, images, prompts, metadata):
+            scores = torch.arange(float(len(images)))
+            scores[0], scores[4:8] = math.nan, math.inf
+            return RewardOutput(scores)
+
+    found = measured(monkeypatch, Failing())
+    assert found.rewards[[0, 2]].tolist() == [2.0, 9.5] and math.isnan(found.rewards[1])
+    assert found.summary() == {"mean": 5.75, "stderr": 3.75, "n": 2}
+
+
+def part(numbers: list[int], strict: bool = True) -> Evaluation:
+    images = torch.tensor(numbers, dtype=torch.uint8).repeat_interleave(2)[:, None, None, None].expand(-1, 3, 4, 4)
+    values = torch.tensor(numbers, dtype=torch.float32)
+    return Evaluation([f"prompt {number}" for number in numbers], images, values, values / 10 if strict else None)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_the_ranks_shares_are_put_in_the_set_s_order(strict) -> None:
+    """Five prompts over three ranks: two, two and one."""
+    merged = Evaluation.merge([part([0, 3], strict), part([1, 4], strict), part([2], strict)], 5)
+    expected = part([0, 1, 2, 3, 4], strict)
+    assert merged.prompts == expected.prompts and torch.equal(merged.images, expected.images)
+    assert torch.equal(merged.rewards, expected.rewards)
+    assert torch.equal(merged.strict, expected.strict) if strict else merged.strict is None
+
+
+def test_before_and_after_are_paired_by_prompt() -> None:
+    before = part([1, 10, 100])
+    after = Evaluation(before.prompts, before.images, before.rewards + torch.tensor([0.5, 0.75, 1.0]), before.strict)
+    record = compare_evaluations(before, after)
+    assert record["difference"] == {"mean": 0.75, "stderr": pytest.approx(0.25 / math.sqrt(3)), "n": 3}
+    assert (record["before"]["mean"], record["after"]["mean"]) == (37.0, 37.75)
+    assert record["before"]["stderr"] > 10, "what prompts differ in is no uncertainty of the difference"
