@@ -4,12 +4,13 @@ STAMP := $(VENV)/.stamp
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train test lint docs bench gpu-check gpu-bench clean
+.PHONY: help venv train test test-fast lint docs bench gpu-check gpu-bench clean
 
 help:
 	@echo "make venv    the virtual environment in $(VENV), pinned by constraints.txt (PYTHON=$(PYTHON))"
 	@echo "make train   finetune the embedded model on this machine; ARGS='--seed 1 ...' is passed on"
 	@echo "make test    the test suite, on a CPU; ARGS='-k name' is passed on"
+	@echo "make test-fast  the part of it that one runs while working"
 	@echo "make lint    ruff and mypy"
 	@echo "make docs    the documentation, built into site/"
 	@echo "make bench   the benchmarks; without a GPU, the plain torch references only"
@@ -33,9 +34,15 @@ train: $(STAMP)
 	@. $(VENV)/bin/activate && deepspeed $(if $(RANKS),--num_gpus $(RANKS)) --log_level warning prdp_fast/train.py --config zero2.json --recipe tiny $(ARGS)
 
 # One thread a process, so that numbers do not depend on the machine and two ranks do not fight over two cores; two processes, a
-# file at a time each. Never the network.
+# file at a time each. Never the network, never a GPU.
+PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES= python -m pytest -q -n 2 --dist loadfile
+
 test: $(STAMP)
-	@. $(VENV)/bin/activate && OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 python -m pytest -q -n 2 --dist loadfile $(ARGS)
+	@. $(VENV)/bin/activate && $(PYTEST) $(ARGS)
+
+# What takes no launched job, no compiler and no interpreter of kernels.
+test-fast: $(STAMP)
+	@. $(VENV)/bin/activate && $(PYTEST) -m "not slow and not distributed" --ignore tests/kernels $(ARGS)
 
 lint: $(STAMP)
 	@$(VENV)/bin/ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -107,6 +108,19 @@ def test_a_killed_run_resumes_bit_for_bit(whole_run: tuple[Path, str], tmp_path:
     assert resumed["unet_forwards"] == uninterrupted["unet_forwards"]
     epochs = [json.loads(line)["epoch"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert epochs == list(range(5))
+
+
+def test_a_lost_evaluation_of_the_reference_is_that_of_the_reference_again(whole_run: tuple[Path, str], tmp_path: Path) -> None:
+    """Not of the trained weights, which are what a resumed run has at hand."""
+    run = tmp_path / "run"
+    shutil.copytree(whole_run[0], run, ignore=shutil.ignore_patterns("model", "summary.json", "evaluation_*"))
+    (run / "evaluation_before.pt").write_bytes((whole_run[0] / "evaluation_before.pt").read_bytes()[:1000])  # and damaged
+    assert "evaluation_before.pt is missing or damaged" in train(run)
+    found, expected = (json.loads((path / "summary.json").read_text())["evaluation"] for path in (run, whole_run[0]))
+    assert expected["unseen"]["before"]["mean"] != expected["unseen"]["after"]["mean"]
+    for split in ("seen", "unseen"):
+        assert found[split]["before"]["mean"] == pytest.approx(expected[split]["before"]["mean"], abs=1e-6)
+        assert found[split]["after"] == expected[split]["after"]
 
 
 FRESH = """
