@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -28,6 +28,7 @@ from prdp_fast.acceleration.compile import (
     uncompiled,
 )
 from prdp_fast.acceleration.cuda_graph import CudaGraphForward
+from prdp_fast.acceleration.payback import WorkLeft, count_blocks, key_of, learn_seconds, learnt_seconds, payback
 from prdp_fast.acceleration.probe import Decision, DenoiserShapes, Probe, choose_variant, first_line, quiet
 from prdp_fast.config.recipe import PerformanceSettings
 from prdp_fast.core.errors import UserError
@@ -166,6 +167,26 @@ def plan_compiling(setting: str, device: torch.device, stage: int, past: dict[st
     return plan
 
 
+def keep_what_pays(
+    plan: dict[str, Decision], past: dict[str, str], work: WorkLeft, probes: Mapping[str, Probe], key: str
+) -> dict[str, Decision]:
+    """The plan without what takes longer to compile than it saves in the rest of the job. What the run had stays.
+
+    Args: probes: of each role, few rows; timed plain.
+    """
+    learnt, kept = learnt_seconds(key), dict(plan)
+    for role, probe in probes.items():
+        if plan[role].value == "off" or f"compile {role}" in past:
+            continue
+        inputs = probe.inputs()
+        milliseconds = probe.time({"plain": lambda probe=probe, inputs=inputs: probe.run(inputs)})["plain"]  # type: ignore[misc]
+        blocks = count_blocks(probe.denoiser, probe.shapes.repeated_blocks)
+        found = payback(role, work, milliseconds / 1000 / probe.rows, blocks, learnt)
+        if not found.pays:
+            kept[role] = Decision("off", str(found))
+    return kept
+
+
 # ---------------------------------------------------------------------------------------------------------------- compiling
 @dataclass(frozen=True)
 class Ranks:
@@ -281,7 +302,8 @@ def compile_denoisers(
 ) -> tuple[dict[str, Decision], Callable[..., Any] | None]:
     """Compile each denoiser as planned. Returns: decisions, and what the rollout calls; None: the denoiser itself."""
     if all(decision.value == "off" for decision in plan.values()):
-        return {"compile": plan["rollout"]}, None
+        reasons = {decision.reason for decision in plan.values()}
+        return {"compile": plan["rollout"]} if len(reasons) == 1 else {f"compile {role}": plan[role] for role in ROLES}, None
     raise_recompile_limit()
     trained, sampled, reference = denoisers.trained, denoisers.sampled, denoisers.reference
     # Not the trained denoiser's compiled forward: that one keeps activations for a backward, and a rollout has none.
@@ -360,6 +382,7 @@ def accelerate(
     dtype: torch.dtype,
     ranks: Ranks = Ranks(),
     remembered: dict[str, Any] | None = None,
+    work: WorkLeft | None = None,
 ) -> Acceleration:
     """Choose, set and check everything that is about a denoiser. Every rank must call it, before the first forward.
 
@@ -367,6 +390,7 @@ def accelerate(
         train_rows, sample_rows: denoiser rows of a micro-batch of the update (and the reference pass) and of a rollout step.
         remembered: on rank 0, the `record` of the run that is resumed, whose measured choices it keeps: others would round
             differently.
+        work: what is left of the job: `auto` compiles only what pays in it. None: as if there were no end.
     Raises: UserError if a setting insists on what does not work here.
     """
     past = {name: decision["value"] for name, decision in (ranks.gather(remembered)[0] or {}).items()}
@@ -407,10 +431,18 @@ def accelerate(
             )
         decisions["fuse_qkv"] = Decision("off", "model.lora: the layers of an adapter stay three products")
 
+    key = key_of(denoisers.trained, train_rows, device)
+    if performance.compile == "auto" and compiling and work is not None:
+        probes = {"trained": chooser, "rollout": probe(denoisers.sampled, few_rows)}
+        if denoisers.reference is not None:
+            probes["reference"] = probe(denoisers.reference, few_rows)
+        plan = ranks.gather(keep_what_pays(plan, past, work, probes, key))[0]
     made, rollout = compile_denoisers(
         denoisers, plan, past, performance.compile != "auto", probe, train_rows, sample_rows, ranks, shapes.repeated_blocks
     )
     decisions |= made
+    if ranks.rank == 0:
+        learn_seconds(key, made)
     rollout, decisions["cuda_graphs"] = capture(
         performance.cuda_graphs, stage, probe(denoisers.sampled, sample_rows), rollout, ranks
     )  # fmt: skip

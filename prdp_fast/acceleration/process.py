@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 
 from prdp_fast.acceleration.probe import Decision, first_line
 from prdp_fast.config.recipe import PerformanceSettings
+from prdp_fast.core.cache import default_cache_dir
 from prdp_fast.core.errors import UserError
 
 
@@ -22,10 +25,19 @@ def prepare_process(performance: PerformanceSettings, device: torch.device, dtyp
     """
     if performance.compile_cache is not None:
         set_compile_cache(Path(performance.compile_cache))
+    elif device.type == "cuda" and performance.compile != "off" and "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        with contextlib.suppress(UserError):  # without one a restart compiles again
+            set_compile_cache(default_compile_cache(device))
     decisions = {"tf32": set_tf32(performance.tf32, device, dtype)}
     if device.type == "cpu":
         decisions["heap"] = keep_heap()
     return decisions
+
+
+def default_compile_cache(device: torch.device) -> Path:
+    """Of this compiler and this kind of GPU, in the user's cache: what a preempted job compiled, its restart finds."""
+    gpu = re.sub(r"[^A-Za-z0-9]+", "-", torch.cuda.get_device_name(device))
+    return default_cache_dir() / "compiled" / f"torch-{torch.__version__}-{gpu}"
 
 
 def set_compile_cache(directory: Path) -> None:

@@ -27,6 +27,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
+from prdp_fast.core.cache import default_cache_dir
 from prdp_fast.core.errors import UserError
 from prdp_fast.core.records import Prompt
 from prdp_fast.prompts import animals
@@ -263,11 +264,6 @@ def build_text_shards(txt_file: str | Path, directory: str | Path) -> Path:
 
 
 # ----------------------------------------------------------------------------------------------------------------- cache
-def default_cache_dir() -> Path:
-    """$PRDP_CACHE, or ~/.cache/prdp_fast."""
-    return Path(os.environ.get("PRDP_CACHE") or Path.home() / ".cache" / "prdp_fast")
-
-
 def _complete(directory: Path) -> bool:
     try:
         index = read_index(directory / INDEX)

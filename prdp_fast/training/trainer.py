@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from prdp_fast.acceleration.choose import Acceleration, Denoisers, Ranks, accelerate
+from prdp_fast.acceleration.payback import WorkLeft
 from prdp_fast.acceleration.process import choose_fused_optimizer, prepare_process
 from prdp_fast.core import distributed, run_directory
 from prdp_fast.core.errors import RewardError, UserError
@@ -29,6 +30,7 @@ from prdp_fast.models.pipeline import Pipeline
 from prdp_fast.models.text import TextEncoder
 from prdp_fast.objectives import Objective, build_objective
 from prdp_fast.planning import micro_batch
+from prdp_fast.planning.cost import epoch_rows
 from prdp_fast.planning.job import Job
 from prdp_fast.planning.memory import MemoryPlan
 from prdp_fast.prompts.embeddings import choose_encoder
@@ -108,7 +110,7 @@ class Trainer:
             pipeline.denoiser, settings.optimizer, job.config, device, performance.coalesce_gradients, fused.value == "on",
             settings.model.ema_decay,
         )  # fmt: skip
-        acceleration = speed_up(job, engine, reference, state.micro_batch, device, output)
+        acceleration = speed_up(job, engine, reference, state, device, output)
         acceleration.decisions |= decisions | {"fused_optimizer": fused}
 
         stream = PromptStream(
@@ -389,17 +391,29 @@ def agree_on_rewards() -> Iterator[None]:
 
 
 def speed_up(
-    job: Job, engine: ZeroEngine, reference: nn.Module | None, micro_batch: int, device: torch.device, output: Path | None
+    job: Job, engine: ZeroEngine, reference: nn.Module | None, state: TrainState, device: torch.device, output: Path | None
 ) -> Acceleration:
     """Make the job's denoisers cheaper; as an earlier start of the run did, if there was one."""
     path = None if output is None else output / run_directory.ACCELERATION
     remembered = read_json(path) if path is not None and path.exists() else None
     acceleration = accelerate(
         Denoisers(engine.engine.module, engine.gathered, reference, engine.has_adapter), job.settings.performance, job.family,
-        train_rows=min(micro_batch, job.rows_per_update) * job.evaluations,
+        train_rows=min(state.micro_batch or 1, job.rows_per_update) * job.evaluations,
         sample_rows=min(job.settings.sampler.rollout_batch, job.images_per_rank) * job.evaluations,
         stage=job.config.stage, device=device, dtype=job.config.dtype, remembered=remembered,
-        ranks=Ranks(distributed.rank(), distributed.gather_objects),
+        ranks=Ranks(distributed.rank(), distributed.gather_objects), work=work_left(job, state),
     )  # fmt: skip
     engine.sampling_view = acceleration.sampling_view
     return acceleration
+
+
+def work_left(job: Job, state: TrainState) -> WorkLeft:
+    """Denoiser rows of one rank until the job's end, for which something may be compiled."""
+    schedule = job.settings.schedule
+    rows = epoch_rows(schedule, job.policy, needs_reference=job.needs_reference)
+    left = (schedule.epochs - state.epoch) / job.world_size
+    per_role = {
+        "trained": rows["update"].backward, "rollout": rows["rollout"].forward, "reference": rows["reference"].forward
+    }  # fmt: skip
+    limit = None if schedule.time_limit_minutes is None else max(0.0, schedule.time_limit_minutes * 60 - state.wall_s)
+    return WorkLeft({role: left * count for role, count in per_role.items()}, limit)
