@@ -87,6 +87,11 @@ def transition(
     same_device(op, **named)
 
 
+def is_guidance(value: object) -> bool:
+    """Whether `transition` takes it, at a glance: what fails here may still pass there."""
+    return value is None or (type(value) in (float, int) and math.isfinite(value))  # type: ignore[arg-type]
+
+
 def latent_dtype(op: str, **named: torch.Tensor) -> None:
     for name, value in named.items():
         if value.dtype not in LATENT_DTYPES:

@@ -6,7 +6,6 @@ for torch.compile and can be captured in a CUDA graph.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 from collections.abc import Callable
@@ -66,8 +65,3 @@ def define(schema: str, launch: Callable[..., Any], fake: Callable[..., Any]) ->
         LIBRARY.impl(name, launch, key)
     torch.library.register_fake(f"prdp_kernels::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.prdp_kernels, name).default
-
-
-def on_device(t: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, wherever its arguments are."""
-    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()

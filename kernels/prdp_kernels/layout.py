@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -11,7 +12,7 @@ import torch
 MAX_PLANES = 64  # more channels than this in mixed layouts are copied: a tile holds all of them
 
 
-class Cut(NamedTuple):
+class TileConfig(NamedTuple):
     """A row as the kernels see it: `channels` planes of `pixels`, in tiles of (c_block, p_block), `tiles` of them a program."""
 
     flat: bool  # one plane, every tensor's memory in the same order
@@ -39,6 +40,11 @@ def empty_like(t: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tenso
     return torch.empty_like(t, dtype=dtype, memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
+def format_of(t: torch.Tensor) -> torch.memory_format:
+    """Of what `empty_like` has made."""
+    return torch.contiguous_format if t.is_contiguous() else torch.channels_last
+
+
 def inner_strides(t: torch.Tensor) -> tuple[int, ...]:
     """Strides within a row, of the dimensions longer than 1: the others have none that counts."""
     return tuple(stride for stride, size in zip(t.stride()[1:], t.shape[1:], strict=True) if size != 1)
@@ -63,11 +69,11 @@ def plane_strides(t: torch.Tensor) -> tuple[int, int] | None:
 
 
 class Rows(NamedTuple):
-    """Tensors to hand to a kernel, with (row, channel, pixel) strides each, and the cut of their rows."""
+    """Tensors to hand to a kernel, with (row, channel, pixel) strides each, and how their rows are cut."""
 
     tensors: list[torch.Tensor]
     strides: list[tuple[int, int, int]]
-    cut: Cut
+    tile: TileConfig
 
 
 def rows(tensors: Sequence[torch.Tensor], *, in_order: bool = False) -> Rows:
@@ -78,13 +84,14 @@ def rows(tensors: Sequence[torch.Tensor], *, in_order: bool = False) -> Rows:
     shape = tensors[0].shape[1:]
     size = shape.numel()
     contiguous = dense_strides(shape)
+    double = result_dtype(*tensors) == torch.float64
     strides = [inner_strides(t) for t in tensors]
     alike = all(s == strides[0] for s in strides)
     if alike and (strides[0] == contiguous or (not in_order and is_dense(tensors[0]))):
-        return Rows(list(tensors), [(t.stride(0), 0, 1) for t in tensors], _cut_flat(size))
+        return Rows(list(tensors), [(t.stride(0), 0, 1) for t in tensors], _flat_tile(size, double))
     if shape[0] > MAX_PLANES:
         tensors = [t.contiguous() for t in tensors]
-        return Rows(tensors, [(t.stride(0), 0, 1) for t in tensors], _cut_flat(size))
+        return Rows(tensors, [(t.stride(0), 0, 1) for t in tensors], _flat_tile(size, double))
     found, where = [], []
     for t in tensors:
         planes = plane_strides(t)
@@ -94,7 +101,7 @@ def rows(tensors: Sequence[torch.Tensor], *, in_order: bool = False) -> Rows:
             assert planes is not None
         found.append(t)
         where.append((t.stride(0), *planes))
-    return Rows(found, where, _cut_planes(shape[0], size // shape[0]))
+    return Rows(found, where, _plane_tile(shape[0], size // shape[0]))
 
 
 def is_dense(t: torch.Tensor) -> bool:
@@ -105,29 +112,47 @@ def is_dense(t: torch.Tensor) -> bool:
 
 # How rows are cut: by the size of a row and nothing else, so that its reduction does not depend on the batch around it.
 #
-# A tile of 2048 elements over 8 warps is 8 elements a thread: one 16-byte load of bf16, two of float32, and with guidance six
-# loads in flight, 24 KiB a program; an H200 needs about that much a multiprocessor to cover its memory's latency, and runs
-# several programs on each. Four tiles a program make 2 programs of an SD latent (16,384 elements) and 128 of a million.
-# Reasoned, not measured: no GPU has run these kernels yet. Entries: (elements of a row up to, tile, tiles a program, warps).
+# A row of up to ONE_PROGRAM elements, an SD latent of 4 x 64 x 64, is one program's, which needs no scratch and no semaphore. The
+# programs of a larger row leave their sums for the one that arrives last. A thread has 8 elements of a tile: one 16-byte load of
+# bf16, two of float32. The alternatives, and the model of bytes and latencies behind the choice, are in kernels/README.md; which
+# is faster only a GPU can say: PRDP_KERNELS_ONE_PROGRAM=4096 puts two programs of 8192 elements on an SD latent.
+ONE_PROGRAM = int(os.environ.get("PRDP_KERNELS_ONE_PROGRAM", "16384"))
+
+# (elements of a row up to, tile, tiles a program, warps)
 TABLE = (
     (128, 128, 1, 1),
     (256, 256, 1, 1),
     (512, 512, 1, 2),
     (1024, 1024, 1, 4),
     (4096, 1024, 4, 4),
-    (None, 2048, 4, 8),
 )
+LARGE = (8192, 2, 32)  # tile, tiles, warps of rows of up to ONE_PROGRAM elements
+LARGE_F64 = (4096, 4, 16)  # in float64, which needs more registers than a thread of 32 warps has
+TILE, TILES, WARPS = 2048, 4, 8  # of larger ones
 PLANE_TILE = 2048  # elements of a tile that spans all channels
 
 
-def _cut_flat(size: int) -> Cut:
+def _flat_tile(size: int, double: bool = False) -> TileConfig:
     for limit, tile, tiles, warps in TABLE:
-        if limit is None or size <= limit:
-            return Cut(True, 1, size, 1, tile, tiles, warps)
-    raise AssertionError("the table ends without a limit")
+        if size <= limit:
+            return TileConfig(True, 1, size, 1, tile, tiles, warps)
+    tile, tiles, warps = LARGE_F64 if double else LARGE
+    if size <= min(ONE_PROGRAM, tile * tiles):
+        return TileConfig(True, 1, size, 1, tile, tiles, warps)
+    return TileConfig(True, 1, size, 1, TILE, TILES, WARPS)
 
 
-def _cut_planes(channels: int, pixels: int) -> Cut:
+def elementwise_tile(size: int) -> TileConfig:
+    """Of rows without a sum, noise alone and gradients alone: more programs than a row with a sum has."""
+    if size <= 4096:
+        return _flat_tile(size)
+    return TileConfig(True, 1, size, 1, TILE, 1 if size <= 65536 else TILES, WARPS)
+
+
+def _plane_tile(channels: int, pixels: int) -> TileConfig:
     c_block = 1 << (channels - 1).bit_length()
     p_block = min(max(PLANE_TILE // c_block, 4), max(4, 1 << (pixels - 1).bit_length()))
-    return Cut(False, channels, pixels, c_block, p_block, 4, max(1, min(8, c_block * p_block // 256)))
+    tiles, warps = 4, max(1, min(8, c_block * p_block // 256))
+    if 4 * c_block * p_block < c_block * pixels <= ONE_PROGRAM:
+        p_block, warps = 2 * p_block, 2 * warps
+    return TileConfig(False, channels, pixels, c_block, p_block, tiles, warps)

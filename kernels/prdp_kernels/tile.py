@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-ARRIVALS = tl.constexpr(128)  # partial sums read at a time
+PARTIALS = tl.constexpr(128)  # partial sums read at a time
 
 
 @triton.jit
@@ -84,12 +84,12 @@ def residual(prev_sample, sample, output, sample_coef, output_coef):
 
 @triton.jit
 def finish_log_prob(
-    squares, std, placeholder, log_prob_ptr, partial_ptr, arrived_ptr, row, split, splits, size,
+    squares, std, placeholder, log_prob_ptr, partial_ptr, semaphore_ptr, row, split, splits, size,
     MEAN: tl.constexpr, COMPUTE: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
     """Write the log-prob of a row from `squares`, this program's sum of ((x - mu) / std)^2; SINGLE: it is the whole row's.
 
-    Otherwise every program leaves its sum in partial_ptr (N, splits), and the one that arrives last at arrived_ptr (N,), which
+    Otherwise every program leaves its sum in partial_ptr (N, splits), and the one that arrives last at semaphore_ptr (N,), which
     holds zeros before and after, adds them up in the order of their place, never of their arrival: same bits twice.
     """
     if SINGLE:
@@ -97,15 +97,15 @@ def finish_log_prob(
     else:
         tl.store(partial_ptr + row * splits + split, squares)
         tl.debug_barrier()
-        arrived = tl.atomic_add(arrived_ptr + row, 1, sem="acq_rel", scope="gpu")
+        arrived = tl.atomic_add(semaphore_ptr + row, 1, sem="acq_rel", scope="gpu")
         if arrived == splits - 1:
             total = tl.full((), 0.0, tl.float64)
-            for start in range(0, splits, ARRIVALS):
-                at = start + tl.arange(0, ARRIVALS)
+            for start in range(0, splits, PARTIALS):
+                at = start + tl.arange(0, PARTIALS)
                 # .cg: from L2, where the other programs' stores are, past an L1 that may be stale
                 partials = tl.load(partial_ptr + row * splits + at, mask=at < splits, other=0.0, cache_modifier=".cg")
                 total += tl.sum(partials.to(tl.float64))
-            tl.store(arrived_ptr + row, 0)
+            tl.store(semaphore_ptr + row, 0)
             write_log_prob(total, std, placeholder, log_prob_ptr, row, size, MEAN, COMPUTE)
 
 

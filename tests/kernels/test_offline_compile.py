@@ -28,16 +28,23 @@ if not INTERPRETED:
 
 
 @pytest.fixture(scope="module")
-def rows():
+def everything():
     """One a case and architecture."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
     command = [sys.executable, str(Path(__file__).with_name("offline.py")), *map(str, CAPABILITIES)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def rows(everything):
+    """Those of the package's kernels."""
+    found = [row for row in everything if row["kernel"]]
     for row in found:
-        print(f"{row['case']:<36} sm_{row['sm']:<4} {row['registers']:>4} registers  {summary(row)}")
+        an_element = f"{row['instructions_an_element']} instructions an element  " if row["instructions_an_element"] else ""
+        print(f"{row['case']:<42} sm_{row['sm']:<4} {row['registers']:>4} registers  {an_element}{summary(row)}")
     return found
 
 
@@ -71,6 +78,45 @@ def test_nothing_spills(rows):
     )
 
 
+def test_no_sign_is_a_select_between_a_number_and_its_negation(everything):
+    """On an H200 such selects, compiled by Triton 3.6.0, flipped signs of the noise: the package has none, at no stage.
+
+    The fault itself was in the code for one path only and is not known to follow from the pattern; without the pattern there is
+    nothing for it to be in. The first assertion shows that the search sees what stood in the kernel then.
+    """
+    for row in everything:
+        if row["case"] == "a select of negations":
+            stages = {line.partition(":")[0] for line in row["selected_negations"]}
+            assert stages == {"LLVM IR", "PTX", "machine code"}, (
+                f"sm_{row['sm']}: the search sees it in {stages or 'no stage'} only"
+            )
+    paths = {row["case"] for row in everything if "step philox" in row["case"]}
+    assert {p.partition("guided ")[2] for p in paths} >= {"planes", "odd planes", "odd planes 3x3x5", "planes 5x8x8"}
+    fail_with(
+        [
+            f"{row['case']} sm_{row['sm']}: {'; '.join(row['selected_negations'])}"
+            for row in everything
+            if row["kernel"] and row["selected_negations"]
+        ]
+    )
+
+
+# Instructions of the loop over tiles, an element. The noise of Triton's tl.philox, libdevice's logarithm and a floor took 48.
+NOISE_INSTRUCTIONS = {"philox": 36, "step philox bf16 guided": 56, "step philox bf16 guided odd planes": 110}
+
+
+def test_noise_costs_no_more_instructions_than_it_did(rows):
+    some = [row for row in rows if row["case"] in NOISE_INSTRUCTIONS]
+    assert len(some) == len(NOISE_INSTRUCTIONS) * len(CAPABILITIES)
+    fail_with(
+        [
+            f"{row['case']} sm_{row['sm']}: {row['instructions_an_element']} instructions an element"
+            for row in some
+            if not 10 < row["instructions_an_element"] <= NOISE_INSTRUCTIONS[row["case"]]
+        ]
+    )
+
+
 def is_transition(row) -> bool:
     return row["kernel"] != "prdp_loss_kernel"
 
@@ -99,8 +145,8 @@ def test_log_probs_of_the_same_row_add_up_in_the_same_order(rows):
 
 
 def test_mixed_layouts_move_at_least_64_bits_at_a_time(rows):
-    """Channels-last bf16: the four channels of a pixel."""
-    some = [row for row in rows if "planes" in row["case"] and "odd" not in row["case"]]
+    """Channels-last bf16: the four channels of a pixel. Five have no such alignment."""
+    some = [row for row in rows if "planes" in row["case"] and "odd" not in row["case"] and "5x8x8" not in row["case"]]
     assert len(some) >= 2 * len(CAPABILITIES)
     for row in some:
         narrow = [width for width in row["loads"] + row["stores"] if width < 64]
@@ -108,14 +154,16 @@ def test_mixed_layouts_move_at_least_64_bits_at_a_time(rows):
 
 
 def test_the_loss_reads_and_writes_steps_in_pairs_and_fours(rows):
-    """The first loop reads three log-probs, the last reads two and writes the gradient. The one between them, over pairs, reads
-    a number an image from the cache."""
+    """Three log-probs a step are read, and the gradient written, as wide as rows of 50 or 1000 numbers allow; the loop over pairs
+    reads a number an image from the cache. Without the gradient nothing of that size is written."""
     some = [row for row in rows if row["kernel"] == "prdp_loss_kernel"]
-    assert len(some) >= 3 * len(CAPABILITIES)
+    assert len(some) >= 6 * len(CAPABILITIES)
     for row in some:
         where = f"{row['case']} sm_{row['sm']}"
-        means, _, gradient, *_ = row["loops"]
-        assert means["loads"] and gradient["loads"] and gradient["stores"] and not means["stores"], f"{where}: {row['loops']}"
+        steps, *_ = row["loops"]
         wanted = 128 if row["case"].endswith("1000") else 64  # 50 steps: rows begin at multiples of two numbers
-        widths = means["loads"] + gradient["loads"] + gradient["stores"]
-        assert set(widths) == {wanted}, f"{where}: accesses of {sorted(set(widths))} bits, expected {wanted}"
+        assert len(steps["loads"]) >= 3 and set(steps["loads"]) == {wanted}, f"{where}: loads of {steps['loads']} bits"
+        stores = {width for width in row["stores"] if width}
+        several = row["case"].split()[1] in ("16x64x1000", "4x128x50")  # tiles: flags are written in the loop over steps
+        expected = {wanted} if row["case"].startswith("loss+grad") and several else set()
+        assert stores == expected, f"{where}: stores of {sorted(stores)} bits in loops, expected {sorted(expected)}"

@@ -11,12 +11,14 @@ from compare import (
     BF16,
     DEVICE,
     F32,
+    LAYOUTS,
     NORMAL,
     Transition,
     assert_close,
     assert_same_bits,
     check_grad,
     check_log_prob,
+    check_normals,
     transition,
     unit_roundoff,
 )
@@ -192,11 +194,16 @@ def test_a_loss_of_more_than_2_31_steps():
 
 def small_calls(seed: int) -> dict[str, Callable[[], tuple[torch.Tensor, ...]]]:
     """Every kernel, with several programs a row where it can have them."""
-    case = transition(7, (4, 64, 64), guidance_scale=5.0, output=BF16, seed=seed)
+    case = transition(7, (4, 64, 72), guidance_scale=5.0, output=BF16, seed=seed)  # 18,432 elements: three programs a row
     seeds, weights = torch.arange(7, device=DEVICE) + 100 * seed, torch.ones(7, device=DEVICE)
     g = torch.Generator().manual_seed(seed)
     args = [torch.randn(33, 16, 50, generator=g).to(DEVICE) for _ in range(3)] + [torch.randn(33, 16, generator=g).to(DEVICE)]
+    long = [torch.randn(5, 16, 300, generator=g).to(DEVICE) for _ in range(3)] + [torch.randn(5, 16, generator=g).to(DEVICE)]
     options = case.options | {"backend": "triton"}
+
+    def split_loss() -> tuple[torch.Tensor, ...]:
+        value, grad, stats = prdp_loss_and_grad(*long, clip_range=0.1, kl_weight=1e-3, backend="triton")
+        return value, grad, *stats.values()
 
     def loss() -> tuple[torch.Tensor, ...]:
         value, grad, stats = prdp_loss_and_grad(*args, clip_range=0.1, kl_weight=1e-3, backend="triton")
@@ -208,6 +215,7 @@ def small_calls(seed: int) -> dict[str, Callable[[], tuple[torch.Tensor, ...]]]:
         "step": lambda: denoise_step(*case.step_tensors, seeds=seeds, **options),
         "noise": lambda: (philox_normal(seeds, (4, 64, 64), backend="triton"),),
         "loss": loss,
+        "loss of groups in three programs": split_loss,
     }
 
 
@@ -217,7 +225,7 @@ def check_results(name: str, got: tuple[torch.Tensor, ...], expected: tuple[torc
 
 
 def test_two_streams_at_once():
-    """Each has its own arrival counters: rows of one launch must not be counted for another's."""
+    """Each has its own semaphores: programs of one launch must not be counted for another's."""
     calls = [small_calls(seed) for seed in range(2)]
     expected = [{name: call() for name, call in of.items()} for of in calls]
     torch.cuda.synchronize()
@@ -247,7 +255,7 @@ def test_the_same_bits_under_load():
         check_results(name, got, expected[name])
 
 
-@pytest.mark.parametrize("name", ["log_prob_and_grad", "log_prob", "step", "noise", "loss"])
+@pytest.mark.parametrize("name", ["log_prob_and_grad", "log_prob", "step", "noise", "loss", "loss of groups in three programs"])
 def test_replays_from_cuda_graphs_on_any_stream(name):
     calls = [small_calls(seed)[name] for seed in range(2)]
     expected = [call() for call in calls]  # compiled here: a capture could not
@@ -271,9 +279,28 @@ def test_replays_from_cuda_graphs_on_any_stream(name):
     check_results(f"{name} after the replays", calls[0](), expected[0])
 
 
-def test_counters_grow_with_the_batch():
-    """More rows than the counters that are kept, then fewer again."""
-    case = transition(5000, (8200,), output=BF16)
+@pytest.mark.parametrize("output", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    "shape", [(c, *plane) for c in (3, 4, 5, 16) for plane in ((128, 128), (96, 96), (65, 63), (3, 5))], ids=str
+)
+def test_the_sign_of_the_noise_on_every_path(shape, output):
+    """Of compiled code: flat, planes of a multiple of four pixels, and odd ones. Once, one path of three had signs flipped."""
+    n = 4
+    m = LAYOUTS[output](torch.ones(n, *shape, dtype=BF16, device=DEVICE))
+    zero, one = torch.zeros(n, device=DEVICE), torch.ones(n, device=DEVICE)
+    seeds = torch.tensor([-5, 7914, 11, 2**62], device=DEVICE)
+    for latents in (LAYOUTS["contiguous"], LAYOUTS["channels_last"]):
+        x = latents(torch.ones(n, *shape, device=DEVICE))
+        noise, _ = denoise_step(m, x, zero, zero, one, seeds=seeds, step=3, backend="triton")
+        expected = philox_normal(seeds, shape, step=3, backend="torch")
+        flipped = int(((noise + expected).abs() < (noise - expected).abs()).sum())
+        assert not flipped, f"{flipped} of {noise.numel()} normals have the other sign"
+        check_normals(noise, expected)
+
+
+def test_semaphores_grow_with_the_batch():
+    """More rows than the semaphores that are kept, then fewer again."""
+    case = transition(5000, (16400,), output=BF16)
     together = gaussian_log_prob(*case.tensors, backend="triton")
     for rows in (slice(0, 3), slice(4998, 5000), slice(0, 4097)):
         part = Transition(*(t[rows] for t in case.tensors))
@@ -294,7 +321,7 @@ def test_the_host_does_not_wait_for_the_device():
 
     everything = [*calls.values(), backward]
     for call in everything:
-        call()  # compiles, and makes the counters
+        call()  # compiles, and makes semaphores and their pool
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from compare import DEVICE, assert_same_bits, check_normals
+from compare import BF16, DEVICE, LAYOUTS, assert_same_bits, check_normals
 from properties import given, settings, st
 
-from prdp_kernels import philox_normal
+from prdp_kernels import denoise_step, layout, philox_normal
 from prdp_kernels.philox import reference
 
 triton = pytest.importorskip("triton")
@@ -26,6 +26,38 @@ def test_equals_the_reference(shape, device):
         got = philox_normal(seeds, shape, step=step, backend="triton")
         assert got.shape == (4, *shape) and got.is_contiguous()
         check_normals(got, philox_normal(seeds, shape, step=step, backend="torch"))
+
+
+# By the code that makes the noise: flat; planes of a multiple of four pixels, where a counter serves four neighbours; planes of
+# other sizes, where every element has a counter of its own. The last plane of each is larger than a tile.
+PATHS = [
+    (path, (channels, *plane))
+    for path, planes in {
+        "flat": [(4, 6), (3, 5)],
+        "aligned planes": [(4, 6), (2, 2), (34, 66)],
+        "unaligned planes": [(3, 5), (7, 7), (33, 65)],
+    }.items()
+    for plane in planes
+    for channels in (3, 4, 5, 16)
+]
+
+
+@pytest.mark.parametrize(("path", "shape"), PATHS, ids=str)
+def test_every_path_makes_the_noise_of_the_reference(path, shape, device):
+    """The step with coefficients 0 and std 1 writes its noise, sign and all; its log-prob is that of the noise, too."""
+    n = 2
+    seeds = torch.tensor([-5, 2**62 + 7], device=device)
+    m, x = torch.ones(n, *shape, dtype=BF16, device=device), torch.ones(n, *shape, device=device)
+    if path != "flat":
+        m = LAYOUTS["channels_last"](m)
+    tile = layout.rows([m, x], in_order=True).tile
+    assert (tile.flat, tile.flat or tile.pixels % 4 == 0) == (path == "flat", path != "unaligned planes")
+    zero, one = torch.zeros(n, device=device), torch.ones(n, device=device)
+    noise, log_prob = denoise_step(m, x, zero, zero, one, seeds=seeds, step=3, backend="triton")
+    expected = philox_normal(seeds, shape, step=3, backend="torch")
+    check_normals(noise, expected)
+    expected_log_prob = -0.5 * expected.double().square().flatten(1).mean(1) - 0.5 * math.log(2 * math.pi)
+    assert ((log_prob.double() - expected_log_prob).abs() < 1e-5).all()
 
 
 def test_steps_may_differ_by_row(device):

@@ -46,7 +46,7 @@ FLAT = {
     "odd": (3, 5, 7),
     "a tile of 128": (4, 4, 8),
     "four tiles, one short": (1031, 3),
-    "two programs, one short": (8, 41, 25),
+    "one program of a large row": (8, 41, 25),
     "three programs, the last with one element": (16385,),
     "video": (2, 3, 5, 7),
 }
@@ -54,7 +54,8 @@ PLANES = {
     "1-D": (6,),
     "odd": (3, 5, 7),
     "a multiple of 4": (4, 6, 10),
-    "two programs, one short": (5, 33, 35),  # a tile spans 8 channels and 256 pixels, a program 1024
+    "one program, four tiles": (5, 33, 35),  # a tile spans 8 channels and 512 pixels
+    "four programs, one short": (5, 33, 105),  # and here 256 pixels, a program 1024
     "64 channels": (64, 11, 12),  # and here 32 pixels, 128 a program
     "65 channels, copied": (65, 3, 4),
     "video": (4, 3, 4, 6),
@@ -222,8 +223,8 @@ def test_seeds_are_philox_noise(shape):
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("latents", [F32, F64], ids=str)
 def test_deterministic_rows(latents, reduction):
-    """std 0: x_{t-1} is the mean, the log-prob a placeholder; rows beside it do not notice. In one program a row and in two."""
-    for shape in ((3, 5, 7), (9000,)):
+    """std 0: x_{t-1} is the mean, the log-prob a placeholder; rows beside it do not notice. In one program a row and in three."""
+    for shape in ((3, 5, 7), (17000,)):
         case = transition(3, shape, guidance_scale=2.0, latents=latents, reduction=reduction)
         noise, hole = noise_like(case.sample, latents), case.std.clone()
         hole[1] = 0
@@ -240,7 +241,7 @@ def test_deterministic_rows(latents, reduction):
 @pytest.mark.parametrize("guidance_scale", [None, 5.0])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_log_prob_of_a_step_has_the_bits_of_its_evaluation(reduction, guidance_scale, layout):
-    for shape in ((3, 5, 7), (5, 33, 35) if layout == "channels_last" else (9000,)):
+    for shape in ((3, 5, 7), (5, 33, 105) if layout == "channels_last" else (17000,)):
         case = transition(2, shape, guidance_scale=guidance_scale, reduction=reduction, output=BF16)
         case = replace(case, model_output=LAYOUTS[layout](case.model_output))
         prev, log_prob = step(case, seeds=seeds_of(case), step=4)
@@ -249,7 +250,9 @@ def test_log_prob_of_a_step_has_the_bits_of_its_evaluation(reduction, guidance_s
 
 
 @pytest.mark.parametrize(
-    ("shape", "layout"), [((3, 5, 7), "contiguous"), ((4, 9, 8), "channels_last"), ((10001,), "contiguous")], ids=str
+    ("shape", "layout"),
+    [((3, 5, 7), "contiguous"), ((4, 9, 8), "channels_last"), ((10001,), "contiguous"), ((17001,), "contiguous")],
+    ids=str,
 )
 def test_rows_do_not_depend_on_their_batch(shape, layout):
     case = transition(3, shape, guidance_scale=2.0, output=BF16)
@@ -269,7 +272,7 @@ def test_rows_do_not_depend_on_their_batch(shape, layout):
 
 
 def test_same_bits_twice():
-    case = transition(2, (10001,), guidance_scale=2.0, output=F16)
+    case = transition(2, (17001,), guidance_scale=2.0, output=F16)
     for call in (both_at_once, log_prob_and_backward, lambda c: step(c, seeds=seeds_of(c))):
         for first, second in zip(call(case), call(case), strict=True):
             assert_same_bits("the second time", second, first)

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from prdp_kernels import checks, dispatch, layout
+from prdp_kernels import launch as launching
 from prdp_kernels.denoise_step import reference
 
 
-@torch.no_grad()
 def denoise_step(
     model_output: torch.Tensor,
     sample: torch.Tensor,
@@ -38,6 +38,12 @@ def denoise_step(
     for std < 0 on the CPU (on CUDA the values of std are not read, which would wait for the device).
     """
     op = "denoise_step"
+    per_row = isinstance(step, torch.Tensor)
+    if checks.is_guidance(guidance_scale) and (per_row or (type(step) is int and 0 <= step < 2**32)):
+        tensors = (model_output, sample, sample_coef, output_coef, std, noise, seeds, step if per_row else None)
+        plan = launching.known(op, backend, (guidance_scale is not None, reduction), tensors)
+        if plan is not None:
+            return _kernel().run(plan, tensors, 0 if per_row else step, guidance_scale)
     checks.transition(op, model_output, sample, sample_coef, output_coef, std, guidance_scale, reduction)
     if (noise is None) == (seeds is None):
         raise ValueError(f"{op}: give exactly one of noise and seeds, got {'neither' if noise is None else 'both'}")
@@ -55,19 +61,25 @@ def denoise_step(
     if checks.values_are_at_hand(std) and not (std >= 0).all():
         raise ValueError(f"{op}: std must not be negative or NaN, got {std.min().item():g}")
     run = dispatch.choose(op, backend, sample, reference=reference.denoise_step, triton=_triton)
-    return run(model_output, sample, sample_coef, output_coef, std, noise, seeds, step, guidance_scale, reduction)
+    with torch.no_grad():
+        return run(model_output, sample, sample_coef, output_coef, std, noise, seeds, step, guidance_scale, reduction)
 
 
 def _triton(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     *tensors, step, guidance_scale, reduction = args
     steps, step = (step, 0) if isinstance(step, torch.Tensor) else (None, step)
-    return _op(*tensors, steps, step, guidance_scale, reduction)
+    run = _launch if launching.plain((*tensors, steps)) else _op
+    return run(*tensors, steps, step, guidance_scale, reduction)
+
+
+def _kernel() -> Any:
+    from prdp_kernels.denoise_step import kernel  # imports triton
+
+    return kernel
 
 
 def _launch(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    from prdp_kernels.denoise_step import kernel  # imports triton
-
-    return kernel.launch(*args)
+    return _kernel().launch(*args)
 
 
 def _fake(model_output: torch.Tensor, sample: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from prdp_kernels import checks, dispatch, layout
+from prdp_kernels import launch as launching
 from prdp_kernels.gaussian_log_prob import reference
 
 
@@ -37,14 +38,19 @@ def gaussian_log_prob(
     """
     op = "gaussian_log_prob"
     args = (model_output, sample, prev_sample, sample_coef, output_coef, std)
+    if checks.is_guidance(guidance_scale):
+        plan = launching.known("log_prob", backend, (guidance_scale is not None, reduction, True), (*args, None))
+        if plan is not None and not (torch.is_grad_enabled() and any(t.requires_grad for t in args)):
+            return _kernel().run(plan, (*args, None), guidance_scale)[0]
+        if plan is not None and not any(t.requires_grad for t in args[1:]):
+            return _LogProb.apply(*args, guidance_scale, reduction)
     _check(op, *args, guidance_scale, reduction)
-    run = dispatch.choose(op, backend, sample, reference=reference.gaussian_log_prob, triton=_log_prob)
-    if run is _log_prob and torch.is_grad_enabled() and any(t.requires_grad for t in args[1:]):
+    run = dispatch.choose(op, backend, sample, reference=reference.gaussian_log_prob, triton=_triton_log_prob)
+    if run is _triton_log_prob and torch.is_grad_enabled() and any(t.requires_grad for t in args[1:]):
         raise NotImplementedError(f"{op}: Triton's gradient reaches model_output only; detach the others, or use backend='torch'")
     return run(*args, guidance_scale, reduction)
 
 
-@torch.no_grad()
 def gaussian_log_prob_and_grad(
     model_output: torch.Tensor,
     sample: torch.Tensor,
@@ -66,13 +72,18 @@ def gaussian_log_prob_and_grad(
     """
     op = "gaussian_log_prob_and_grad"
     args = (model_output, sample, prev_sample, sample_coef, output_coef, std)
+    if checks.is_guidance(guidance_scale) and weights is not None:
+        plan = launching.known("log_prob", backend, (guidance_scale is not None, reduction, True), (*args, weights))
+        if plan is not None:
+            return _kernel().run(plan, (*args, weights), guidance_scale)
     _check(op, *args, guidance_scale, reduction)
     checks.tensors(op, weights=weights)
     checks.floating(op, weights=weights)
     checks.shape(op, sample.shape[:1], weights=weights)
     checks.same_device(op, sample=sample, weights=weights)
-    run = dispatch.choose(op, backend, sample, reference=reference.gaussian_log_prob_and_grad, triton=_log_prob_and_grad)
-    return run(*args, weights, guidance_scale, reduction)
+    run = dispatch.choose(op, backend, sample, reference=reference.gaussian_log_prob_and_grad, triton=_triton_and_grad)
+    with torch.no_grad():
+        return run(*args, weights, guidance_scale, reduction)
 
 
 def _check(
@@ -101,10 +112,42 @@ def _check(
 _TRANSITION = "Tensor model_output, Tensor sample, Tensor prev_sample, Tensor sample_coef, Tensor output_coef, Tensor std"
 
 
-def _launch(*args: Any, **kwargs: Any) -> Any:
+def _kernel() -> Any:
     from prdp_kernels.gaussian_log_prob import kernel  # imports triton
 
-    return kernel.launch(*args, **kwargs)
+    return kernel
+
+
+def _launch(*args: Any, **kwargs: Any) -> Any:
+    return _kernel().launch(*args, **kwargs)
+
+
+class _LogProb(torch.autograd.Function):
+    """The eager road to the kernel and to its gradient; what torch.ops registers below, without its two layers of Python."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> torch.Tensor:
+        ctx.save_for_backward(*args[:6])
+        ctx.options = args[6:]
+        return _launch(*args)[0]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # An autograd engine may hand over an expanded scalar, and sum() does.
+        return _launch(*ctx.saved_tensors, *ctx.options, weights=upstream, want_log_prob=False)[1], *[None] * 7
+
+
+def _triton_log_prob(*args: Any) -> torch.Tensor:
+    if not launching.plain(args[:6]):
+        return _log_prob(*args)
+    return _LogProb.apply(*args)
+
+
+def _triton_and_grad(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    if not launching.plain(args[:7]):
+        return _log_prob_and_grad(*args)
+    return _launch(*args[:6], *args[7:], weights=args[6])
 
 
 def _fake_log_prob(model_output: torch.Tensor, sample: torch.Tensor, prev_sample: torch.Tensor, *_: Any) -> torch.Tensor:

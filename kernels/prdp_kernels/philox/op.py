@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from prdp_kernels import checks, dispatch
+from prdp_kernels import launch as launching
 from prdp_kernels.philox import reference
 
 
@@ -24,6 +25,11 @@ def philox_normal(
     Raises: TypeError, ValueError for arguments of the wrong type, shape or device.
     """
     op = "philox_normal"
+    per_row = isinstance(step, torch.Tensor)
+    if per_row or (type(step) is int and 0 <= step < 2**32):
+        plan = launching.known(op, backend, tuple(shape), (seeds, step if per_row else None))
+        if plan is not None:
+            return _kernel().run(plan, seeds, tuple(shape), *((step, 0) if per_row else (None, step)))
     checks.tensors(op, seeds=seeds)
     checks.int64(op, seeds=seeds)
     if seeds.dim() != 1:
@@ -36,13 +42,18 @@ def philox_normal(
 
 def _triton(seeds: torch.Tensor, shape: Sequence[int], step: int | torch.Tensor) -> torch.Tensor:
     steps, step = (step, 0) if isinstance(step, torch.Tensor) else (None, step)
-    return _op(seeds, shape, steps, step)
+    run = _launch if launching.plain((seeds, steps)) else _op
+    return run(seeds, shape, steps, step)
+
+
+def _kernel() -> Any:
+    from prdp_kernels.philox import kernel  # imports triton
+
+    return kernel
 
 
 def _launch(*args: Any) -> torch.Tensor:
-    from prdp_kernels.philox import kernel  # imports triton
-
-    return kernel.launch(*args)
+    return _kernel().launch(*args)
 
 
 _op = dispatch.define(

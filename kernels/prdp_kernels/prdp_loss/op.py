@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from prdp_kernels import checks, dispatch, layout
+from prdp_kernels import launch as launching
 from prdp_kernels.prdp_loss import reference
 
 
@@ -38,13 +39,19 @@ def prdp_loss(
     Raises: TypeError, ValueError for arguments of the wrong type, shape, device or range.
     """
     args = (log_probs, old_log_probs, ref_log_probs, rewards)
+    if _in_range(clip_range, kl_weight):
+        want_grad = torch.is_grad_enabled() and getattr(log_probs, "requires_grad", False)
+        plan = launching.known("prdp_loss", backend, (want_grad,), args)
+        if plan is not None:
+            if want_grad:
+                return _Loss.apply(*args, clip_range, kl_weight)
+            return _kernel().run(plan, args, clip_range, kl_weight, False)[0]
     _check("prdp_loss", *args, clip_range, kl_weight)
     backend = _backend("prdp_loss", backend, log_probs)
     run = dispatch.choose("prdp_loss", backend, *args, reference=reference.prdp_loss, triton=_triton_loss)
     return run(*args, clip_range, kl_weight)
 
 
-@torch.no_grad()
 def prdp_loss_and_grad(
     log_probs: torch.Tensor,
     old_log_probs: torch.Tensor,
@@ -67,12 +74,17 @@ def prdp_loss_and_grad(
         mean_abs_target   mean of |dr / kl_weight| over the pairs, nats
     """
     args = (log_probs, old_log_probs, ref_log_probs, rewards)
+    if _in_range(clip_range, kl_weight):
+        plan = launching.known("prdp_loss", backend, (True,), args)
+        if plan is not None:
+            return _named(_kernel().run(plan, args, clip_range, kl_weight, True))
     _check("prdp_loss_and_grad", *args, clip_range, kl_weight)
     backend = _backend("prdp_loss_and_grad", backend, log_probs)
     run = dispatch.choose(
         "prdp_loss_and_grad", backend, *args, reference=reference.prdp_loss_and_grad, triton=_triton_loss_and_grad
     )
-    return run(*args, clip_range, kl_weight)
+    with torch.no_grad():
+        return run(*args, clip_range, kl_weight)
 
 
 MAX_IMAGES = 128  # of a group in the Triton kernel, one program of which holds a whole group
@@ -84,6 +96,11 @@ def _backend(op: str, backend: str, log_probs: torch.Tensor) -> str:
     if backend == "triton":
         raise ValueError(f"{op}: backend='triton' takes up to {MAX_IMAGES} images a group, got {log_probs.shape[1]}; use 'auto'")
     return "torch"
+
+
+def _in_range(clip_range: object, kl_weight: object) -> bool:
+    """Whether `_check` takes both numbers, at a glance: what fails here may still pass there."""
+    return type(clip_range) is float and type(kl_weight) is float and clip_range >= 0 and 0 < kl_weight < math.inf
 
 
 def _check(
@@ -110,10 +127,14 @@ def _check(
 
 
 # The Triton operator: (loss, gradient, statistics), of which the loss is differentiable in log_probs.
-def _launch(*args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _kernel() -> Any:
     from prdp_kernels.prdp_loss import kernel  # imports triton
 
-    return kernel.launch(*args)
+    return kernel
+
+
+def _launch(*args: Any, **kwargs: Any) -> Any:
+    return _kernel().launch(*args, **kwargs)
 
 
 def _fake(*args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -130,13 +151,37 @@ _op = dispatch.define(
 )
 
 
+class _Loss(torch.autograd.Function):
+    """The eager road to the kernel; what torch.ops registers below, without its two layers of Python."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> torch.Tensor:
+        loss, grad, _ = _launch(*args)
+        ctx.save_for_backward(grad)
+        ctx.dtype = args[0].dtype
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return _backward(ctx, upstream)
+
+
 def _triton_loss(*args: Any) -> torch.Tensor:
     log_probs, *others, clip_range, kl_weight = args
-    return _op(log_probs, *(t.detach() for t in others), clip_range, kl_weight)[0]
+    if not launching.plain(args[:4]):
+        return _op(log_probs, *(t.detach() for t in others), clip_range, kl_weight)[0]
+    if torch.is_grad_enabled() and log_probs.requires_grad:
+        return _Loss.apply(*args)
+    return _launch(*args, want_grad=False)[0]
 
 
 def _triton_loss_and_grad(*args: Any) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    loss, grad, stats = _op(*args)
+    return _named((_launch if launching.plain(args[:4]) else _op)(*args))
+
+
+def _named(results: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    loss, grad, stats = results
     return loss, grad, dict(zip(reference.STATS, stats.unbind(), strict=True))
 
 
