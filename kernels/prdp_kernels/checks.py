@@ -99,6 +99,6 @@ def latent_dtype(op: str, **named: torch.Tensor) -> None:
             raise TypeError(f"{op}: {name} must be float32 or float64, got {value.dtype}; convert it with .float()")
 
 
-def values_are_at_hand(t: torch.Tensor) -> bool:
+def can_read_values(t: torch.Tensor) -> bool:
     """Whether values may be looked at: not on CUDA, which would wait for the device, and not while a graph is traced."""
     return t.device.type == "cpu" and not torch.compiler.is_compiling()

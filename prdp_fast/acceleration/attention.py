@@ -7,8 +7,10 @@ dispatcher; `sdpa` leaves diffusers' own processor where it was.
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -129,6 +131,29 @@ def set_attention(denoiser: Any, name: str) -> None:
 def candidates(device: torch.device) -> tuple[str, ...]:
     """What may work on this device. Whether it does on this model's shapes and dtype, only a try shows."""
     return ("sdpa", "math") if device.type != "cuda" else tuple(BACKENDS)
+
+
+def math_bytes(denoiser: nn.Module, rows: int, tokens: int) -> int:
+    """What `math` holds at once at this many tokens: the matrix of all pairs, float32, its softmax, and the gradient of it."""
+    heads = max((layer.heads for layer in attention_layers(denoiser)), default=0)
+    return 3 * 4 * rows * heads * tokens**2
+
+
+def xformers_fault() -> str | None:
+    """Why an installed xformers cannot load here, and what mends it; None if nothing is known against it.
+
+    Its wheels are built for CUDA 12. Beside a torch for CUDA 13 they find no CUDA 12 runtime.
+    """
+    if torch.version.cuda is None or torch.version.cuda.startswith("12.") or find_spec("xformers") is None:
+        return None
+    try:
+        ctypes.CDLL("libcudart.so.12")
+    except OSError:
+        return (
+            f"xformers is built for CUDA 12 and finds no libcudart.so.12 beside a torch for CUDA {torch.version.cuda}; "
+            "pip install nvidia-cuda-runtime-cu12 and add its lib folder to LD_LIBRARY_PATH"
+        )
+    return None
 
 
 def fuse_qkv(denoiser: nn.Module) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,7 @@ from prdp_fast.acceleration.payback import WorkLeft, count_blocks, key_of, learn
 from prdp_fast.acceleration.probe import Decision, DenoiserShapes, Probe, choose_variant, first_line, quiet
 from prdp_fast.config.recipe import PerformanceSettings
 from prdp_fast.core.errors import UserError
+from prdp_fast.core.format import format_bytes
 
 NO_FASTER = "no faster"
 PROBE_ROWS = {"cpu": 16, "cuda": 32}  # enough to compare kernels by, and short
@@ -78,7 +79,15 @@ def choose_attention(setting: str, probe: Probe, compiling: bool, remembered: st
         with contextlib.suppress(UserError):
             reason = f"compiled, and no more than {FEW_TOKENS} tokens{lost}"
             return Decision(try_attention("math", probe, variants), reason)
+    needed, most = attention.math_bytes(probe.denoiser, probe.rows, height * width), probe.room()
+    too_large = {}
+    if setting == "auto" and needed > most:
+        del variants["math"]
+        too_large["math"] = f"it would take {format_bytes(needed)}, and a try may take {format_bytes(most)}"
     chosen, times, faults = choose_variant(probe, variants, "sdpa")
+    faults |= too_large
+    if "xformers" in faults and (known := attention.xformers_fault()):
+        faults["xformers"] = known
     out = "".join(f"; no {name}: {reason}" for name, reason in faults.items())
     return Decision(chosen, f"fastest forward and backward, {probe.rows} rows{out}{lost}", times)
 
@@ -370,6 +379,50 @@ def capture(
 
 
 # ------------------------------------------------------------------------------------------------------------------ the whole
+def choose_kernels(
+    denoisers: Denoisers,
+    performance: PerformanceSettings,
+    plan: dict[str, Decision],
+    past: dict[str, str],
+    chooser: Probe,
+    ranks: Ranks,
+) -> dict[str, Decision]:
+    """Attention, the same in every denoiser; layout and joined projections of the reference alone, which is never trained.
+
+    Args: chooser: of the sampled denoiser, few rows, forward and backward: most of the time goes into the update.
+    """
+    compiling = any(decision.value != "off" for decision in plan.values())
+    decisions = {
+        "attention": ranks.first(
+            lambda: choose_attention(performance.attention, chooser, compiling, past.get("attention"))
+        )
+    }  # fmt: skip
+    kernel = decisions["attention"].value
+    for denoiser in denoisers:
+        attention.set_attention(denoiser, kernel)
+    if denoisers.reference is not None:
+        frozen = replace(chooser, denoiser=denoisers.reference, gradients=False)
+        optimizes = plan["reference"].value != "off"
+        decisions["channels_last"] = ranks.first(
+            lambda: choose_channels_last(performance.channels_last, frozen, optimizes, past.get("channels_last"))
+        )
+        if decisions["channels_last"].value == "on":  # on the ranks that measured otherwise
+            denoisers.reference.to(memory_format=torch.channels_last)
+        decisions["fuse_qkv"] = ranks.first(lambda: choose_fuse_qkv(performance.fuse_qkv, frozen, kernel, past.get("fuse_qkv")))
+        if decisions["fuse_qkv"].value == "on":
+            attention.fuse_qkv(denoisers.reference)
+        else:
+            attention.unfuse_qkv(denoisers.reference, forget=True)
+        attention.set_attention(denoisers.reference, kernel)
+    elif denoisers.has_adapter:
+        if performance.fuse_qkv == "on":
+            raise UserError(
+                "performance.fuse_qkv is on, but with model.lora nothing is frozen whose weights it could join; set auto or off"
+            )
+        decisions["fuse_qkv"] = Decision("off", "model.lora: the layers of an adapter stay three products")
+    return decisions
+
+
 def accelerate(
     denoisers: Denoisers,
     performance: PerformanceSettings,
@@ -401,38 +454,11 @@ def accelerate(
 
     result = Acceleration()
     decisions = result.decisions
-    compiling = any(decision.value != "off" for decision in plan.values())
     few_rows = min(PROBE_ROWS.get(device.type, PROBE_ROWS["cpu"]), train_rows)
-    # One kernel for all denoisers, chosen where most of the time goes: in the update.
     chooser = probe(denoisers.sampled, few_rows, gradients=True)
-    decisions["attention"] = ranks.first(
-        lambda: choose_attention(performance.attention, chooser, compiling, past.get("attention"))
-    )
-    kernel = decisions["attention"].value
-    for denoiser in denoisers:
-        attention.set_attention(denoiser, kernel)
-    if denoisers.reference is not None:
-        frozen, optimizes = probe(denoisers.reference, few_rows), plan["reference"].value != "off"
-        decisions["channels_last"] = ranks.first(
-            lambda: choose_channels_last(performance.channels_last, frozen, optimizes, past.get("channels_last"))
-        )
-        if decisions["channels_last"].value == "on":  # on the ranks that measured otherwise
-            denoisers.reference.to(memory_format=torch.channels_last)
-        decisions["fuse_qkv"] = ranks.first(lambda: choose_fuse_qkv(performance.fuse_qkv, frozen, kernel, past.get("fuse_qkv")))
-        if decisions["fuse_qkv"].value == "on":
-            attention.fuse_qkv(denoisers.reference)
-        else:
-            attention.unfuse_qkv(denoisers.reference, forget=True)
-        attention.set_attention(denoisers.reference, kernel)
-    elif denoisers.has_adapter:
-        if performance.fuse_qkv == "on":
-            raise UserError(
-                "performance.fuse_qkv is on, but with model.lora nothing is frozen whose weights it could join; set auto or off"
-            )
-        decisions["fuse_qkv"] = Decision("off", "model.lora: the layers of an adapter stay three products")
-
+    decisions |= choose_kernels(denoisers, performance, plan, past, chooser, ranks)
     key = key_of(denoisers.trained, train_rows, device)
-    if performance.compile == "auto" and compiling and work is not None:
+    if performance.compile == "auto" and work is not None and any(decision.value != "off" for decision in plan.values()):
         probes = {"trained": chooser, "rollout": probe(denoisers.sampled, few_rows)}
         if denoisers.reference is not None:
             probes["reference"] = probe(denoisers.reference, few_rows)

@@ -15,7 +15,7 @@ from torch import nn
 from prdp_fast.acceleration.probe import Decision
 from prdp_fast.core.files import read_json, write_json
 
-# Until this machine has compiled such a model itself: the U-Net of SD 1 (38 repeated blocks) on an H200 with 16 cores, torch 2.11.
+# Until this machine has compiled such a model itself: measured with the U-Net of SD 1 on an H200 with 16 cores, torch 2.11.
 BLOCKS, SECONDS = 38, {"trained": 145.0, "rollout": 54.0, "reference": 35.0}
 # Of the time of a plain call, what the compiled one saved there: forward and backward of compiled blocks, a whole forward.
 SAVED = {"trained": 0.12, "rollout": 0.32, "reference": 0.32}

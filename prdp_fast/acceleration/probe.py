@@ -7,6 +7,7 @@ import logging
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -111,6 +112,10 @@ class Probe:
             if not error <= tolerance:
                 raise Unsuitable(f"its {what} is off by {error:.1e} of the plain model's, more than rounding ({tolerance:.0e})")
 
+    def room(self) -> float:
+        """Bytes that a try may take: an eighth of what is free on a GPU, so that it cannot take a job down. No bound on a CPU."""
+        return torch.cuda.mem_get_info(self.device)[0] / 8 if self.device.type == "cuda" else math.inf
+
     def time(self, calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
         """Median milliseconds of each call, taken in turns: another process's burst then hits all of them.
 
@@ -152,11 +157,13 @@ def first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Whatever a library logs while it is tried is not shown: a fault is told as one reason."""
+    """Whatever a library logs or warns of while it is tried is not shown: a fault is told as one reason."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.disable(before)
 
@@ -194,7 +201,8 @@ def choose_variant(
             apply()
             return probe.run(inputs)
 
-        times = probe.time({name: partial(run, apply) for name, apply in works.items()})
+        with quiet():
+            times = probe.time({name: partial(run, apply) for name, apply in works.items()})
     chosen = fastest(times, default, MARGIN.get(probe.device.type, 0.1)) if times else default
     variants[chosen]()
     return chosen, times, faults

@@ -180,7 +180,10 @@ class PerformanceSettings(Section):
     compile: Annotated[Literal["auto", "off", "blocks", "full"], BeforeValidator(_switch)] = Field(
         "auto", description="torch.compile of the denoiser: its repeated blocks (starts soon) or all of it"
     )
-    compile_cache: str | None = Field(None, description="directory of compiled code, for a quick second start; null: on a GPU the user's cache, else torch's own")
+    compile_cache: str | None = Field(
+        None,
+        description="directory of compiled code, for a quick second start; null: on a GPU the user's cache, else torch's own",
+    )
     cuda_graphs: Switch = Field("auto", description="capture the rollout's fixed shapes")
     channels_last: Switch = "auto"
     fuse_qkv: Switch = Field("auto", description="one matrix product for query, key and value of the frozen denoisers")

@@ -113,7 +113,7 @@ def check_attention(runs: Path) -> Outcome:
     """Every kernel that `performance.attention: auto` would try, forward and backward, against torch's own."""
     import torch
 
-    from prdp_fast.acceleration.attention import candidates, set_attention
+    from prdp_fast.acceleration.attention import candidates, set_attention, xformers_fault
     from prdp_fast.acceleration.probe import Probe, choose_variant
 
     pipeline = embedded_model()
@@ -125,5 +125,7 @@ def check_attention(runs: Path) -> Outcome:
     variants: dict[str, Any] = {name: partial(set_attention, denoiser, name) for name in names}
     probe = Probe(denoiser, pipeline.family, rows=2, device=device, dtype=dtype, gradients=True)
     _, _, reasons = choose_variant(probe, variants, "sdpa")
+    if "xformers" in reasons and (known := xformers_fault()):
+        reasons["xformers"] = known
     out = "".join(f", no {name} ({reason})" for name, reason in reasons.items())
     return ok(f"{', '.join(name for name in names if name not in reasons)} work in {str(dtype).removeprefix('torch.')}{out}")

@@ -6,6 +6,7 @@ Tolerances are relative, ||fast - plain|| / ||plain||, float32: 1e-5 for a whole
 from __future__ import annotations
 
 import json
+import warnings
 
 import launching
 import pytest
@@ -410,3 +411,58 @@ def test_stages_with_everything_on(stages, stage):
     assert tuple(decisions[f"compile {role}"] for role in ("trained", "rollout") if stage) == expected
     if stage < 2:
         assert decisions["fuse_qkv"] == "on"
+
+
+def test_xformers_without_its_cuda_runtime_is_explained(monkeypatch):
+    """As beside a torch for CUDA 13, where its wheels for CUDA 12 are found and do not load."""
+    assert attention.xformers_fault() is None  # no CUDA here
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(attention, "find_spec", lambda name: object())
+
+    def missing(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(attention.ctypes, "CDLL", missing)
+    line = attention.xformers_fault()
+    assert "no libcudart.so.12 beside a torch for CUDA 13.0" in line and "pip install nvidia-cuda-runtime-cu12" in line
+    # and that is the reason that is told, whatever the dispatcher says.
+    monkeypatch.setattr(attention, "candidates", lambda device: ("sdpa", "xformers"))
+    real = attention.set_attention
+
+    def refusing(denoiser, name):
+        if name == "xformers":
+            raise RuntimeError("No operator found")
+        real(denoiser, name)
+
+    monkeypatch.setattr(attention, "set_attention", refusing)
+    reason = choose(small_unet(), attention="auto").decisions["attention"].reason
+    assert "no xformers: xformers is built for CUDA 12" in reason
+    monkeypatch.setattr(attention.ctypes, "CDLL", lambda name: object())
+    assert attention.xformers_fault() is None
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(attention.ctypes, "CDLL", missing)
+    assert attention.xformers_fault() is None
+
+
+def test_a_try_takes_no_more_than_its_share_of_the_memory(monkeypatch):
+    denoiser = small_unet()
+    heads = max(layer.heads for layer in attention.attention_layers(denoiser))
+    needed = attention.math_bytes(denoiser, ROWS, 16)
+    assert needed == 3 * ROWS * heads * 16 * 16 * 4
+    # SD 1 at 32 rows: 8 heads, 64 x 64 tokens: a matrix of 16 GiB, three times.
+    assert 32 * 8 * 4096**2 * 4 == 16 * 2**30
+    for room, tried in ((needed, True), (needed - 1, False)):
+        monkeypatch.setattr(Probe, "room", lambda self, room=room: room)
+        decision = choose(denoiser, attention="auto").decisions["attention"]
+        assert ("math" in decision.milliseconds) == tried
+        assert ("no math: it would take" in decision.reason) != tried
+
+
+def test_trying_shows_no_warning(recwarn):
+    def noisy():
+        warnings.warn("a kernel of another library was not found", stacklevel=1)
+
+    denoiser = small_unet()
+    _, times, faults = choose_variant(probe_of(denoiser), {"sdpa": lambda: None, "noisy": noisy}, "sdpa")
+    assert len(times) == 2 and not faults
+    assert not recwarn.list

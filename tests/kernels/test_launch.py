@@ -80,7 +80,7 @@ def dry(monkeypatch):
     launcher = Dry()
     monkeypatch.setattr(launching, "LAUNCHER", launcher)
     monkeypatch.setattr(launching, "PLANS", launching.Bounded(launching.LIMIT))
-    monkeypatch.setattr(checks, "values_are_at_hand", lambda t: False)
+    monkeypatch.setattr(checks, "can_read_values", lambda t: False)
     return launcher
 
 

@@ -311,7 +311,7 @@ def test_passes_never_wait_for_the_device(monkeypatch) -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     # Values of std are looked at on the CPU only.
-    monkeypatch.setattr("prdp_kernels.checks.values_are_at_hand", lambda t: False)
+    monkeypatch.setattr("prdp_kernels.checks.can_read_values", lambda t: False)
 
     class Waits(TorchDispatchMode):
         count = 0

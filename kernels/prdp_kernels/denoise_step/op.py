@@ -58,7 +58,7 @@ def denoise_step(
         checks.shape(op, sample.shape[:1], seeds=seeds)
         checks.same_device(op, sample=sample, seeds=seeds)
         checks.step(op, step, seeds)
-    if checks.values_are_at_hand(std) and not (std >= 0).all():
+    if checks.can_read_values(std) and not (std >= 0).all():
         raise ValueError(f"{op}: std must not be negative or NaN, got {std.min().item():g}")
     run = dispatch.choose(op, backend, sample, reference=reference.denoise_step, triton=_triton)
     with torch.no_grad():

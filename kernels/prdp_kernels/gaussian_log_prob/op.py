@@ -102,7 +102,7 @@ def _check(
     checks.latent_dtype(op, prev_sample=prev_sample)
     checks.shape(op, sample.shape, prev_sample=prev_sample)
     checks.same_device(op, sample=sample, prev_sample=prev_sample)
-    if checks.values_are_at_hand(std) and not (std > 0).all():
+    if checks.can_read_values(std) and not (std > 0).all():
         raise ValueError(
             f"{op}: std must be positive, got {std.min().item():g}; a deterministic step has no density, leave it out"
         )
