@@ -64,13 +64,14 @@ docs: $(DOCS_STAMP)
 bench: $(STAMP)
 	@. $(VENV)/bin/activate && OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} python -m pytest -q benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds $(ARGS)
 
-# Not the virtual environment: the machine's own python, with the CUDA build of torch that fits its driver.
+# Not the virtual environment: the machine's own python, with the CUDA build of torch that fits its driver. This package may not be
+# installed there.
 gpu-check:
-	@$(PYTHON) benchmarks/gpu_check.py $(ARGS)
+	@PYTHONPATH=.:kernels$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m benchmarks.kernels.gpu_check $(ARGS)
 
 # Likewise; it needs what training needs in that python.
 gpu-bench:
-	@$(PYTHON) benchmarks/gpu_bench.py $(ARGS)
+	@PYTHONPATH=.:kernels$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m benchmarks.epoch.gpu_bench $(ARGS)
 
 clean:
 	@rm -rf build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

@@ -1,4 +1,4 @@
-"""The job whose phases are measured, shared by the files here; and what the numbers of a run are, and are not."""
+"""The job whose phases `make bench` measures, and what is printed below the table."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
-    from benchmarks.phases import PhaseCalls
-    from benchmarks.workload import Workload
+    from benchmarks.epoch.phases import PhaseCalls
+    from benchmarks.epoch.workload import Workload
 
 ROUNDS = 5
 
@@ -19,17 +19,17 @@ ROUNDS = 5
 @pytest.fixture(scope="session")
 def workload() -> Iterator[Workload]:
     """The embedded model at an eighth of its recipe's epoch."""
-    from benchmarks.workload import Workload  # DeepSpeed and diffusers: not for the operators' benchmarks
+    from benchmarks.epoch.workload import TINY, Workload  # the operators' benchmarks need neither DeepSpeed nor diffusers
     from prdp_fast.core import distributed
 
     torch.set_num_threads(1)
-    yield Workload.build("tiny", ["schedule.prompts_per_epoch=2"])
+    yield Workload.build(TINY, ["schedule.prompts_per_epoch=2"])
     distributed.shutdown()
 
 
 @pytest.fixture(scope="session")
 def phase_calls(workload: Workload) -> dict[str, PhaseCalls]:
-    from benchmarks import phases
+    from benchmarks.epoch import phases
 
     return phases.phase_calls(workload)
 
@@ -50,27 +50,26 @@ def measure(benchmark: Any, workload: Workload) -> Measure:
 
 @pytest.fixture
 def measure_against_bare(benchmark: Any, measure: Measure, workload: Workload, phase_calls: dict[str, PhaseCalls]) -> Measure:
-    """Time a phase, its bare U-Net calls before it in every round: `overhead` is the median of the rounds' ratios."""
-    from benchmarks import phases
+    """Time a phase, with its bare denoiser calls before it in every round: `overhead` is the median of the rounds' ratios."""
+    from benchmarks.lib.timing import peak_tflop_per_s, wall_clock
 
     def run(name: str) -> None:
         phase_call = phase_calls[name]
         assert phase_call.bare is not None
-        device, bare = workload.embeddings.prompt_embeds.device, phase_call.bare
-        watch, taken, peak = phases.stopwatch(device), [], 0.0
+        bare = phase_call.bare
+        watch, taken, peak = wall_clock(workload.device), [], 0.0
 
         def before() -> None:
             nonlocal peak
-            peak = max(peak, phases.peak_tflop_per_s(device, workload.embeddings.prompt_embeds.dtype, rounds=3))
+            peak = max(peak, peak_tflop_per_s(workload.device, workload.dtype, rounds=3))
             taken.append(watch(bare))
 
         measure(phase_call.run, setup=before)
         own = benchmark.stats.stats.data  # seconds, of the rounds that count: the warm-up came first
         ratios = [1e3 * one / other for one, other in zip(own, taken[-len(own) :], strict=True)]
-        tflop = phase_call.denoiser_rows * phase_call.forwards * phases.tflop_per_row(workload)
-        share = tflop / statistics.median(own) / peak
+        share = phase_call.tflop / statistics.median(own) / peak
         benchmark.extra_info.update(
-            rows=phase_call.denoiser_rows, tflop=tflop, share_of_peak=share, overhead=statistics.median(ratios)
+            rows=phase_call.denoiser_rows, tflop=phase_call.tflop, share_of_peak=share, overhead=statistics.median(ratios)
         )  # fmt: skip
 
     return run

@@ -102,7 +102,7 @@ class Prepared:
 
 
 class Launcher:
-    """Launches on CUDA, and in Triton's interpreter. The tests and `benchmarks/host_launch.py` put others in its place."""
+    """Launches on CUDA, and in Triton's interpreter. The tests and `benchmarks/kernels/host_launch.py` put others in its place."""
 
     direct = os.environ.get("PRDP_KERNELS_DIRECT", "1") != "0"  # whether compiled kernels are called without Triton's launcher
 
@@ -131,7 +131,7 @@ class Launcher:
         except (
             TypeError,
             AttributeError,
-        ):  # another Triton, whose kernels are called otherwise; nothing was launched
+        ):  # another Triton calls them otherwise; nothing was launched
             self.direct = False
             self.compile(prepared, tensors, scalars)
 

@@ -171,7 +171,7 @@ def predict_epoch(
     """Epoch time on `gpus` GPUs, from phases measured on one GPU with the whole epoch's prompts.
 
     A ring moves (n-1)/n of a tensor through each link for a reduce-scatter or an all-gather, and an all-reduce is one of each.
-    What DeepSpeed 0.19.8 sends, as counted by `benchmarks/traffic.py`:
+    What DeepSpeed 0.19.8 sends, as counted by `benchmarks/lib/traffic.py`:
 
         stage 0     gradients all-reduced once an update
         stage 1, 2  gradients all-reduced, where a reduce-scatter would do (a rank drops what it does not keep), the optimizer's

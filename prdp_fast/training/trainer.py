@@ -23,7 +23,7 @@ from prdp_fast.core import distributed, run_directory
 from prdp_fast.core.errors import RewardError, UserError
 from prdp_fast.core.files import read_json, write_json
 from prdp_fast.core.format import format_bytes
-from prdp_fast.core.records import Prompt, TextEmbeddings
+from prdp_fast.core.records import Prompt, TextEmbeddings, Trajectories
 from prdp_fast.evaluation.run import Evaluation, evaluate
 from prdp_fast.models.lora import add_adapter
 from prdp_fast.models.pipeline import Pipeline
@@ -41,7 +41,7 @@ from prdp_fast.training import results
 from prdp_fast.training.checkpoint import Checkpoints
 from prdp_fast.training.engine import ZeroEngine
 from prdp_fast.training.metrics import epoch_metrics
-from prdp_fast.training.passes import reference_pass
+from prdp_fast.training.passes import Reference, reference_pass
 from prdp_fast.training.state import TrainState
 from prdp_fast.training.telemetry import Telemetry
 from prdp_fast.training.update import Experience, UpdateReport, drift_warning, run_updates
@@ -152,31 +152,38 @@ class Trainer:
 
     def collect(self) -> Experience:
         """What one epoch learns from. Noise and subsets follow from the seed and the epoch: a repetition has the same."""
-        settings, schedule, policy = self.job.settings, self.job.settings.schedule, self.job.policy
         with self.telemetry.phase("prompts"):
             prompts = self.stream.epoch(self.state.epoch)
             embeddings = self.encode(prompts)
-        with self.telemetry.phase("rollout"), self.engine.sampling_denoiser() as denoiser:
-            trajectories = rollout(
-                policy, denoiser, prompts, embeddings, images_per_prompt=schedule.images_per_prompt,
-                latent_shape=self.pipeline.latent_shape, batch=settings.sampler.rollout_batch, seed=settings.seed,
-                epoch=self.state.epoch,
-            )  # fmt: skip
+        trajectories = self.sample(prompts, embeddings)
         with self.telemetry.phase("decode"):
             images = self.pipeline.decode(trajectories.latents[:, -1])
-        rows = [prompt for prompt in prompts for _ in range(schedule.images_per_prompt)]
+        rows = [prompt for prompt in prompts for _ in range(self.job.settings.schedule.images_per_prompt)]
         scoring = self.scorer.start(
             partial(self.job.rewards.score, images, [row.text for row in rows], [row.metadata for row in rows])
         )
         reference = None
         if self.objective.needs_reference and self.engine.updates > 0:  # before the first update the policy is the reference
-            with self.telemetry.phase("reference"), self.reference_denoiser() as frozen:
-                reference = reference_pass(
-                    policy, frozen, trajectories, self.micro_batch, schedule.reference_timesteps
-                )  # fmt: skip
+            reference = self.reference_log_probs(trajectories)
         with self.telemetry.phase("reward"), agree_on_rewards():
             scores = scoring()
         return Experience(trajectories, scores, reference)
+
+    def sample(self, prompts: list[Prompt], embeddings: TextEmbeddings) -> Trajectories:
+        """B trajectories of each prompt from the current policy. embeddings: one row per prompt."""
+        settings = self.job.settings
+        with self.telemetry.phase("rollout"), self.engine.sampling_denoiser() as denoiser:
+            return rollout(
+                self.job.policy, denoiser, prompts, embeddings, images_per_prompt=settings.schedule.images_per_prompt,
+                latent_shape=self.pipeline.latent_shape, batch=settings.sampler.rollout_batch, seed=settings.seed,
+                epoch=self.state.epoch,
+            )  # fmt: skip
+
+    def reference_log_probs(self, trajectories: Trajectories) -> Reference:
+        """Log-probs of the stored steps under the reference."""
+        timesteps = self.job.settings.schedule.reference_timesteps
+        with self.telemetry.phase("reference"), self.reference_denoiser() as frozen:
+            return reference_pass(self.job.policy, frozen, trajectories, self.micro_batch, timesteps)
 
     def update(self, experience: Experience) -> UpdateReport:
         """K gradient steps on what was collected."""

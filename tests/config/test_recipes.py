@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from published import PIPELINES, write_configurations
 
+from benchmarks.lib.published import HUB_IDS, write_configurations
 from prdp_fast.commands import evaluate as evaluate_command
 from prdp_fast.config.load import RECIPES, load_recipe
 from prdp_fast.config.recipe import Settings
@@ -124,7 +124,7 @@ def head(name: str) -> list[str]:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     directory = tmp_path_factory.mktemp("published")
-    return {hub_id: str(write_configurations(hub_id, directory / hub_id.replace("/", "--"))) for hub_id in PIPELINES}
+    return {hub_id: str(write_configurations(preset, directory / preset)) for hub_id, preset in HUB_IDS.items()}
 
 
 @cache

@@ -1,0 +1,1 @@
+"""What measurements share: command lines, provenance, clocks, memory, traffic between ranks, published configurations."""
