@@ -102,7 +102,7 @@ class Prepared:
 
 
 class Launcher:
-    """Launches on CUDA, and in Triton's interpreter. The tests and `benchmarks/kernels/host_launch.py` put others in its place."""
+    """Launches on CUDA, and in Triton's interpreter. Tests and `benchmarks/kernels/host_launch.py` put others in its place."""
 
     direct = os.environ.get("PRDP_KERNELS_DIRECT", "1") != "0"  # whether compiled kernels are called without Triton's launcher
 

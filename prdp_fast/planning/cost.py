@@ -35,7 +35,7 @@ PEAK_TFLOPS = {
 
 def denoiser_flop(shapes: Family) -> int:
     """FLOP of the denoiser's forward for one row, matrix products, convolutions and attention, counted on the meta device."""
-    denoiser = shapes.meta_denoiser().eval()
+    denoiser = shapes.counted_denoiser
     inputs = shapes.denoiser_inputs(1, "meta")
     counter = FlopCounterMode(display=False)
     # There attention is its two matrix products, so what a fused kernel would do is counted too.
@@ -51,11 +51,12 @@ def backward_per_forward(shapes: Family) -> float:
     """
     if shapes.lora is None:
         return BACKWARD_PER_FORWARD
-    denoiser = shapes.meta_denoiser().eval()
-    counter = FlopCounterMode(display=False)
-    with counter:
-        denoiser(**shapes.denoiser_inputs(1, "meta"))[0].sum().backward()
-    return counter.get_total_flops() / denoiser_flop(shapes) - 1
+    forward, both = FlopCounterMode(display=False), FlopCounterMode(display=False)
+    with both:
+        with forward:
+            output = shapes.counted_denoiser(**shapes.denoiser_inputs(1, "meta"))[0]
+        output.sum().backward()
+    return both.get_total_flops() / forward.get_total_flops() - 1
 
 
 @dataclass(frozen=True)

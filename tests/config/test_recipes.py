@@ -18,6 +18,7 @@ import torch
 
 from benchmarks.lib.published import HUB_IDS, write_configurations
 from prdp_fast.commands import evaluate as evaluate_command
+from prdp_fast.commands import train as train_command
 from prdp_fast.config.load import RECIPES, load_recipe
 from prdp_fast.config.recipe import Settings
 from prdp_fast.core.format import format_flop
@@ -27,7 +28,6 @@ from prdp_fast.planning.job import Job
 from prdp_fast.planning.memory import Activations, fake_activations, plan_memory
 from prdp_fast.planning.micro_batch import choose_micro_batch
 from prdp_fast.prompts.stream import PromptSet
-from prdp_fast.train import parse
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -84,7 +84,9 @@ def test_it_loads_and_its_launch_commands_are_real(name: str) -> None:
     assert launches or name not in (*PAPER, *OWN)
     for words in launches:
         script = words.index("prdp_fast/train.py")
-        args = parse(words[script + 1 :])
+        parser = argparse.ArgumentParser()
+        train_command.add_arguments(parser)
+        args = parser.parse_args(words[script + 1 :])
         assert args.recipe == name and (ROOT / "configs" / args.config).is_file()
         load_recipe(args.recipe, args.overrides).check_ranks(int(words[2]) if words[1] == "--num_gpus" else 1)
     for words in map(shlex.split, commands):
@@ -150,15 +152,19 @@ def job_of(name: str, model: str, config: str, gpus: int) -> Job:
     return Job.prepare(settings, config, world_size=gpus, cuda=True)
 
 
+def rows_of(job: Job) -> dict[str, cost.PhaseRows]:
+    return cost.epoch_rows(job.settings.schedule, job.policy, needs_reference=job.needs_reference)
+
+
 def estimate(job: Job, settings: Settings, gpus: int) -> str:
     key = str(settings.model.lora)
     LORA_OF[key] = settings.model.lora
     recompute = settings.performance.activation_checkpointing
-    shapes, activations, flop, backward = sizes(settings.model.pretrained, key, recompute, job.config.dtype)
-    footprint = replace(job.footprint(shapes, cuda=True), activations=activations)
+    _, activations, flop, backward = sizes(settings.model.pretrained, key, recompute, job.config.dtype)
+    footprint = replace(job.footprint(cuda=True), activations=activations)
     rows = choose_micro_batch(footprint, int(MEMORY), most=job.rows_per_update)
     plan = plan_memory(replace(footprint, micro_batch=rows))
-    total = sum(phase.flop(flop, recompute, backward) for phase in job.epoch_rows().values())
+    total = sum(phase.flop(flop, recompute, backward) for phase in rows_of(job).values())
     peak = cost.device_peak(PEAK, job.config.dtype, tf32=settings.performance.tf32 == "on")
     assert peak is not None and plan.fits(int(MEMORY))
     precision = {torch.bfloat16: "bf16", torch.float32: "float32 (TF32)"}[job.config.dtype]

@@ -95,12 +95,17 @@ class Family(ABC):
     @cached_property
     def denoiser_parameters(self) -> int:
         """The adapter's included."""
-        return count_parameters(self.meta_denoiser())
+        return count_parameters(self.counted_denoiser)
 
     @cached_property
     def trained_parameters(self) -> int:
         """The adapter's, or all."""
-        return sum(parameter.numel() for parameter in self.meta_denoiser().parameters() if parameter.requires_grad)
+        return sum(parameter.numel() for parameter in self.counted_denoiser.parameters() if parameter.requires_grad)
+
+    @cached_property
+    def counted_denoiser(self) -> nn.Module:
+        """A `meta_denoiser` for counting, made once: building SDXL's takes seconds."""
+        return self.meta_denoiser().eval()
 
     def meta_denoiser(self) -> nn.Module:
         """Shapes without memory, on torch's meta device. With the adapter, if there is one; what is trained requires gradients.
