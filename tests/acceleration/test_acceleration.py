@@ -466,3 +466,32 @@ def test_trying_shows_no_warning(recwarn):
     _, times, faults = choose_variant(probe_of(denoiser), {"sdpa": lambda: None, "noisy": noisy}, "sdpa")
     assert len(times) == 2 and not faults
     assert not recwarn.list
+
+
+def test_a_kernel_that_a_run_had_and_that_fails_now_is_told():
+    """A resumed run would round otherwise without a word."""
+    decision = choose(small_unet(), attention="auto", remembered={"attention": {"value": "flash"}}).decisions["attention"]
+    assert decision.value in ("sdpa", "math")
+    assert "flash needs another device than cpu" in decision.reason
+
+
+def test_a_resumed_run_records_and_tells_what_changed(tmp_path):
+    from types import SimpleNamespace
+
+    from prdp_fast.core.files import read_json, write_json
+    from prdp_fast.core.run_directory import ACCELERATION
+    from prdp_fast.training.trainer import Trainer
+
+    said: list[str] = []
+    chosen = acceleration.Acceleration(
+        {"attention": Decision("sdpa", "flash does not work here"), "tf32": Decision("off", "as set")}
+    )
+    trainer = SimpleNamespace(output=tmp_path, acceleration=chosen, telemetry=SimpleNamespace(message=said.append))
+    Trainer.record_acceleration(trainer)  # type: ignore[arg-type]
+    assert not said and read_json(tmp_path / ACCELERATION)["attention"]["value"] == "sdpa"
+    write_json(tmp_path / ACCELERATION, chosen.record() | {"attention": {"value": "flash", "reason": "", "milliseconds": {}}})
+    Trainer.record_acceleration(trainer)  # type: ignore[arg-type]
+    assert len(said) == 1 and said[0].startswith("attention was 'flash' when the run started and is 'sdpa' now (flash does not")
+    assert read_json(tmp_path / ACCELERATION)["attention"]["value"] == "sdpa"
+    Trainer.record_acceleration(trainer)  # type: ignore[arg-type]
+    assert len(said) == 1
