@@ -24,6 +24,8 @@ from prdp_fast.acceleration.probe import Decision, Probe, Unsuitable, choose_var
 from prdp_fast.config.recipe import PerformanceSettings
 from prdp_fast.core.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 TOLERANCE = 1e-5
 ROWS = 3

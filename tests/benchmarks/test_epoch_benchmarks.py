@@ -32,6 +32,8 @@ from prdp_fast.models.families import read_family
 from prdp_fast.models.text import TextEncoder
 from prdp_fast.sampling.transitions import Transitions
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["schedule.prompts_per_epoch=3", "schedule.images_per_prompt=2"]
 
 

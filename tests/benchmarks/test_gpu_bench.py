@@ -14,6 +14,8 @@ from benchmarks.epoch import gpu_bench
 from benchmarks.epoch.gpu_bench import PHASES, Agreement, relative_distance, results, rounds_in_time, speed_ups, table
 from benchmarks.lib import command
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["--preset", "tiny", "--steps", "2", "--prompts", "1", "--images-per-prompt", "2", "--batch", "2", "--rounds", "2"]
 
 

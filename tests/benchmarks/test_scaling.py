@@ -15,6 +15,8 @@ from benchmarks.lib import command
 from benchmarks.lib.command import ROOT
 from prdp_fast.planning.cost import predict_epoch
 
+pytestmark = pytest.mark.slow
+
 RANKS, FLOAT32 = 2, 4
 
 

@@ -23,6 +23,8 @@ from prdp_fast.core.errors import UserError
 from prdp_fast.doctor import Check, Outcome, engine, installation, machine, requirements
 from prdp_fast.doctor.checks import fault, note, ok
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 RUNS = Path("runs")
 

@@ -31,6 +31,8 @@ from prdp_fast.evaluation.plan import Model, find_set, parse_reward, plan_evalua
 from prdp_fast.evaluation.request import EvaluationRequest
 from prdp_fast.world import TINY
 
+pytestmark = pytest.mark.slow
+
 UNET = "unet/diffusion_pytorch_model.safetensors"
 FAST = ["--steps", "2", "--samples", "2", "--limit", "5", "--batch", "4"]  # blocks of two prompts: 2, 2, 1
 MODEL = ["--prompts", "scenes:unseen_eval", "--rewards", "jpeg_size", "--guidance", "none"]

@@ -17,6 +17,8 @@ import torch
 from launching import TRAIN, deepspeed_command
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow
+
 SMALL = [
     "--recipe", "smoke", "--config", "zero2.json", "--set", "schedule.epochs=5", "--set", "evaluation.prompts=48",
     "--set", "sampler.num_inference_steps=3", "--set", "checkpoint.keep=2",

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import pytest
 from compare import INTERPRETED
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton")
 if not INTERPRETED:
     pytest.skip(

@@ -21,6 +21,8 @@ from prdp_fast.planning.job import Job
 from prdp_fast.planning.memory import Activations, Footprint, plan_memory
 from prdp_fast.training.engine import StepResult, ZeroEngine
 
+pytestmark = pytest.mark.slow
+
 DECAY = 0.7
 OPTIMIZER = OptimizerSettings(learning_rate=1e-2, weight_decay=0.0, eps=1e-4)
 

@@ -27,6 +27,8 @@ from prdp_fast.planning.memory import Activations, Footprint, fake_activations, 
 from prdp_fast.training.engine import StepResult, ZeroEngine
 from prdp_fast.training.passes import log_prob_pass, reference_pass
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 LORA = LoraSettings(rank=3, alpha=5.0)
 SHAPES = StableDiffusion(dict(small_unet().config), text_length=6, lora=LORA)

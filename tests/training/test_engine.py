@@ -9,6 +9,8 @@ import pytest
 from drive_engine import BACKWARDS, CASES
 from launching import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
 def results(request, tmp_path_factory) -> dict[str, dict]:

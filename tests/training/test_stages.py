@@ -19,6 +19,8 @@ from prdp_fast.rewards import build_rewards
 from prdp_fast.sampling.transitions import Transitions
 from prdp_kernels import derive_seeds, philox_normal, prdp_loss
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = ["zero0.json", "zero1.json", "zero2.json", "zero3.json", "zero3_offload.json"]
 
 
