@@ -1,7 +1,7 @@
 """Serve a reward over HTTP, for the `http` reward of jobs elsewhere.
 
     prdp serve-reward jpeg_size --option quality=80 --port 8000
-    prdp serve-reward python --option function=my_reward.py:brightness --host 0.0.0.0 --token-env SCORER_TOKEN
+    prdp serve-reward python --option function=my_reward.py:brightness --host 0.0.0.0 --token-env PRDP_SCORER_TOKEN
 
 docs/http_reward.md describes the protocol. Requests are scored one at a time, in the order in which they came.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import socket
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 
 from prdp_fast.config.load import parse_value
 from prdp_fast.core.errors import UserError
-from prdp_fast.rewards.http import read_token
+from prdp_fast.rewards.http import is_this_machine, read_token
 from prdp_fast.rewards.registry import build_reward
 from prdp_fast.rewards.scoring_model import choose_device
 from prdp_fast.rewards.server import build_app
@@ -56,6 +57,11 @@ def run(args: argparse.Namespace) -> int:
     reward.prepare()  # before the port is there: a client that finds it finds a model behind it
     with listen(args.host, args.port) as listener:
         host, port = listener.getsockname()[:2]
+        if token is None and not is_this_machine(host):
+            print(
+                f"warning: whoever reaches {host} can use this server; give --token-env, or --host 127.0.0.1",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
         print(f"serving {reward.name} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
         uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
     return 0

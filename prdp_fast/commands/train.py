@@ -53,6 +53,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return 130
 
 
 def run(args: argparse.Namespace) -> int:
@@ -106,6 +109,8 @@ def free_port() -> int:
 
 def train(args: argparse.Namespace) -> int:
     """Run the job in this process, which is one of its ranks. Raises: UserError, on every rank."""
+    if not args.dry_run:
+        environment.check_launch()
     settings = load_recipe(args.recipe, args.overrides, seed=args.seed)
     settings.check_ranks(int(os.environ.get("WORLD_SIZE", "1")))
 
@@ -129,7 +134,7 @@ def train(args: argparse.Namespace) -> int:
     from prdp_fast.training.trainer import Trainer
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    device = distributed.init()
+    device = distributed.init(longest_wait_s=len(settings.rewards) * settings.schedule.reward_timeout_s)
     try:
         claim_for_all(output, job, args.resume)
         summary = Trainer.build(job, device, output).train()

@@ -40,7 +40,7 @@ def load_recipe(name: str, overrides: list[str] | None = None, *, seed: int | No
     """
     path = find_recipe(name)
     try:
-        raw = yaml.load(path.read_text(), Loader=_RecipeLoader)
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_RecipeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path.name}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):

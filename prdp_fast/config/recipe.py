@@ -159,6 +159,9 @@ class ScheduleSettings(Section):
         description="of a reward, after its own retries: end with a checkpoint, or repeat the epoch, same prompts and noise",
     )
     max_repeats: int = Field(3, ge=1, description="of one epoch or evaluation; the run stops after the last")
+    reward_timeout_s: float = Field(
+        540, gt=0, description="seconds that each reward has to score a rank's images; then it failed"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> ScheduleSettings:
@@ -202,7 +205,7 @@ class EvaluationSettings(Section):
     prompts: int = Field(96, ge=0, description="prompts of each evaluation set; 0 evaluates nothing")
     images_per_prompt: int = Field(1, ge=1)
     every: int = Field(0, ge=0, description="epochs between evaluations of the seen set and sample grids; 0: ends only")
-    seed: int = Field(0, ge=0, description="draws the evaluation prompts and their noise, the same before and after")
+    seed: int = Field(0, ge=0, lt=2**63, description="draws the evaluation prompts and their noise, the same before and after")
 
 
 class CheckpointSettings(Section):
@@ -213,7 +216,7 @@ class CheckpointSettings(Section):
 class Settings(Section):
     """One job."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     kernels: Literal["auto", "triton", "torch"] = "auto"
     model: ModelSettings = ModelSettings()
     sampler: SamplerSettings = SamplerSettings()

@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from prdp_fast.core.errors import UserError
+
 _OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+
+MARGIN_S = 120.0  # what ranks may differ by beside the longest that one may legitimately take
 
 # Reduces a few numbers over all ranks: `all_reduce` below, or a stand-in of a single process.
 AllReduce = Callable[[list[float], str], list[float]]
@@ -37,19 +42,49 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def init() -> torch.device:
-    """Join the job's process group (NCCL on CUDA, gloo on CPU) and return this rank's device."""
+def init(longest_wait_s: float = 0.0) -> torch.device:
+    """Join the job's process group (NCCL on CUDA, gloo on CPU) and return this rank's device.
+
+    Args: longest_wait_s: how long one rank may keep the others waiting before it says itself that something is wrong.
+    Raises: UserError if the ranks cannot meet, or this one has no GPU of its own.
+    """
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
+        if device.index >= torch.cuda.device_count():
+            raise UserError(
+                f"LOCAL_RANK is {device.index}, and this process sees {torch.cuda.device_count()} GPUs; start as many ranks a "
+                "machine as it has GPUs, and let each see all of them"
+            )
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         options: dict[str, Any] = {"backend": "nccl", "device_id": device} if cuda else {"backend": "gloo"}
         if "RANK" not in os.environ:
             # Run by python itself: a job of one, which needs no address and so takes no port.
             options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group(**options)
+        usual = (dist.constants.default_pg_nccl_timeout if cuda else None) or dist.constants.default_pg_timeout
+        options["timeout"] = max(usual, timedelta(seconds=longest_wait_s + MARGIN_S))
+        try:
+            dist.init_process_group(**options)
+        except (ValueError, RuntimeError) as error:  # DistNetworkError, DistStoreError: RuntimeErrors
+            raise no_meeting(error) from error
     return device
+
+
+def no_meeting(error: Exception) -> UserError:
+    """Why the ranks do not meet, in one line."""
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    said = str(error)
+    if "EADDRINUSE" in said or "address already in use" in said.lower():
+        return UserError(
+            f"MASTER_PORT {port} is in use on this machine, by another job perhaps; expected a free one: give the launcher "
+            "another --master_port, or set MASTER_PORT"
+        )
+    reason = (said.splitlines() or [type(error).__name__])[0][:300]
+    return UserError(
+        f"the ranks of the job do not meet at MASTER_ADDR {address!r}, MASTER_PORT {port!r} ({reason}); expected an address of "
+        "rank 0's machine that all ranks reach, and a port that is free there"
+    )
 
 
 def shutdown() -> None:

@@ -40,6 +40,9 @@ def hub_file(what: str, name: str, filename: str, *, lacking: str) -> Path:
         reason = f"has no {filename} on the hub; {lacking}"
     except (HfHubHTTPError, OSError) as error:
         reason = f"is no directory, and the hub did not give it ({type(error).__name__}); check the network and `hf auth login`"
+    except (ImportError, ValueError) as error:  # a socks proxy without its package, a scheme that is none
+        said = str(error).partition(".")[0][:200]
+        reason = f"is no directory, and the hub cannot be asked through the proxy that is set ({said}); mend or unset ALL_PROXY"
     raise UserError(f"{what} {reason}")
 
 

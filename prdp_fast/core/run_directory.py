@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import socket
+import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from prdp_fast.core import environment
 from prdp_fast.core.errors import UserError
 from prdp_fast.core.files import write_json
 
+LOCK = ".lock"  # held by the job that runs here: its host, process and start
 RUN = "run.json"  # the job: resolved recipe, DeepSpeed configuration, ranks
 SUMMARY = "summary.json"  # of a finished run
 METRICS = "metrics.jsonl"
@@ -23,32 +29,88 @@ EVALUATION_BEFORE, EVALUATION_AFTER = "evaluation_before.pt", "evaluation_after.
 
 # What a resumed run may change: how long it goes on and what it keeps, never what an epoch computes.
 MAY_CHANGE = (
-    "schedule.epochs", "schedule.time_limit_minutes", "schedule.on_failure", "schedule.max_repeats", "checkpoint.every",
-    "checkpoint.keep", "model.push_to_hub",
+    "schedule.epochs", "schedule.time_limit_minutes", "schedule.on_failure", "schedule.max_repeats",
+    "schedule.reward_timeout_s", "checkpoint.every", "checkpoint.keep", "model.push_to_hub",
 )  # fmt: skip
 
 
+_held: dict[Path, IO[str]] = {}  # by this process, until it ends
+
+
 def claim(directory: Path, job: dict[str, Any], resume: str) -> None:
-    """Make `directory` this job's, or refuse it.
+    """Make `directory` this job's, or refuse it. It stays this process's until the process ends, whatever ends it.
 
     Args:
         job: resolved recipe, DeepSpeed configuration and rank count, as JSON.
         resume: "never" wants a directory without a run; anything else continues the same job's run.
     Raises: UserError; nothing in the directory is touched then.
     """
+    check(directory, job, resume)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {directory} cannot be made ({error.strerror}); choose a directory that can") from error
+    lock(directory)
+    check(directory, job, resume)  # again: another job may have come first
+    write_json(directory / RUN, job)
+
+
+def check(directory: Path, job: dict[str, Any], resume: str) -> None:
+    """Raises: UserError if the directory is not for this job."""
     record = directory / RUN
     if not record.exists():
-        if directory.is_dir() and any(directory.iterdir()):
+        if directory.is_dir() and any(path.name != LOCK for path in directory.iterdir()):
             raise UserError(f"--output {directory} is not empty and holds no run of prdp_fast; choose a new directory")
-        directory.mkdir(parents=True, exist_ok=True)
-        write_json(record, job)
         return
     if resume == "never":
         raise UserError(f"--output {directory} holds a run already; choose another directory, or continue it with --resume auto")
     difference = first_difference(json.loads(record.read_text()), json.loads(json.dumps(job)))
     if difference:
         raise UserError(f"--output {directory} holds another run: {difference}; choose another directory, or give the same job")
-    write_json(record, job)
+
+
+def lock(directory: Path) -> None:
+    """Keep other jobs out, before anything in the directory is cleaned. The kernel drops the lock when the process ends.
+
+    Raises: UserError if another job has it.
+    """
+    place = directory.resolve()
+    if place in _held:
+        return
+    try:
+        import fcntl
+
+        file = (directory / LOCK).open("a+", encoding="utf-8")
+    except ImportError:  # not a Unix
+        return
+    except OSError as error:
+        raise UserError(f"--output {directory} cannot be written ({error.strerror}); choose a directory that can") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            file.seek(0)
+            who = holder(file.read())
+            file.close()
+            raise UserError(
+                f"--output {directory} is in use by a job {who}; wait for its end, or choose another directory"
+            ) from None
+        file.close()
+        environment.say(f"{directory}: its file system has no locks ({error.strerror}); see that no second job is started in it")
+        return
+    file.truncate(0)
+    file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}) + "\n")
+    file.flush()
+    _held[place] = file
+
+
+def holder(text: str) -> str:
+    """Who wrote a lock file."""
+    try:
+        found = json.loads(text)
+        return f"on {found['host']}, process {found['pid']}, since {found['since']}"
+    except (ValueError, KeyError, TypeError):
+        return "that has just started"
 
 
 def first_difference(old: Any, new: Any, place: str = "") -> str | None:

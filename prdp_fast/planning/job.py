@@ -43,7 +43,7 @@ class Job:
             raise UserError(
                 f"evaluation.prompts is {settings.evaluation.prompts}, fewer than the {world_size} ranks; raise it or set 0"
             )
-        rewards = build_rewards(settings.rewards)
+        rewards = build_rewards(settings.rewards, settings.schedule.reward_timeout_s)
         family = read_family(settings.model.pretrained, settings.model.lora)
         if settings.model.lora is not None:
             family.meta_denoiser()  # refuses an adapter that does not fit

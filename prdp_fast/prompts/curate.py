@@ -7,7 +7,7 @@ shuffled one. So
 - memory holds one file of the 256 (half a megabyte for a million prompts) and one shard, whatever the number of rows; the disk
   holds the texts once more while the sets are built;
 - what a prompt's place is, its index and its set depends on what prompts there are, not on the order they came in;
-- of equal prompts the first one's spelling is kept.
+- of equal prompts the first one's spelling is kept, and its metadata.
 
 The sets are those of the drawn world: `train`; `seen_eval`, the first of `train`; `unseen_eval`, which training never draws: the
 first of all, or those of a held-out source, whose prompts are taken out of `train` wherever they occur.
@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import json
 import os
 import shutil
 import struct
@@ -39,7 +40,7 @@ EXAMPLES = 3  # dropped rows shown for each reason
 EXAMPLE_CHARS = 100
 BUCKETS = 256
 TOKEN_BATCH = 1024  # texts tokenised at once
-_RECORD = struct.Struct("<16sBBI")  # hash, held out, part (0: none), bytes of text that follow
+_RECORD = struct.Struct("<16sBBII")  # hash, held out, part (0: none), bytes of text and bytes of metadata that follow
 
 CountTokens = Callable[[list[str]], list[int]]
 
@@ -49,6 +50,11 @@ class _Kept(NamedTuple):
     held_out: bool
     part: int  # 0, or 1 + its place among the parts
     text: str
+    metadata: bytes  # JSON; empty: none
+
+    def packed(self) -> bytes:
+        text = self.text.encode()
+        return _RECORD.pack(self.digest, self.held_out, self.part, len(text), len(self.metadata)) + text + self.metadata
 
 
 class _Tally:
@@ -58,6 +64,7 @@ class _Tally:
         self.rows = 0
         self.dropped: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
+        self.metadata: set[str] = set()  # names of what is beside the texts
 
     def drop(self, reason: str, text: str, row: Row | None = None) -> None:
         self.dropped[reason] += 1
@@ -128,6 +135,7 @@ def curate(
             "kept": kept,
             "dropped": dict(tallies["train"].dropped.most_common()),
             "examples": tallies["train"].examples,
+            "metadata": sorted(tallies["train"].metadata),
         }
         if held_out:
             report["unseen"] = {
@@ -222,8 +230,9 @@ def _deal(
                         parts.append(row.part)
                     part = 1 + parts.index(row.part)
                 digest = hashlib.blake2b(clean.comparable(text).encode(), digest_size=16, key=key).digest()
-                data = text.encode()
-                files[digest[0]].write(_RECORD.pack(digest, held_out, part, len(data)) + data)
+                tally.metadata.update(row.metadata or ())
+                metadata = json.dumps(row.metadata, ensure_ascii=False).encode() if row.metadata else b""
+                files[digest[0]].write(_Kept(digest, bool(held_out), part, text, metadata).packed())
 
 
 def _bucket(work: Path, number: int) -> Path:
@@ -233,10 +242,11 @@ def _bucket(work: Path, number: int) -> Path:
 def _read_bucket(path: Path) -> Iterator[_Kept]:
     data, position = path.read_bytes(), 0
     while position < len(data):
-        digest, held_out, part, size = _RECORD.unpack_from(data, position)
+        digest, held_out, part, size, beside = _RECORD.unpack_from(data, position)
         position += _RECORD.size
-        yield _Kept(digest, bool(held_out), part, data[position : position + size].decode())
-        position += size
+        text, metadata = data[position : position + size].decode(), data[position + size : position + size + beside]
+        yield _Kept(digest, bool(held_out), part, text, metadata)
+        position += size + beside
 
 
 def _sort(work: Path, train: _Tally, unseen: _Tally) -> tuple[int, int]:
@@ -258,8 +268,7 @@ def _sort(work: Path, train: _Tally, unseen: _Tally) -> tuple[int, int]:
         with _bucket(work, number).open("wb") as file:
             for digest in sorted(first):
                 record = first[digest]
-                data = record.text.encode()
-                file.write(_RECORD.pack(digest, record.held_out, record.part, len(data)) + data)
+                file.write(record.packed())
                 unseen_kept += record.held_out
                 kept += not record.held_out
     return kept, unseen_kept
@@ -297,6 +306,8 @@ def _sets(work: Path, parts: list[str], sizes: _Sizes, has_held_out: bool) -> It
                 is_held_out = record.held_out if has_held_out else index < sizes.unseen
                 if is_held_out == held_out and part in (None, record.part):
                     metadata: dict[str, Any] = {"split": "unseen" if held_out else "train"}
+                    if record.metadata:
+                        metadata |= json.loads(record.metadata)
                     if record.part:
                         metadata["part"] = parts[record.part - 1]
                     yield Prompt(index, record.text, metadata)

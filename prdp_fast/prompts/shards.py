@@ -19,6 +19,7 @@ import io
 import itertools
 import json
 import os
+import re
 import shutil
 import tarfile
 import tempfile
@@ -31,12 +32,15 @@ from prdp_fast.core.cache import default_cache_dir
 from prdp_fast.core.errors import UserError
 from prdp_fast.core.records import Prompt
 from prdp_fast.prompts import animals
+from prdp_fast.prompts.files import encoding_of_bytes, refuse_other
 from prdp_fast.world import scenes
 
 FORMAT = 1  # of the shards and the index; part of every version, so that a cache never outlives a change
 INDEX = "index.json"
 SHARD_SIZE = 10_000  # prompts a shard: a tenth of a megabyte on disk, a third of a second to decode
 EVAL_SIZE = 2048  # prompts in each of seen_eval and unseen_eval
+TEXT_FORMAT = 2  # of how a text file is read
+MEMBER_BYTES = 64 << 10  # of one prompt and its metadata as JSON
 TEXT_SET = "train"  # the name of the one set of a text file
 GZIP_LEVEL = 4  # tar padding shrinks to nothing at any level; higher ones cost time and save little
 
@@ -92,6 +96,8 @@ def _tar(prompts: Sequence[Prompt]) -> bytes:
     pieces = []
     for prompt in prompts:
         data = encode({"text": prompt.text, "index": prompt.index, **prompt.metadata}).encode()
+        if len(data) > MEMBER_BYTES:
+            raise UserError(f"prompt {prompt.index} has {len(data)} bytes with its metadata; expected at most {MEMBER_BYTES}")
         pieces += [_header(b"%08d.json" % prompt.index, len(data)), data, bytes(-len(data) % tarfile.BLOCKSIZE)]
     pieces.append(bytes(2 * tarfile.BLOCKSIZE))
     return b"".join(pieces)
@@ -153,7 +159,9 @@ def read_index(path: str | Path) -> Index:
     """Raises: UserError naming the file if it is missing or is no index."""
     path = Path(path)
     try:
-        return Index.model_validate_json(path.read_bytes())
+        content = path.read_bytes()
+        refuse_other(path, content[:1024])
+        return Index.model_validate_json(content)
     except OSError as error:
         raise UserError(
             f"prompt index {path} cannot be read ({error.strerror}); expected a directory built by 'prdp shards build'"
@@ -162,6 +170,37 @@ def read_index(path: str | Path) -> Index:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the document"
         raise UserError(f"prompt index {path} is damaged: {where}: {first['msg']}; build the directory again") from error
+
+
+MOST_UNPACKED = 1 << 30  # bytes of one shard, whatever its index says
+
+
+def unpack(data: bytes, count: int) -> bytes:
+    """The tar in a shard's bytes, with no more in it than `count` prompts can be.
+
+    Raises: ValueError for more than that, for packing other than gzip, and for a member that unpacks to more than it holds;
+        OSError, EOFError, zlib.error for a damaged one.
+    """
+    if data[:2] == b"\x1f\x8b":
+        # Each prompt may take a header of extended attributes too. The end is padded to whole records.
+        most = min(MOST_UNPACKED, count * (MEMBER_BYTES + 4 * tarfile.BLOCKSIZE) + 2 * tarfile.RECORDSIZE)
+        with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:  # read to its end, so that the checksum there is checked
+            data = file.read(most + 1)
+        if len(data) > most:
+            raise ValueError(f"it unpacks to more than {most} bytes, all that {count} prompts can be")
+    if data.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x5d\x00\x00\x80")):
+        raise ValueError("it is packed once more, or not with gzip")
+    position = 0
+    while header := data[position : position + tarfile.BLOCKSIZE].rstrip(b"\0"):
+        try:
+            size = tarfile.nti(header[124:136])  # type: ignore[attr-defined]
+        except tarfile.HeaderError as error:
+            raise ValueError(f"it is no tar ({error})") from error
+        kind, end = header[156:157], position + tarfile.BLOCKSIZE + max(size, 0)
+        if kind == b"S" or (kind in (b"x", b"g") and b"GNU.sparse" in data[position:end]):
+            raise ValueError("it has a sparse member")
+        position = -(-end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    return data
 
 
 def _order(text: str, salt: bytes) -> bytes:
@@ -226,25 +265,35 @@ def build_animal_shards(directory: str | Path) -> Path:
 # ------------------------------------------------------------------------------------------------------------ text files
 def _read_bytes(txt_file: Path) -> bytes:
     try:
-        return txt_file.read_bytes()
+        content = txt_file.read_bytes()
     except OSError as error:
         raise UserError(
             f"prompt file {txt_file} cannot be read ({error.strerror}); expected a text file of one prompt a line"
         ) from error
+    refuse_other(txt_file, content[:1024])
+    return content
 
 
 def _text_version(content: bytes) -> str:
-    return f"{FORMAT}-{hashlib.sha256(content).hexdigest()[:16]}"
+    return f"{FORMAT}.{TEXT_FORMAT}-{hashlib.sha256(content).hexdigest()[:16]}"
 
 
 def _build_text(txt_file: Path, content: bytes, directory: str | Path) -> Path:
     try:
-        lines = content.decode("utf-8-sig").split("\n")
+        encoding = encoding_of_bytes(content)
+        lines = re.split("\r\n|\r|\n", content.decode(encoding))
     except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
+        line = len(re.findall(b"\r\n|\r|\n", content[: error.start])) + 1
+        name = "UTF-8" if encoding == "utf-8-sig" else encoding.upper()
         raise UserError(
-            f"prompt file {txt_file} is not UTF-8 in line {line}; save it as UTF-8 text of one prompt a line"
+            f"prompt file {txt_file} is not {name} in line {line}; save it as UTF-8 text of one prompt a line"
         ) from error
+    broken = next((number for number, line in enumerate(lines, start=1) if "\0" in line), None)
+    if broken is not None:
+        raise UserError(
+            f"prompt file {txt_file} has a zero byte in line {broken}, as no text has; save it as UTF-8 text of one prompt a "
+            "line, or build a directory with 'prdp shards build', which leaves such lines out"
+        )
     prompts = [Prompt(number, text.strip(), {}) for number, text in enumerate(lines) if text.strip()]
     if not prompts:
         raise UserError(f"prompt file {txt_file} holds no prompts; expected one prompt a line")

@@ -10,7 +10,6 @@ Shards are read with WebDataset's tar iterators on files opened here: no URL, no
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import io
 import itertools
@@ -31,6 +30,7 @@ from webdataset import tariterators
 from prdp_fast.core.errors import UserError
 from prdp_fast.core.records import Prompt
 from prdp_fast.prompts import shards as build
+from prdp_fast.prompts.files import refuse_other
 from prdp_fast.prompts.shards import INDEX, SetEntry, ShardEntry, ensure_text_shards, read_index
 
 SHIPPED = ("scenes", "animals")  # sources known by name: the drawn world; the papers' 45 animals
@@ -40,11 +40,9 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # pipe:, https:, s3:, file:
 UNREADABLE = (OSError, EOFError, tarfile.TarError, zlib.error, ValueError, KeyError, AssertionError)
 
 
-def _decode_shard(path: Path) -> list[Prompt]:
+def _decode_shard(path: Path, count: int) -> list[Prompt]:
     """Raises: one of UNREADABLE."""
-    data = path.read_bytes()
-    if data[:2] == b"\x1f\x8b":
-        data = gzip.decompress(data)  # as a whole, so that the checksum at the end is checked
+    data = build.unpack(path.read_bytes(), count)
     files = tariterators.tar_file_expander(
         [{"url": path.name, "stream": io.BytesIO(data)}], select_files=lambda name: name.endswith(".json")
     )
@@ -159,6 +157,8 @@ class PromptSet:
                 raise UserError(f"prompt shard {path} is missing ({error.strerror}); {self._advice}") from error
             if size == 0:
                 raise UserError(f"prompt shard {path} is empty; {self._advice}")
+            if size != self._shards[number].bytes and size < 1024:
+                refuse_other(path, path.read_bytes())
         if sum(shard.bytes for shard in self._shards) < CHECKED_AT_OPEN:
             self._check_digests()
 
@@ -178,7 +178,7 @@ class PromptSet:
     def _read(self, number: int) -> list[Prompt]:
         path, expected = self._path(number), self._shards[number].count
         try:
-            prompts = _decode_shard(path)
+            prompts = _decode_shard(path, expected)
         except UNREADABLE as error:
             raise UserError(f"prompt shard {path} cannot be read ({type(error).__name__}: {error}); {self._advice}") from error
         if len(prompts) != expected:

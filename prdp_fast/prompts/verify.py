@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import io
 import itertools
@@ -18,7 +17,7 @@ from prdp_fast.core.errors import UserError
 from prdp_fast.core.records import Prompt
 from prdp_fast.prompts import clean
 from prdp_fast.prompts.embeddings import embedding_faults
-from prdp_fast.prompts.shards import INDEX, SetEntry, ShardEntry, read_index
+from prdp_fast.prompts.shards import INDEX, SetEntry, ShardEntry, read_index, unpack
 from prdp_fast.prompts.stream import UNREADABLE, prompt_of
 
 SEEN, UNSEEN, TRAIN = "seen", "unseen", "train"  # how the names of sets start that are part of train, or apart from it
@@ -41,18 +40,16 @@ def describe(directory: str | Path, examples: int = 3) -> tuple[str, list[SetSum
         texts: list[str] = []
         for shard in entry.shards[:1]:
             try:
-                texts = [prompt.text for _, prompt in itertools.islice(_members(directory / shard.file), examples)]
+                texts = [prompt.text for _, prompt in itertools.islice(_members(directory / shard.file, shard.count), examples)]
             except UNREADABLE:
                 texts = ["(cannot be read; see 'prdp shards verify')"]
         found.append(SetSummary(name, entry.total, len(entry.shards), sum(shard.bytes for shard in entry.shards), texts))
     return index.version, found
 
 
-def _members(path: Path) -> Iterator[tuple[str, Prompt]]:
+def _members(path: Path, count: int) -> Iterator[tuple[str, Prompt]]:
     """Name and prompt of every member. Raises: one of UNREADABLE, also for a member that is no prompt."""
-    data = path.read_bytes()
-    if data[:2] == b"\x1f\x8b":
-        data = gzip.decompress(data)
+    data = unpack(path.read_bytes(), count)
     for member in tariterators.tar_file_expander([{"url": path.name, "stream": io.BytesIO(data)}], eof_value=None):
         name: Any = member["fname"]
         if not name.endswith(".json"):
@@ -77,7 +74,7 @@ def _shard_faults(directory: Path, shard: ShardEntry, hashes: list[np.ndarray], 
     if hashlib.sha256(data).hexdigest() != shard.sha256:
         yield f"{shard.file}: SHA-256 differs from the one in {INDEX}"
     try:
-        members = list(_members(path))
+        members = list(_members(path, shard.count))
     except UNREADABLE as error:
         yield f"{shard.file}: cannot be read ({type(error).__name__}: {error})"
         return
@@ -97,7 +94,7 @@ def _joined(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
 def _example(directory: Path, entry: SetEntry, wanted: np.ndarray) -> str:
     """A text whose hash is the first of `wanted`."""
     for shard in entry.shards:
-        for _, prompt in _members(directory / shard.file):
+        for _, prompt in _members(directory / shard.file, shard.count):
             if _hash(prompt.text) == int(wanted[0]):
                 return repr(prompt.text)
     return "one that cannot be read any more"

@@ -23,6 +23,8 @@ class Reward(ABC):
     name: ClassVar[str]
     # The detail that is 1 for an image that is all right and 0 for another, reported beside the reward; None: there is none.
     verdict: ClassVar[str | None] = None
+    # Seconds that its owner waits for a call of `score`; None: for ever. A reward that tries again itself fits that in.
+    timeout_s: float | None = None
 
     def prepare(self) -> None:  # noqa: B027
         """Load what the first `score` would load. A job calls it before it measures its memory and starts.

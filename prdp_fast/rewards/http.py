@@ -1,6 +1,6 @@
 """A reward that runs elsewhere: images go out as PNG over HTTP, scores come back.
 
-rewards: [{name: http, options: {url: "http://scorer:8000", token_env: SCORER_TOKEN}}]
+rewards: [{name: http, options: {url: "http://scorer:8000", token_env: PRDP_SCORER_TOKEN}}]
 
 docs/http_reward.md describes the protocol; `prdp serve-reward` is a server that speaks it.
 """
@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import base64
 import io
+import ipaddress
 import json
 import logging
 import math
 import os
+import re
+import time
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import torch
 from PIL import Image
@@ -24,6 +29,9 @@ from prdp_fast.core.errors import RewardError
 from prdp_fast.rewards.base import Reward, RewardOutput
 
 LONGEST_WAIT_S = 60.0
+ANSWER_BYTES = 16 * 2**20  # of one answer, unpacked; a batch of numbers has a few kilobytes
+SHARE_OF_TIME = 0.95  # of what a call has, for attempts: the rest is for the error that says why they failed
+TOKEN_PREFIX = "PRDP_"  # a recipe may be somebody else's, and must not choose which secret is sent to a server of its choice
 FLOAT32_MAX = torch.finfo(torch.float32).max
 logger = logging.getLogger(__name__)
 
@@ -66,7 +74,7 @@ class HttpReward(Reward):
             timeout_s: seconds to wait for a connection and then for an answer, in each attempt.
             retries: attempts after the first; with the default pauses a server may be away for a minute.
             backoff_s: seconds before the second attempt; doubles with every further one, up to a minute.
-            token_env: name of the environment variable that holds the bearer token.
+            token_env: name of the environment variable that holds the bearer token; it starts with PRDP_.
             arguments: sent with every request, for servers that take some.
         Raises: ValueError if a value is wrong or the token is not set. Nothing is asked of the server yet.
         """
@@ -79,15 +87,43 @@ class HttpReward(Reward):
             raise ValueError(f"retries is {retries!r}; expected an integer from 0")
         if not is_number(backoff_s) or not 0 <= backoff_s < math.inf:
             raise ValueError(f"backoff_s is {backoff_s!r}; expected a number of seconds from 0")
-        self.batch_size, self.timeout_s, self.retries, self.backoff_s = batch_size, float(timeout_s), retries, float(backoff_s)
+        self.batch_size, self.retries, self.backoff_s = batch_size, retries, float(backoff_s)
+        self.timeout_s_of_attempt = float(timeout_s)
         self._headers = {"content-type": "application/json"}
         if token_env is not None:
+            if not isinstance(token_env, str) or not token_env.startswith(TOKEN_PREFIX):
+                raise ValueError(
+                    f"token_env names no variable that starts with {TOKEN_PREFIX}; a recipe can have only those sent: "
+                    f"export the token as {TOKEN_PREFIX}SCORER_TOKEN, say, and name that"
+                )
             self._headers["authorization"] = f"Bearer {read_token(token_env)}"
         try:
             self.arguments = json.loads(json.dumps(dict(arguments or {}), allow_nan=False))
         except (TypeError, ValueError) as error:
             raise ValueError(f"arguments are {arguments!r}; expected a mapping that JSON can hold ({error})") from error
-        self._client: Any = None  # httpx2.Client from the first score on
+        self._client: Any = None  # httpx2.Client from `prepare` on
+        self._proxy = proxy_of(self.url)
+
+    def prepare(self) -> None:
+        """Nothing is asked of the server: it may still be starting."""
+        if self._client is not None:
+            return
+        try:
+            import httpx2
+            import tenacity  # noqa: F401
+        except ImportError as error:
+            raise RewardError(
+                f"reward 'http' needs {error.name}, which is not installed; pip install 'prdp-fast[rewards]'"
+            ) from error
+        try:
+            # Without a proxy the variables are not read at all: a broken one is no obstacle on the way to this machine.
+            self._client = httpx2.Client(timeout=self.timeout_s_of_attempt, headers=self._headers, trust_env=bool(self._proxy))
+        except (ImportError, ValueError) as error:
+            raise RewardError(
+                f"reward 'http': {self.url} cannot be reached through the proxy of {self._proxy} "
+                f"({type(error).__name__}: {plain(str(error)).partition(', ')[0].partition('. ')[0]}); expected an http or https "
+                f"proxy, or NO_PROXY={urlsplit(self.url).hostname}"
+            ) from None
 
     def score(self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> RewardOutput:
         if not len(images):
@@ -95,9 +131,10 @@ class HttpReward(Reward):
         scores: list[float] = []
         details: dict[str, list[float]] = {}
         pixels = images.cpu()
+        until = math.inf if self.timeout_s is None else time.monotonic() + SHARE_OF_TIME * self.timeout_s
         for start in range(0, len(pixels), self.batch_size):
             part = slice(start, start + self.batch_size)
-            answer = self._ask(pixels[part], prompts[part], metadata[part])
+            answer = self._ask(pixels[part], prompts[part], metadata[part], until)
             if start and answer.details.keys() != details.keys():
                 raise self._fault(f"details {names(answer.details)} after {names(details)}", "the same details with every batch")
             scores += answer.scores
@@ -107,7 +144,7 @@ class HttpReward(Reward):
             raise self._fault(f"no score for any of {len(scores)} images", "one at least: see the server's log")
         return RewardOutput(torch.tensor(scores), {key: torch.tensor(values) for key, values in details.items()})
 
-    def _ask(self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Answer:
+    def _ask(self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]], until: float) -> Answer:
         request = {"images": list(map(encode_png, images)), "prompts": list(prompts), "metadata": list(map(dict, metadata))}
         if self.arguments:
             request["arguments"] = self.arguments
@@ -115,7 +152,7 @@ class HttpReward(Reward):
             body = json.dumps(request, allow_nan=False).encode()
         except (TypeError, ValueError) as error:
             raise RewardError(f"reward 'http': the metadata of a prompt cannot be sent as JSON: {error}") from error
-        content = self._post(body)
+        content = self._post(body, until)
         try:
             answer = json.loads(content)
         except (ValueError, RecursionError):
@@ -142,29 +179,30 @@ class HttpReward(Reward):
                 raise self._fault(f"{one_line(json.dumps(value).encode(), 60)} among the {what}", "float32 numbers, or null")
         return [math.nan if value is None else float(value) for value in values]
 
-    def _post(self, body: bytes) -> bytes:
-        """The content of the first good answer. Raises: RewardError after the last attempt, or at once for what will not pass."""
-        try:
-            import httpx2
-            import tenacity
-        except ImportError as error:
-            raise RewardError(
-                f"reward 'http' needs {error.name}, which is not installed; pip install 'prdp-fast[rewards]'"
-            ) from error
-        if self._client is None:
-            self._client = httpx2.Client(timeout=self.timeout_s, headers=self._headers)
+    def _post(self, body: bytes, until: float) -> bytes:
+        """The content of the first good answer.
+
+        Args: until: time.monotonic() that no attempt goes beyond.
+        Raises: RewardError after the last attempt, or at once for what will not pass.
+        """
+        self.prepare()
+        import httpx2
+        import tenacity
+
         client = self._client
 
         def attempt() -> bytes:
-            response = client.post(f"{self.url}/score", content=body)
-            status = response.status_code
+            left = min(self.timeout_s_of_attempt, max(0.001, until - time.monotonic()))
+            with client.stream("POST", f"{self.url}/score", content=body, timeout=left) as response:
+                status, content = response.status_code, self._read(response, until)
             if status >= 500 or status == 429:
-                raise TryAgain(f"HTTP {status}: {said(response.content)}")
+                raise TryAgain(f"HTTP {status}: {said(content)}")
             if status != 200:
-                raise self._fault(
-                    f"HTTP {status}: {said(response.content)}", ADVICE.get(status, f"HTTP 200 from {self.url}/score")
-                )
-            return response.content
+                raise self._fault(f"HTTP {status}: {said(content)}", ADVICE.get(status, f"HTTP 200 from {self.url}/score"))
+            return content
+
+        def is_late(state: tenacity.RetryCallState) -> bool:
+            return time.monotonic() + pause(state) >= until
 
         def report(state: tenacity.RetryCallState) -> None:
             assert state.outcome is not None and state.next_action is not None
@@ -173,9 +211,10 @@ class HttpReward(Reward):
                 state.attempt_number + 1, self.retries + 1, state.next_action.sleep,
             )  # fmt: skip
 
+        pause = tenacity.wait_exponential(multiplier=self.backoff_s, max=LONGEST_WAIT_S)
         retrying = tenacity.Retrying(
-            stop=tenacity.stop_after_attempt(self.retries + 1),
-            wait=tenacity.wait_exponential(multiplier=self.backoff_s, max=LONGEST_WAIT_S),
+            stop=tenacity.stop_any(tenacity.stop_after_attempt(self.retries + 1), is_late),
+            wait=pause,
             retry=tenacity.retry_if_exception_type((httpx2.RequestError, TryAgain)),
             before_sleep=report,
             reraise=True,
@@ -183,19 +222,37 @@ class HttpReward(Reward):
         try:
             return retrying(attempt)
         except httpx2.InvalidURL as error:
-            raise RewardError(f"reward 'http': {self.url} is no address ({one_line(str(error).encode())}); check url") from error
+            raise RewardError(f"reward 'http': {self.url} is no address ({plain(str(error))}); check url") from error
         except (httpx2.RequestError, TryAgain) as error:
-            times = f"{self.retries + 1} attempts" if self.retries else "the only attempt"
+            made = retrying.statistics["attempt_number"]
+            times = f"{made} attempts" if made > 1 else "the only attempt"
+            proxy = f" (through the proxy of {self._proxy})" if self._proxy else ""
+            advice = (
+                f"look at the server and its log, or raise timeout_s ({self.timeout_s_of_attempt:g}) or retries ({self.retries})"
+            )
+            if made <= self.retries and self.timeout_s is not None:
+                advice = f"look at the server and its log, or raise schedule.reward_timeout_s ({self.timeout_s:g})"
             raise RewardError(
-                f"reward 'http': {self.url} gave no scores in {times}, at last: {self._why(error)}; "
-                f"look at the server and its log, or raise timeout_s ({self.timeout_s:g}) or retries ({self.retries})"
+                f"reward 'http': {self.url}{proxy} gave no scores in {times}, at last: {self._why(error)}; {advice}"
             ) from error
+
+    def _read(self, response: Any, until: float) -> bytes:
+        """The body, as long as it is one of scores. Raises: RewardError, TryAgain."""
+        content = bytearray()
+        for piece in response.iter_bytes():
+            content += piece
+            if len(content) > ANSWER_BYTES:
+                raise self._fault(f"more than {ANSWER_BYTES // 2**20} MB", "a few numbers an image")
+            if time.monotonic() > until:
+                raise TryAgain("an answer that does not end")
+        return bytes(content)
 
     def _why(self, error: BaseException | None) -> str:
         import httpx2
 
         if isinstance(error, httpx2.TimeoutException):
-            return f"no {'connection' if isinstance(error, httpx2.ConnectTimeout) else 'answer'} within {self.timeout_s:g} s"
+            what = "connection" if isinstance(error, httpx2.ConnectTimeout) else "answer"
+            return f"no {what} within {self.timeout_s_of_attempt:g} s"
         if isinstance(error, TryAgain):
             return str(error)
         return f"{type(error).__name__}: {one_line(str(error).encode())}"
@@ -232,6 +289,29 @@ def checked_url(url: str) -> str:
     return url.rstrip("/")
 
 
+def proxy_of(url: str) -> str | None:
+    """The name of the environment variable whose proxy stands between here and the URL. None: there is none.
+
+    This machine itself is never reached through one, whatever NO_PROXY says.
+    """
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    if is_this_machine(host) or proxy_bypass(host):
+        return None
+    found = getproxies()
+    scheme = next((name for name in (parts.scheme, "all") if found.get(name)), None)
+    return None if scheme is None else f"{scheme.upper()}_PROXY"
+
+
+def is_this_machine(host: str) -> bool:
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def read_token(variable: str) -> str:
     """Raises: ValueError if the variable is not set or holds no token. Neither is repeated: the name may be the secret itself."""
     token = os.environ.get(variable, "").strip() if isinstance(variable, str) else ""
@@ -257,8 +337,18 @@ def names(details: Mapping[str, Any]) -> str:
     return ", ".join(map(repr, details)) or "none"
 
 
+# What a terminal would obey: ECMA-48 control sequences, operating system commands, other escapes.
+ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x9b[0-?]*[ -/]*[@-~]|\x1b[\]PX^_].*?(?:\x07|\x1b\\|$)|\x1b[ -/]*[0-~]", re.DOTALL)
+
+
+def plain(text: str) -> str:
+    """One line of what can be shown: without escapes, control characters, and marks that turn the direction of writing."""
+    text = " ".join(ESCAPES.sub("", text).split())
+    return "".join(character for character in text if unicodedata.category(character) not in ("Cc", "Cf", "Cs"))
+
+
 def one_line(text: bytes, length: int = 200) -> str:
-    line = " ".join(text[: 4 * length].decode(errors="replace").split())
+    line = plain(text[: 4 * length].decode(errors="replace"))
     return line if len(line) <= length else f"{line[:length]}..."
 
 

@@ -7,14 +7,17 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
+from functools import partial
 from importlib import import_module
 from typing import Any
 
+import numpy as np
 import torch
 
 from prdp_fast.config.recipe import RewardSettings
 from prdp_fast.core.errors import RewardError, UserError
 from prdp_fast.core.records import Scores
+from prdp_fast.rewards.background import Worker
 from prdp_fast.rewards.base import Reward, RewardOutput
 from prdp_fast.rewards.normalisation import Moments, Reduce, moments_over_ranks
 
@@ -58,10 +61,17 @@ def build_reward(name: str, options: Mapping[str, Any]) -> Reward:
 class WeightedRewards:
     """The weighted sum of several rewards. One of weight 0 is reported and not added."""
 
-    def __init__(self, rewards: Sequence[Reward], weights: Sequence[float], normalise: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        rewards: Sequence[Reward],
+        weights: Sequence[float],
+        normalise: Sequence[str] | None = None,
+        timeout_s: float | None = None,
+    ) -> None:
         """
         Args:
             normalise: of each, "none", "batch" or "running"; for `normalised` alone. None: "none" of all.
+            timeout_s: seconds that each reward has for a call; None: as long as it takes.
         Raises: UserError if there is no reward, one occurs twice, or a weight is not finite.
         """
         names = [reward.name for reward in rewards]
@@ -75,6 +85,10 @@ class WeightedRewards:
         self.rewards = list(rewards)
         self.weights = [float(weight) for weight in weights]
         self.normalise = dict(zip(names, normalise or ["none"] * len(names), strict=True))
+        self.timeout_s = timeout_s
+        for reward in self.rewards:
+            reward.timeout_s = timeout_s
+        self._worker = Worker("reward")
 
     @property
     def verdict(self) -> str | None:
@@ -93,7 +107,8 @@ class WeightedRewards:
             images: (N, 3, H, W) uint8, sRGB.
             prompts, metadata: N of each, one per image.
         Returns: scores on the CPU. An image that a reward of non-zero weight could not score has total NaN.
-        Raises: RewardError if a reward gives anything but N numbers, or no finite one. ValueError if the arguments disagree.
+        Raises: RewardError if a reward gives anything but N numbers, no finite one, or nothing in its time. ValueError if the
+            arguments disagree.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"rewards: images are {tuple(images.shape)} {images.dtype}; expected (N, 3, H, W) torch.uint8")
@@ -104,10 +119,24 @@ class WeightedRewards:
         parts: dict[str, torch.Tensor] = {}
         details: dict[str, torch.Tensor] = {}
         for reward in self.rewards:
-            output = _checked(reward.name, reward.score(images, prompts, metadata), len(images))
+            output = _checked(reward.name, self._ask(reward, images, prompts, metadata), len(images))
             parts[reward.name] = output.scores
             details.update({f"{reward.name}/{key}": value for key, value in output.details.items()})
         return Scores(self._total(parts, {}), parts, details)
+
+    def _ask(
+        self, reward: Reward, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> RewardOutput:
+        """One reward's answer, from a thread that can be left behind. An interrupt ends the waiting."""
+        try:
+            return self._worker.run(partial(reward.score, images, prompts, metadata), self.timeout_s)
+        except TimeoutError:
+            raise RewardError(
+                f"reward {reward.name!r} gave no scores of {len(images)} images within {self.timeout_s:g} s; look why it hangs, "
+                "or raise schedule.reward_timeout_s"
+            ) from None
+        except SystemExit as error:  # in a library of a reward
+            raise RewardError(f"reward {reward.name!r} asked the process to end ({error}); look at what it said") from error
 
     def normalised(
         self, scores: Scores, seen: Mapping[str, Sequence[float]], reduce: Reduce
@@ -159,11 +188,13 @@ def as_numbers(name: str, output: RewardOutput, expected: int) -> RewardOutput:
 
     def numbers(what: str, value: Any) -> torch.Tensor:
         try:
-            tensor = torch.as_tensor(value).detach().to(device="cpu", dtype=torch.float32)
-        except (TypeError, ValueError, RuntimeError) as error:
+            tensor = _tensor(value)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise RewardError(
                 f"reward {name!r} returned {type(value).__name__} as {what}; expected {expected} numbers"
             ) from error
+        if tensor.shape == (expected, 1):
+            tensor = tensor[:, 0]
         if tensor.shape != (expected,):
             raise RewardError(
                 f"reward {name!r} returned {what} of shape {tuple(tensor.shape)}; expected ({expected},), one per image"
@@ -174,9 +205,49 @@ def as_numbers(name: str, output: RewardOutput, expected: int) -> RewardOutput:
     return RewardOutput(numbers("scores", output.scores), details)
 
 
-def build_rewards(rewards: Iterable[RewardSettings]) -> WeightedRewards:
+def _tensor(value: Any) -> torch.Tensor:
+    """Numbers in any container as float32 on the CPU, in memory of their own. None counts as NaN.
+
+    Raises: TypeError, ValueError, RuntimeError or OverflowError if they are none.
+    """
+    if not isinstance(value, (torch.Tensor, np.ndarray)) and hasattr(value, "__array__"):
+        value = np.asarray(value)
+    if isinstance(value, np.ndarray) and value.dtype == object:
+        value = value.tolist()
+    if isinstance(value, (list, tuple)) and any(not isinstance(item, (int, float)) for item in value):
+        if any(getattr(item, "is_cuda", False) for item in value):  # one transfer, not one for each
+            value = torch.stack([torch.as_tensor(item) for item in value])
+        else:
+            value = [_number(item) for item in value]
+    if isinstance(value, np.ndarray):
+        if value.dtype.kind not in "fiub":
+            raise TypeError(f"an array of {value.dtype}")
+        # torch takes neither uint64, swapped bytes nor steps backwards.
+        value = value.copy() if value.dtype == np.float32 else value.astype(np.float64, order="C")
+    tensor = torch.as_tensor(value)
+    if tensor.is_complex():
+        raise TypeError("complex numbers")
+    # A clone: the reward may keep the memory and fill it again, and a tensor of inference mode could not be written to.
+    return tensor.detach().to(device="cpu", dtype=torch.float32).clone()
+
+
+def _number(item: Any) -> Any:
+    """A Python number, or a list of them for the caller to refuse by its shape."""
+    if item is None:
+        return math.nan
+    if isinstance(item, (str, bytes)):
+        raise TypeError(f"{item!r} is no number")
+    if hasattr(item, "tolist"):
+        item = item.tolist()
+    if isinstance(item, (list, tuple)):
+        return _number(item[0]) if len(item) == 1 else [_number(part) for part in item]
+    return item
+
+
+def build_rewards(rewards: Iterable[RewardSettings], timeout_s: float | None = None) -> WeightedRewards:
     """The rewards of a recipe, in its order. Nothing heavy is loaded before the first image is scored.
 
+    Args: timeout_s: seconds that each has for a call.
     Raises: UserError for an unknown reward or option, a wrong value, a reward listed twice, an empty list.
     """
     rewards = list(rewards)
@@ -184,4 +255,5 @@ def build_rewards(rewards: Iterable[RewardSettings]) -> WeightedRewards:
         [build_reward(reward.name, reward.options) for reward in rewards],
         [reward.weight for reward in rewards],
         [reward.normalise for reward in rewards],
+        timeout_s,
     )

@@ -1,6 +1,9 @@
 """A reward behind HTTP: the application that `prdp serve-reward` runs, for the `http` reward of jobs elsewhere.
 
 docs/http_reward.md describes the protocol. Requests are scored one at a time, in the order in which they came.
+
+Whoever reaches the port can send anything, so memory is bounded before it is used: a few requests at once are read, their bodies
+are limited, and a picture's size is read from its header before it is unpacked.
 """
 
 from __future__ import annotations
@@ -25,6 +28,12 @@ from prdp_fast.rewards.base import Reward, RewardOutput
 from prdp_fast.rewards.registry import as_numbers
 
 IMAGE_BYTES = 32 * 2**20  # of one image in a request, base64 and prompt and all: a PNG of 2048 x 2048 noise has 17 MB of it
+BODY_BYTES = 256 * 2**20  # of a request, however many images it may have
+PIXELS = 2**26  # of all images of a request, unpacked: 64 of 1024 x 1024
+PIECES = 2**20  # commas and brackets of a request: each may become an object of a hundred bytes
+AT_ONCE = 4  # requests in memory
+PATIENCE_S = 120.0  # for a request to arrive once its turn has come
+PNG = b"\x89PNG\r\n\x1a\n"
 logger = logging.getLogger(__name__)
 
 
@@ -57,6 +66,7 @@ def build_app(reward: Reward, *, token: str | None, max_images: int, device: tor
 
     app = fastapi.FastAPI(title=f"prdp reward {reward.name}", docs_url=None, redoc_url=None, openapi_url=None)
     one_at_a_time = asyncio.Lock()  # a model in GPU memory, or a user's function, is not made for several threads
+    in_memory = asyncio.Semaphore(AT_ONCE)  # the others wait on their connections, unread
 
     async def health() -> Any:
         return {"reward": reward.name, "max_images": max_images}
@@ -64,12 +74,13 @@ def build_app(reward: Reward, *, token: str | None, max_images: int, device: tor
     async def score(request: Any) -> Any:
         try:
             check_token(request.headers.get("authorization"), token)
-            body = await read_body(request, max_images * IMAGE_BYTES)
-            asked = await asyncio.to_thread(decode, body, max_images)
-            async with one_at_a_time:
-                if await request.is_disconnected():  # waited longer than its client did
-                    raise Refused(503, "the client has gone")
-                return JSONResponse(await asyncio.to_thread(answer, reward, asked, device))
+            check_length(request.headers.get("content-length"), max_images)
+            async with in_memory:
+                body = await receive(request, max_images)
+                async with one_at_a_time:
+                    if await request.is_disconnected():  # waited longer than its client did
+                        raise Refused(503, "the client has gone")
+                    return JSONResponse(await asyncio.to_thread(decode_and_answer, reward, body, max_images, device))
         except Refused as refusal:
             return JSONResponse({"error": str(refusal)}, refusal.status)
 
@@ -89,17 +100,51 @@ def check_token(header: str | None, token: str | None) -> None:
         raise Refused(401, "this server wants its token: 'Authorization: Bearer TOKEN'")
 
 
-async def read_body(request: Any, most: int) -> bytes:
+def most_bytes(max_images: int) -> int:
+    return min(max_images * IMAGE_BYTES, BODY_BYTES)
+
+
+def check_length(said: str | None, max_images: int) -> None:
+    """Refuse what says itself that it is too long, before it is read."""
+    if said is not None and said.isdigit() and int(said) > most_bytes(max_images):
+        raise too_long(max_images)
+
+
+def too_long(max_images: int) -> Refused:
+    return Refused(413, f"the request has more than {most_bytes(max_images)} bytes; send fewer images at once")
+
+
+async def receive(request: Any, max_images: int) -> bytes:
+    """The body. Raises: Refused if it is too long, too slow, or its client goes."""
+    from starlette.requests import ClientDisconnect
+
+    try:
+        return await asyncio.wait_for(read_body(request, max_images), PATIENCE_S)
+    except asyncio.TimeoutError:
+        raise Refused(408, f"the request did not arrive within {PATIENCE_S:g} s") from None
+    except ClientDisconnect:
+        raise Refused(503, "the client has gone") from None
+
+
+async def read_body(request: Any, max_images: int) -> bytes:
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
-        if len(body) > most:
-            raise Refused(413, f"the request has more than {most} bytes; send fewer images at once")
+        if len(body) > most_bytes(max_images):
+            raise too_long(max_images)
     return bytes(body)
+
+
+def decode_and_answer(reward: Reward, body: bytes, max_images: int, device: torch.device) -> dict[str, Any]:
+    return answer(reward, decode(body, max_images), device)
 
 
 def decode(body: bytes, max_images: int) -> Request:
     """Raises: Refused if the body is anything but what docs/http_reward.md asks for."""
+    if sum(body.count(mark) for mark in (b",", b"[", b"{")) > PIECES:
+        raise Refused(
+            413, f"the request has more than {PIECES} commas and brackets; send fewer images, and less with them, at once"
+        )
     try:
         asked = json.loads(body)
     except (ValueError, RecursionError):
@@ -126,21 +171,35 @@ def decode(body: bytes, max_images: int) -> Request:
 
 
 def decode_images(encoded: Sequence[str]) -> torch.Tensor:
-    """base64 of PNGs -> (N, 3, H, W) uint8. Raises: Refused unless all are RGB of one size."""
+    """base64 of PNGs -> (N, 3, H, W) uint8. Raises: Refused unless all are RGB of one size, and not too large together."""
     images: list[torch.Tensor] = []
+    first: tuple[int, int] | None = None
     for number, text in enumerate(encoded):
         try:
-            with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]) as image:
+            data = base64.b64decode(text, validate=True)
+            size = png_size(data)
+            first = size if first is None else first
+            if size != first:
+                sizes = " and ".join(f"{width} x {height}" for width, height in (first, size))
+                raise Refused(422, f"images 0 and {number} are {sizes} pixels; expected one size in a request")
+            if len(encoded) * size[0] * size[1] > PIXELS:
+                raise Refused(
+                    413, f"{len(encoded)} images of {size[0]} x {size[1]} pixels; this server takes {PIXELS} pixels at once"
+                )
+            with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
                 if image.mode != "RGB":
                     raise Refused(422, f"image {number} is a PNG of mode {image.mode}; expected 8-bit RGB")
-                pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+                images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
         except (binascii.Error, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise Refused(422, f"image {number} is no whole PNG in base64 ({type(error).__name__})") from None
-        if images and pixels.shape != images[0].shape:
-            sizes = " and ".join(f"{shape[2]} x {shape[1]}" for shape in (images[0].shape, pixels.shape))
-            raise Refused(422, f"images 0 and {number} are {sizes} pixels; expected one size in a request")
-        images.append(pixels)
     return torch.stack(images)
+
+
+def png_size(data: bytes) -> tuple[int, int]:
+    """Width and height by the header: what unpacking would take is known before. Raises: ValueError if it is no PNG."""
+    if len(data) < 24 or not data.startswith(PNG) or data[12:16] != b"IHDR":
+        raise ValueError("no PNG")
+    return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
 
 
 def answer(reward: Reward, asked: Request, device: torch.device) -> dict[str, Any]:

@@ -273,4 +273,4 @@ def test_a_reward_whose_model_cannot_be_had_stops_the_job_before_it_loads_anythi
     assert [line for line in result.stderr.splitlines() if "error" in line.lower()] == [
         f"error: reward 'pickscore': '{tmp_path}' has no config.json; expected the files of the model, as on the hub"
     ]
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"run.json"}, "nothing may have been evaluated yet"
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"run.json", ".lock"}, "nothing may have been evaluated yet"

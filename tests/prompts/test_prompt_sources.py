@@ -218,11 +218,13 @@ def test_json_lists_are_the_same_in_pieces_of_any_size(tmp_path: Path, chunk: in
     [
         ('["a", "b"', ["a", "b"], "the list breaks off"),
         ('["a", {"prompt": "b"', ["a"], "not JSON; the rest of the file is lost"),
-        ('["a", nonsense, "c"]', ["a"], "not JSON; the rest of the file is lost"),
+        ('["a", nonsense, "c"]', ["a", "c"], "not JSON"),
+        ('["a", {"prompt": "b, "id": 1}, {"prompt": "c"}, "d"]', ["a", "c", "d"], "not JSON"),
         ('{"prompts": ["a"]}', [], "not a JSON list"),
         ("", [], "not a JSON list"),
         ('["a", ' + "[" * 100_000, ["a"], "the rest of the file is lost"),
         ("[]", [], None),
+        ('["a", ], "b", "c"]\n', ["a", "b", "c"], "the list ends before the file does"),
     ],
 )
 def test_json_that_breaks_off(tmp_path: Path, content: str, expected: list[str], fault: str | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import gzip
 import io
 import json
 import math
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -27,7 +29,7 @@ from PIL import Image
 
 from prdp_fast import cli
 from prdp_fast.core.errors import RewardError, UserError
-from prdp_fast.rewards import Reward, RewardOutput
+from prdp_fast.rewards import Reward, RewardOutput, server
 from prdp_fast.rewards.http import HttpReward, encode_png
 from prdp_fast.rewards.registry import build_reward
 from prdp_fast.rewards.server import build_app, decode_images
@@ -133,11 +135,11 @@ def test_a_failing_reward_says_so_and_the_server_goes_on(error, reason):
 
 
 def test_the_token(monkeypatch):
-    monkeypatch.setenv("RIGHT", "s3cret")
-    monkeypatch.setenv("WRONG", "other")
+    monkeypatch.setenv("PRDP_RIGHT", "s3cret")
+    monkeypatch.setenv("PRDP_WRONG", "other")
     with served(Recorded(), token="s3cret") as url:
-        assert ask(client(url, token_env="RIGHT")).scores[0].isfinite()
-        for options in ({}, {"token_env": "WRONG"}):
+        assert ask(client(url, token_env="PRDP_RIGHT")).scores[0].isfinite()
+        for options in ({}, {"token_env": "PRDP_WRONG"}):
             started = time.monotonic()
             with pytest.raises(RewardError, match=r"HTTP 401: .*check token_env") as caught:
                 ask(client(url, backoff_s=5.0, **options))
@@ -185,6 +187,87 @@ def test_what_the_server_refuses(three_at_most, status, request_body, reason):
 def three_at_most():
     with served(Recorded(), max_images=3) as url:
         yield url
+
+
+def header_of(width: int, height: int) -> str:
+    """A PNG that says it is so large, and holds nearly nothing."""
+    data = bytearray(base64.b64decode(GOOD))
+    data[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    data[29:33] = zlib.crc32(bytes(data[12:29])).to_bytes(4, "big")
+    return base64.b64encode(bytes(data)).decode()
+
+
+@pytest.mark.parametrize(
+    ("status", "request_body", "reason"),
+    [
+        (
+            413,
+            {"images": [header_of(30_000, 30_000)], "prompts": ["a"]},
+            "1 images of 30000 x 30000 pixels; this server takes 67108864",
+        ),
+        (413, {"images": [header_of(5000, 5000)] * 3, "prompts": ["a"] * 3}, "3 images of 5000 x 5000"),
+        (422, {"images": [GOOD, header_of(30_000, 30_000)], "prompts": ["a"] * 2}, "4 x 4 and 30000 x 30000 pixels"),
+        (422, {"images": [base64.b64encode(b"\x89PNG\r\n").decode()], "prompts": ["a"]}, "image 0 is no whole PNG"),
+        (413, '{"images": [' + "[]," * 600_000, "more than 1048576 commas and brackets"),
+    ],
+)
+def test_bombs_are_refused_before_they_are_unpacked(three_at_most, status, request_body, reason, monkeypatch):
+    monkeypatch.setattr(Image, "open", None if status == 413 else Image.open)
+    content = request_body if isinstance(request_body, str) else json.dumps(request_body)
+    response = httpx2.post(f"{three_at_most}/score", content=content)
+    assert response.status_code == status and reason in response.json()["error"]
+
+
+def test_a_few_requests_at_once_are_in_memory(monkeypatch):
+    """The first is being scored and the second read; the third waits unread."""
+    monkeypatch.setattr("prdp_fast.rewards.server.AT_ONCE", 2)
+    reading, most, plain = set(), [], server.read_body
+
+    async def watched(request, max_images):
+        reading.add(id(request))
+        most.append(len(reading))
+        return await plain(request, max_images)
+
+    monkeypatch.setattr(server, "read_body", watched)
+
+    def answer(*arguments):
+        time.sleep(0.05)
+        reading.clear()
+        return {"scores": [0.0]}
+
+    monkeypatch.setattr(server, "decode_and_answer", answer)
+    with served(Recorded()) as url:
+        body = json.dumps({"images": [GOOD], "prompts": ["a"]})
+        threads = [threading.Thread(target=lambda: httpx2.post(f"{url}/score", content=body, timeout=30)) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(most) == 8 and max(most) <= 2
+
+
+def test_a_request_that_never_arrives(monkeypatch):
+    monkeypatch.setattr("prdp_fast.rewards.server.PATIENCE_S", 0.2)
+    with served(Recorded()) as url:
+        port = int(url.rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as slow:
+            slow.sendall(b"POST /score HTTP/1.1\r\nhost: a\r\ncontent-length: 100\r\n\r\n{")
+            assert slow.recv(100).startswith(b"HTTP/1.1 408")
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as long:
+            long.sendall(b"POST /score HTTP/1.1\r\nhost: a\r\ncontent-length: 99999999999\r\n\r\n")
+            assert long.recv(100).startswith(b"HTTP/1.1 413")  # by what it says itself
+
+
+def test_an_open_host_without_a_token_is_warned_of(capsys, monkeypatch):
+    monkeypatch.setattr(uvicorn.Server, "run", lambda *_, **__: None)
+    monkeypatch.setenv("PRDP_T", "secret")
+    for arguments, warned in (
+        (["--host", "0.0.0.0"], True),
+        ([], False),
+        (["--host", "0.0.0.0", "--token-env", "PRDP_T"], False),
+    ):
+        assert cli.main(["serve-reward", "jpeg_size", "--port", "0", "--device", "cpu", *arguments]) == 0
+        assert ("warning: whoever reaches 0.0.0.0" in capsys.readouterr().err) == warned
 
 
 def test_a_body_beyond_the_limit(three_at_most, monkeypatch):
@@ -323,7 +406,124 @@ def test_details_that_change_between_batches():
         ask(client(server.url, batch_size=3))
 
 
+def test_an_answer_without_end():
+    with Crooked((200, b'{"scores": [' + b"0," * 9_000_000, 0.0)) as server, pytest.raises(RewardError, match="more than 16 MB"):
+        ask(client(server.url))
+    packed = gzip.compress(b'{"scores": [' + b" " * 40_000_000)
+
+    class Packed(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            self.send_response(200)
+            self.send_header("content-encoding", "gzip")
+            self.send_header("content-length", str(len(packed)))
+            self.end_headers()
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                self.wfile.write(packed)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    crooked = ThreadingHTTPServer(("127.0.0.1", 0), Packed)
+    threading.Thread(target=crooked.serve_forever, kwargs={"poll_interval": 0.01}).start()
+    try:
+        with pytest.raises(RewardError, match="more than 16 MB"):
+            ask(client(f"http://127.0.0.1:{crooked.server_address[1]}"))
+    finally:
+        crooked.shutdown()
+        crooked.server_close()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "\x1b[31mred\x1b[0m",
+        "\x1b]0;title\x07red",
+        "\x1b]8;;http://x\x1b\\red",
+        "\x9b31mred",
+        "r\x08ed",
+        "r\u202eed",
+        "\x1bcred",
+        "red\x1b]2;t",
+    ],
+)
+def test_a_server_does_not_command_the_terminal(said):
+    for answer in ((400, {"error": said}, 0.0), (400, said.encode(), 0.0)):
+        with Crooked(answer) as server, pytest.raises(RewardError) as caught:
+            ask(client(server.url))
+        assert "HTTP 400: red;" in str(caught.value) and str(caught.value).isprintable()
+
+
+def test_all_attempts_fit_into_the_time_of_a_call():
+    """Seven attempts of 120 s would be too many for a second."""
+    with Crooked(DOWN) as server:
+        reward = build_reward("http", {"url": server.url, "backoff_s": 0.2})
+        reward.timeout_s = 1.0
+        started = time.monotonic()
+        with pytest.raises(
+            RewardError, match=r"in [23] attempts, at last: HTTP 500: out of memory; .*schedule.reward_timeout_s \(1\)"
+        ):
+            ask(reward)
+        assert time.monotonic() - started < 5
+    with Crooked((200, FINE[1], 30.0)) as server:
+        reward = build_reward("http", {"url": server.url})
+        reward.timeout_s = 0.5
+        started = time.monotonic()
+        with pytest.raises(RewardError, match="no answer within"):
+            ask(reward)
+        assert time.monotonic() - started < 5
+
+
+# Proxies
+
+
+PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
+
+
+@pytest.fixture
+def shell(monkeypatch):
+    for name in PROXIES:
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch.setenv
+
+
+@pytest.mark.parametrize("proxy", ["http://127.0.0.1:9", "socks5://127.0.0.1:9", "socks://127.0.0.1:9/", "nonsense"])
+@pytest.mark.parametrize("variable", ["http_proxy", "ALL_PROXY"])
+def test_this_machine_is_reached_without_a_proxy(shell, variable, proxy):
+    shell(variable, proxy)
+    with Crooked(FINE) as server:
+        for url in (server.url, server.url.replace("127.0.0.1", "localhost")):
+            assert ask(client(url)).scores.tolist() == [0.5] * N
+
+
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "socks://127.0.0.1:9/", "ftp://127.0.0.1:9"])
+def test_a_proxy_that_cannot_be_used_is_named_before_any_work(shell, proxy):
+    shell("ALL_PROXY", proxy)
+    with pytest.raises(
+        RewardError, match=r"http://192\.0\.2\.1 cannot be reached through the proxy of ALL_PROXY .*NO_PROXY=192\.0\.2\.1"
+    ):
+        client("http://192.0.2.1").prepare()
+    shell("NO_PROXY", "192.0.2.1")
+    client("http://192.0.2.1").prepare()
+
+
+def test_a_proxy_in_the_way_is_named(shell):
+    shell("HTTP_PROXY", "http://user:hunter2@127.0.0.1:9")
+    with pytest.raises(RewardError, match=r"http://192\.0\.2\.1 \(through the proxy of HTTP_PROXY\) gave no scores") as caught:
+        ask(client("http://192.0.2.1", retries=0))
+    assert "hunter2" not in str(caught.value)
+
+
 # Options
+
+
+@pytest.mark.parametrize("name", ["HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "prdp_token", "", 3])
+def test_a_recipe_cannot_have_any_secret_sent(name, monkeypatch):
+    for variable in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "prdp_token"):
+        monkeypatch.setenv(variable, "s3cret")
+    with pytest.raises(UserError, match="token_env names no variable that starts with PRDP_") as caught:
+        build_reward("http", {"url": "http://scorer", "token_env": name})
+    assert "s3cret" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,19 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from prdp_fast.core.errors import UserError
-from prdp_fast.rewards import REWARDS, Reward, RewardError, RewardOutput, WeightedRewards, build_rewards
+from prdp_fast.rewards import REWARDS, BackgroundScores, Reward, RewardError, RewardOutput, WeightedRewards, build_rewards
 from prdp_fast.world import scenes
 
 N = 3
@@ -84,7 +88,11 @@ def test_a_reward_of_weight_zero_is_only_reported() -> None:
         (torch.full((N,), math.nan), {}, "reward 'odd' returned NaN or infinity for all 3 images"),
         (torch.tensor([math.nan, math.inf, math.nan]), {}, "for all 3 images"),
         (torch.ones(N + 1), {}, r"reward 'odd' returned scores of shape \(4,\); expected \(3,\)"),
-        (torch.ones(N, 1), {}, r"shape \(3, 1\); expected \(3,\)"),
+        (torch.ones(N, 2), {}, r"shape \(3, 2\); expected \(3,\)"),
+        (torch.ones(1, N), {}, r"shape \(1, 3\); expected \(3,\)"),
+        ([[1.0, 2.0]] * N, {}, r"shape \(3, 2\)"),
+        ({"scores": [1.0] * N}, {}, "returned dict as scores"),
+        (np.array([1j] * N), {}, "returned ndarray as scores"),
         (1.0, {}, r"shape \(\); expected \(3,\)"),
         (["a", "b", "c"], {}, "returned list as scores; expected 3 numbers"),
         (None, {}, "returned NoneType as scores"),
@@ -138,3 +146,101 @@ def test_a_reward_is_imported_only_when_named() -> None:
     libraries = "('PIL', 'fastapi', 'httpx2', 'tenacity', 'transformers', 'uvicorn')"
     code = f"import sys, prdp_fast.rewards; assert not any(name.split('.')[0] in {libraries} for name in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        np.array([1.0, None, 3.0], dtype=object),
+        [1.0, None, 3.0],
+        [torch.tensor(1.0), torch.tensor(math.nan), torch.tensor(3.0)],
+        [torch.tensor([1.0]), None, np.float32(3)],
+        np.array([[1.0], [math.nan], [3.0]]),
+        torch.tensor([[1.0], [math.nan], [3.0]], dtype=torch.bfloat16),
+        np.array([3.0, math.nan, 1.0])[::-1],
+        np.array([1.0, math.nan, 3.0], dtype=">f4"),
+        np.ma.array([1.0, math.nan, 3.0]),
+        [np.float64(1), math.nan, np.uint64(3)],
+    ],
+    ids=str,
+)
+def test_numbers_in_any_container(given: Any) -> None:
+    scores = _score(_fixed("a", given)).parts["a"]
+    assert scores.dtype == torch.float32 and scores[[0, 2]].tolist() == [1.0, 3.0] and scores[1].isnan()
+
+
+def test_unsigned_and_whole_numbers() -> None:
+    assert _score(_fixed("a", np.array([1, 2, 2**63], dtype=np.uint64))).parts["a"].tolist() == [1.0, 2.0, 2.0**63]
+    assert _score(_fixed("a", [True, False, 3])).parts["a"].tolist() == [1.0, 0.0, 3.0]
+
+
+def test_scores_are_no_view_of_what_the_reward_keeps() -> None:
+    kept = torch.ones(N)
+    scores = _score(_fixed("a", kept)).parts["a"]
+    kept.zero_()
+    assert scores.tolist() == [1.0] * N
+    with torch.inference_mode():
+        made = torch.ones(N)
+    _score(_fixed("a", made)).parts["a"].add_(1)  # refused on a tensor of inference mode
+
+
+class Hangs(Reward):
+    name = "hangs"
+
+    def __init__(self) -> None:
+        self.calls, self.ends = 0, threading.Event()
+
+    def score(self, images, prompts, metadata):  # type: ignore[no-untyped-def]
+        self.calls += 1
+        if self.calls == 1:
+            self.ends.wait(60)
+        return RewardOutput(torch.full((N,), float(self.calls)))
+
+
+def test_a_reward_that_hangs_is_named_and_left_behind() -> None:
+    reward = Hangs()
+    rewards = WeightedRewards([_fixed("a", torch.ones(N)), reward], [1.0, 1.0], timeout_s=0.3)
+    started = time.monotonic()
+    with pytest.raises(
+        RewardError, match=r"reward 'hangs' gave no scores of 3 images within 0\.3 s; .*schedule.reward_timeout_s"
+    ):
+        rewards.score(IMAGES, ["a"] * N, [{}] * N)
+    assert 0.3 <= time.monotonic() - started < 10
+    assert rewards.score(IMAGES, ["a"] * N, [{}] * N).total.tolist() == [3.0] * N  # a repetition has a thread of its own
+    reward.ends.set()
+
+
+def test_nobody_waits_for_a_hanging_call_in_the_background() -> None:
+    reward, scorer = Hangs(), BackgroundScores(in_background=True)
+    rewards = WeightedRewards([reward], [1.0])
+    scoring = scorer.start(partial(rewards.score, IMAGES, ["a"] * N, [{}] * N))
+    started = time.monotonic()
+    scorer.close()
+    assert time.monotonic() - started < 10 and not reward.ends.is_set()
+    reward.ends.set()
+    assert scoring().total.tolist() == [1.0] * N
+
+
+def test_a_call_costs_its_thread_little() -> None:
+    rewards = WeightedRewards([_fixed("a", torch.ones(N))], [1.0], timeout_s=60.0)
+    rewards.score(IMAGES, ["a"] * N, [{}] * N)
+    started = time.monotonic()
+    for _ in range(100):
+        rewards.score(IMAGES, ["a"] * N, [{}] * N)
+    assert (time.monotonic() - started) / 100 < 0.02  # two milliseconds on a busy machine
+
+
+def test_gradients_are_recorded_where_the_caller_records_them() -> None:
+    seen = []
+
+    class Looks(Reward):
+        name = "looks"
+
+        def score(self, images, prompts, metadata):  # type: ignore[no-untyped-def]
+            seen.append(torch.is_grad_enabled())
+            return RewardOutput(torch.ones(N))
+
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            _score(Looks())
+    assert seen == [True, False]

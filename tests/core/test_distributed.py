@@ -1,0 +1,56 @@
+"""Ranks that cannot meet: one line that names the port or the address."""
+
+from __future__ import annotations
+
+import socket
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+
+from prdp_fast.core import distributed
+from prdp_fast.core.errors import UserError
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    return lambda port: monkeypatch.setenv("MASTER_PORT", str(port))
+
+
+def test_a_port_in_use_is_named(launched):
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        launched(port)
+        with pytest.raises(UserError, match=rf"MASTER_PORT {port} is in use on this machine") as caught:
+            distributed.init()
+    assert "\n" not in str(caught.value) and not dist.is_initialized()
+
+
+@pytest.mark.parametrize("port", ["many", "99999999", ""])
+def test_a_port_that_is_none(launched, port):
+    launched(port)
+    with pytest.raises(UserError, match=rf"the ranks of the job do not meet at MASTER_ADDR '127.0.0.1', MASTER_PORT '{port}'"):
+        distributed.init()
+
+
+def test_no_address(launched, monkeypatch):
+    monkeypatch.delenv("MASTER_ADDR")
+    launched(29555)
+    with pytest.raises(UserError, match=r"do not meet at MASTER_ADDR None.*MASTER_ADDR expected"):
+        distributed.init()
+
+
+@pytest.mark.parametrize(("longest", "seconds"), [(0.0, 1800), (540.0, 1800), (5000.0, 5120)])
+def test_a_group_waits_longer_than_a_reward_may_take(monkeypatch, longest, seconds):
+    asked = {}
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(dist, "init_process_group", lambda **options: asked.update(options))
+    distributed.init(longest)
+    assert asked["timeout"] == timedelta(seconds=seconds)
