@@ -162,6 +162,14 @@ class ScheduleSettings(Section):
     reward_timeout_s: float = Field(
         540, gt=0, description="seconds that each reward has to score a rank's images; then it failed"
     )
+    max_skipped_updates: int = Field(
+        20,
+        ge=1,
+        description="updates in a row that were skipped, for no gradient was finite; then the run stops, saved",
+    )
+    max_nonfinite_epochs: int = Field(
+        3, ge=1, description="epochs in a row with an image that came out NaN, and has no reward; then the run stops likewise"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> ScheduleSettings:

@@ -17,5 +17,9 @@ class RewardError(UserError):
     """A reward got what it cannot score, or gave back what is no score."""
 
 
+class NotFiniteError(UserError):
+    """What a model computes is NaN or infinite, in so many images that going on would be for nothing."""
+
+
 class OneRankError(UserError):
     """Found by one rank alone, while the others may be waiting for it in a collective: it speaks for itself and leaves."""

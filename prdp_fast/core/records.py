@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -57,3 +58,13 @@ class Scores:
     total: torch.Tensor  # (N,) float32; NaN marks an image that could not be scored
     parts: dict[str, torch.Tensor]  # raw score of each reward, (N,) float32, before weighting
     details: dict[str, torch.Tensor]  # further per-image figures for reports, (N,) float32, e.g. "shapes_alignment/strict"
+
+    def without(self, lost: torch.Tensor) -> Scores:
+        """The same with NaN for the images of which `lost`, (N,) bool on the CPU, is true."""
+        if not bool(lost.any()):
+            return self
+
+        def blank(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {name: value.masked_fill(lost, math.nan) for name, value in values.items()}
+
+        return Scores(self.total.masked_fill(lost, math.nan), blank(self.parts), blank(self.details))

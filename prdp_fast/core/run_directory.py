@@ -27,11 +27,15 @@ EXPORT = "model"
 EVALUATION = "evaluation"  # what `prdp evaluate` found
 EVALUATION_BEFORE, EVALUATION_AFTER = "evaluation_before.pt", "evaluation_after.pt"
 
-# What a resumed run may change: how long it goes on and what it keeps, never what an epoch computes.
+# What a resumed run may change: how long it goes on, what it keeps, and what decides about memory and speed alone, whose results
+# differ by rounding. Never what an epoch computes.
 MAY_CHANGE = (
     "schedule.epochs", "schedule.time_limit_minutes", "schedule.on_failure", "schedule.max_repeats",
-    "schedule.reward_timeout_s", "checkpoint.every", "checkpoint.keep", "model.push_to_hub",
+    "schedule.reward_timeout_s", "schedule.max_skipped_updates", "schedule.max_nonfinite_epochs", "schedule.micro_batch",
+    "sampler.rollout_batch", "performance.activation_checkpointing", "checkpoint.every", "checkpoint.keep", "model.push_to_hub",
 )  # fmt: skip
+# They follow from the micro-batch, and from settings that may not change and are compared by their own names.
+DERIVED = ("deepspeed.train_micro_batch_size_per_gpu", "deepspeed.gradient_accumulation_steps")
 
 
 _held: dict[Path, IO[str]] = {}  # by this process, until it ends
@@ -121,5 +125,5 @@ def first_difference(old: Any, new: Any, place: str = "") -> str | None:
             if found:
                 return found
         return None
-    allowed = place.removeprefix("recipe.") in MAY_CHANGE
+    allowed = place.removeprefix("recipe.") in MAY_CHANGE or place in DERIVED
     return None if old == new or allowed else f"{place} was {old!r}, now {new!r}"

@@ -16,7 +16,8 @@ from torch import nn
 from prdp_fast.acceleration.process import prepare_process
 from prdp_fast.config.recipe import PerformanceSettings
 from prdp_fast.core import distributed
-from prdp_fast.core.errors import OneRankError, RewardError, UserError
+from prdp_fast.core.errors import NotFiniteError, OneRankError, RewardError, UserError
+from prdp_fast.core.memory import smaller_on_oom
 from prdp_fast.core.records import Prompt, Scores, TextEmbeddings
 from prdp_fast.evaluation.blocks import KEPT_PICTURES, Block, BlockName, EvaluationDirectory
 from prdp_fast.evaluation.plan import EvaluationPlan, Model
@@ -26,7 +27,7 @@ from prdp_fast.models.pipeline import Pipeline
 from prdp_fast.models.text import TextEncoder
 from prdp_fast.rewards import WeightedRewards
 from prdp_fast.sampling.policy import Policy
-from prdp_fast.sampling.rollout import rollout
+from prdp_fast.sampling.rollout import finite_images, rollout
 
 # Training counts its epochs from 0. Evaluation noise has an epoch number that no training reaches.
 EVALUATION_EPOCH = 2**40
@@ -39,13 +40,30 @@ Say = Callable[[str], None]
 def sample_images(
     policy: Policy, denoiser: nn.Module, pipeline: Pipeline, encode: Encode, prompts: list[Prompt], *,
     images_per_prompt: int, batch: int, seed: int,
-) -> torch.Tensor:  # fmt: skip
-    """(P * B, 3, H, W) uint8, prompt-major. The noise depends on (seed, prompt, image) alone, so models can be compared on it."""
-    trajectories = rollout(
-        policy, denoiser, prompts, encode(prompts), images_per_prompt=images_per_prompt,
-        latent_shape=pipeline.latent_shape, batch=batch, seed=seed, epoch=EVALUATION_EPOCH,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Images of prompts, prompt-major. The noise depends on (seed, prompt, image) alone, so models can be compared on it.
+
+    Returns: (P * B, 3, H, W) uint8; (P * B,) bool, False for a picture that is not finite and must have no score.
+    Raises: NotFiniteError if none is finite. OneRankError if the memory is too small for one image.
+    """
+    embeddings = encode(prompts)
+    trajectories, _ = smaller_on_oom(
+        lambda size: rollout(
+            policy, denoiser, prompts, embeddings, images_per_prompt=images_per_prompt,
+            latent_shape=pipeline.latent_shape, batch=size, seed=seed, epoch=EVALUATION_EPOCH,
+        ),
+        min(batch, len(prompts) * images_per_prompt), phase="evaluation's rollout", say=print,
+        advice="lower sampler.rollout_batch (of prdp evaluate --batch), or use a GPU with more memory",
     )  # fmt: skip
-    return pipeline.decode(trajectories.latents[:, -1])
+    latents = finite_images(trajectories)
+    images, shown = pipeline.decode_checked(trajectories.latents[:, -1])
+    latents = latents.cpu()
+    if not (latents & shown).any():
+        own = denoiser if isinstance(denoiser, nn.Module) else pipeline.denoiser
+        reason = pipeline.explain(own, embeddings, latents=not latents.any())
+        what = "decoded picture" if latents.any() else "image's latents"
+        raise NotFiniteError(f"evaluation: not one {what} of {len(images)} is finite; {reason}")
+    return images, latents & shown
 
 
 def score_images(rewards: WeightedRewards, images: torch.Tensor, prompts: list[Prompt], images_per_prompt: int) -> Scores:
@@ -97,10 +115,10 @@ def evaluate(
     images_per_prompt: int, batch: int, seed: int,
 ) -> Evaluation:  # fmt: skip
     """Sample and score `prompts` (this rank's part). Raises: RewardError."""
-    images = sample_images(
+    images, shown = sample_images(
         policy, denoiser, pipeline, encode, prompts, images_per_prompt=images_per_prompt, batch=batch, seed=seed
     )  # fmt: skip
-    scores = score_images(rewards, images, prompts, images_per_prompt)
+    scores = score_images(rewards, images, prompts, images_per_prompt).without(~shown)
 
     def means(values: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(prompt_means(values.view(len(prompts), images_per_prompt))).float()
@@ -174,20 +192,20 @@ def compute_blocks(
                     told = time.monotonic()
                     say(f"{model.name} ({role}): {number} of {len(own)} blocks")
             del pipeline, encode  # before the next model is loaded
-    except RewardError as error:
+    except (RewardError, NotFiniteError) as error:
         raise OneRankError(str(error)) from error
 
 
 def compute_block(plan: EvaluationPlan, name: BlockName, pipeline: Pipeline, encode: Encode) -> Block:
     """Raises: RewardError."""
     prompts, start = plan.prompts_of(name)
-    images = sample_images(
+    images, shown = sample_images(
         plan.policies[name.role], pipeline.denoiser, pipeline, encode, prompts, images_per_prompt=plan.samples, batch=plan.batch,
         seed=plan.seed,
     )  # fmt: skip
     scores: dict[str, torch.Tensor] = {}
     for label, reward in plan.rewards.items():
-        scored = score_images(reward, images, prompts, plan.samples)
+        scored = score_images(reward, images, prompts, plan.samples).without(~shown)
         (scores[label],) = scored.parts.values()
         scores |= {f"{label}/{key.partition('/')[2]}": value for key, value in scored.details.items()}
     features = plan.features(images).reshape(len(prompts), plan.samples, -1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +13,12 @@ from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
 from torch import nn
 
 from prdp_fast.core.errors import UserError
+from prdp_fast.core.memory import smaller_on_oom
+from prdp_fast.core.records import TextEmbeddings
 from prdp_fast.models.families import read_family
 from prdp_fast.models.families.base import Family
 from prdp_fast.models.files import quiet_loading, resolve
+from prdp_fast.models.finite import first_nonfinite, wider
 from prdp_fast.models.lora import export_adapter
 from prdp_fast.models.upsampling import join_upsampling
 
@@ -31,6 +36,7 @@ class Pipeline:
     vae: AutoencoderKL
     scheduler: SchedulerMixin
     whole: DiffusionPipeline  # as it was loaded; its own encode_prompt makes the embeddings
+    decoded: int | None = None  # images that were decoded at once, where the memory was too small for more
 
     @classmethod
     def load(cls, model: str | Family, device: torch.device, frozen_dtype: torch.dtype, scheduler: str | None = None) -> Pipeline:
@@ -41,7 +47,8 @@ class Pipeline:
             frozen_dtype: of text encoders and VAE; the denoiser is loaded in float32 and cast by DeepSpeed. A VAE that
                 overflows in float16 stays in float32, as in its pipeline.
             scheduler: the class to sample with, as `Family.scheduler` takes it.
-        Raises: UserError if it is no pipeline of a known family, or one that takes other inputs than its family's.
+        Raises: UserError if it is no pipeline of a known family, one that takes other inputs than its family's, or one with a
+            weight that is not finite.
         """
         family = read_family(model) if isinstance(model, str) else model
         sampled_with, name = family.scheduler(scheduler), family.pipeline_class.__name__
@@ -68,7 +75,45 @@ class Pipeline:
         vae.to(device, vae_dtype, memory_format=torch.channels_last)
         for module in text_encoders:
             module.to(device, frozen_dtype)
-        return cls(family, denoiser.to(device), vae, sampled_with, whole)
+        pipeline = cls(family, denoiser.to(device), vae, sampled_with, whole)
+        pipeline.check_weights()
+        return pipeline
+
+    def check_weights(self) -> None:
+        """Raises: UserError naming the first weight that is NaN or infinite."""
+        fault = first_nonfinite({self.family.denoiser_component: self.denoiser, "vae": self.vae} | self.text_encoders)
+        if fault is not None:
+            mend = f"fetch the model again, or {wider(torch.float16)}" if "(torch.float16)" in fault else "fetch the model again"
+            raise UserError(f"model.pretrained {self.family.pretrained!r}: {fault}; expected finite weights: {mend}")
+
+    @property
+    def text_encoders(self) -> dict[str, nn.Module]:
+        """By component."""
+        components = self.whole.components.items()
+        return {name: module for name, module in components if name.startswith("text_encoder") and module is not None}
+
+    def explain(self, denoiser: nn.Module, embeddings: TextEmbeddings, *, latents: bool, trained: bool = False) -> str:
+        """Why latents or pictures may not be finite, and what to do. It waits for the device: called when it is so.
+
+        Args:
+            denoiser: that made them, its weights whole.
+            latents: whether it is the latents; else only the pictures are not finite.
+            trained: whether updates have changed the denoiser.
+        """
+        if latents and not all(value.isfinite().all() for value in embeddings if value is not None):
+            dtype = embeddings.prompt_embeds.dtype
+            fault = first_nonfinite(self.text_encoders)
+            if fault is not None:
+                return f"{fault}: fetch the model again"
+            return f"the text embeddings are not finite in {dtype}: {wider(dtype)}; if they are stored, run 'prdp embed' again"
+        name, network = (self.family.denoiser_component, denoiser) if latents else ("vae", self.vae)
+        fault = first_nonfinite({name: network})
+        if fault is not None and latents and trained:
+            return f"{fault}: training has driven it out of range; lower optimizer.learning_rate"
+        if fault is not None:
+            return f"{fault}: fetch the model again"
+        dtype = next((value.dtype for value in network.parameters()), torch.float32)
+        return f"every weight of the {name} is finite, so what it computes has left the range of {dtype}: {wider(dtype)}"
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -79,23 +124,44 @@ class Pipeline:
         """A frozen copy of the denoiser as it is now: the reference of a run."""
         return copy.deepcopy(self.denoiser).to(dtype).requires_grad_(False).eval()
 
-    @torch.no_grad()
     def decode(self, latents: torch.Tensor, batch: int | None = None) -> torch.Tensor:
+        """The images of `decode_checked` alone."""
+        return self.decode_checked(latents, batch)[0]
+
+    @torch.no_grad()
+    def decode_checked(
+        self, latents: torch.Tensor, batch: int | None = None, say: Callable[[str], None] = print
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Images of final latents.
 
         Args:
             latents: (N, C, H, W) float32, x_0.
-            batch: images at once; None: 16 of 512 x 512 pixels, fewer of larger ones, at most 32.
-        Returns: (N, 3, H, W) uint8 on the CPU, rounded exactly as diffusers rounds on its way to PIL.
+            batch: images at once, fewer if the memory is too small; None: 16 of 512 x 512 pixels, fewer of larger ones, at most
+                32.
+            say: tells the user that the memory was.
+        Returns: (N, 3, H, W) uint8 on the CPU, rounded exactly as diffusers rounds on its way to PIL; (N,) bool on the CPU, False
+            for a picture with NaN or infinity, which is black.
         """
         if batch is None:
             batch = max(1, min(DECODED, DECODED_LATENTS // latents[0, 0].numel())) if len(latents) else 1
-        images = []
-        for part in latents.split(batch):
-            scaled = self.family.unscaled(part.to(self.vae.dtype), self.vae).contiguous(memory_format=torch.channels_last)
-            pixels = self.vae.decode(scaled, return_dict=False)[0]
-            images.append(((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8))
-        return torch.cat(images).contiguous().cpu()  # one wait for all of them
+
+        def attempt(size: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+            images, peaks = [], []
+            for part in latents.split(size):
+                scaled = self.family.unscaled(part.to(self.vae.dtype), self.vae).contiguous(memory_format=torch.channels_last)
+                pixels = self.vae.decode(scaled, return_dict=False)[0].float()
+                peaks.append(torch.linalg.vector_norm(pixels, math.inf, dim=(1, 2, 3)))
+                images.append(((pixels / 2 + 0.5).clamp(0, 1).nan_to_num(0) * 255).round().to(torch.uint8))
+            return images, peaks
+
+        most = max(1, min(batch, self.decoded or batch, len(latents)))
+        (images, peaks), size = smaller_on_oom(
+            attempt, most, phase="decoding", say=say, advice="use a GPU with more memory, or fewer ranks on it"
+        )
+        if size < most:
+            self.decoded = size
+        # One wait for all of them.
+        return torch.cat(images).contiguous().cpu(), torch.cat(peaks).isfinite().cpu()
 
     def export(self, directory: Path, state: dict[str, torch.Tensor]) -> None:
         """Write a directory of the pipeline's own class, or of an adapter to one, with the scheduler that it was sampled with.

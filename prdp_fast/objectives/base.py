@@ -11,6 +11,8 @@ from typing import Protocol
 
 import torch
 
+FLOAT32_MAX = torch.finfo(torch.float32).max
+
 
 @dataclass(frozen=True)
 class ObjectiveInput:
@@ -36,6 +38,16 @@ class Objective(Protocol):
     needs_reference: bool
 
     def __call__(self, batch: ObjectiveInput) -> ObjectiveOutput: ...
+
+    def too_large(self, spread: float, largest: float, images: int) -> str | None:
+        """What float32 cannot hold with such rewards, and which setting is to be changed; None if it holds everything.
+
+        Args:
+            spread: the largest difference of two rewards of one prompt.
+            largest: the largest absolute reward.
+            images: of a prompt.
+        """
+        ...
 
     def weight_error(self, batch: ObjectiveInput, drift: float) -> float:
         """Relative error of the weights if every log-prob were wrong by `drift` nats; decides whether the rollout's own

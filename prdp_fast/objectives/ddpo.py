@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from prdp_fast.objectives.base import ObjectiveInput, ObjectiveOutput
+from prdp_fast.objectives.base import FLOAT32_MAX, ObjectiveInput, ObjectiveOutput
 
 STD_FLOOR = 1e-8  # as in the authors' code: a group of equal rewards gets advantage 0, not NaN
 
@@ -37,6 +37,8 @@ class DdpoObjective:
         """loss = mean over images and steps of max(-A ratio, -A clip(ratio, 1 - eps, 1 + eps))."""
         advantages = self.advantages(batch)[:, :, None]
         ratio = (batch.log_probs - batch.old_log_probs).exp()
+        # An image without a reward may have no log-probs either: 0 times NaN would be NaN.
+        ratio = torch.where(batch.rewards.isfinite()[:, :, None] | ratio.isfinite(), ratio, 1.0)
         plain = -advantages * ratio
         clipped = -advantages * ratio.clamp(1 - self.clip_range, 1 + self.clip_range)
         loss = torch.maximum(plain, clipped).mean()
@@ -48,6 +50,14 @@ class DdpoObjective:
             "dropped_images": (~batch.rewards.isfinite()).sum(),
         }
         return ObjectiveOutput(loss, weights, metrics)
+
+    def too_large(self, spread: float, largest: float, images: int) -> str | None:
+        """Advantages are rewards over their standard deviation: a square, or a sum, that overflows makes them 0 or NaN."""
+        squares = images * spread**2 if self.normalization == "per_prompt" else 0.0
+        if max(squares, images * largest, 2 * largest) < FLOAT32_MAX:
+            return None
+        mend = "; set objective.normalization global" if squares >= FLOAT32_MAX else ""
+        return f"float32 cannot hold the sum of their squares, so that every advantage would be 0 or NaN{mend}"
 
     def weight_error(self, batch: ObjectiveInput, drift: float) -> float:
         return 0.0  # with old = log_prob the ratio is exactly 1, whatever the log-probs are

@@ -12,6 +12,7 @@ from torch import nn
 
 from prdp_fast.core.errors import OneRankError, UserError
 from prdp_fast.core.format import format_bytes
+from prdp_fast.core.memory import release
 from prdp_fast.models.families.base import Family
 from prdp_fast.models.lora import trained_parameters
 from prdp_fast.planning.memory import (
@@ -163,8 +164,7 @@ def halve_on_oom(
             return result, size  # type: ignore[return-value]
         result = None
         clear()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release()
         if size < first or size == 1:
             raise UserError(out_of_memory(first, size))
         size = size // 2
@@ -174,4 +174,7 @@ def halve_on_oom(
 def out_of_memory(asked: int, size: int) -> str:
     tried = f"schedule.micro_batch {asked}" + (f", and with {size} after it" if size != asked else "")
     mend = f"set schedule.micro_batch {size // 2} or auto" if size > 1 else "set performance.activation_checkpointing true"
-    return f"out of memory in the update with {tried}; {mend}, or use a higher ZeRO stage, and start the job again"
+    return (
+        f"out of memory in the update with {tried}; {mend}, and go on with --resume and the run's directory, or start the job "
+        "again at a higher ZeRO stage"
+    )

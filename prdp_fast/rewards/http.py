@@ -213,7 +213,7 @@ class HttpReward(Reward):
 
         pause = tenacity.wait_exponential(multiplier=self.backoff_s, max=LONGEST_WAIT_S)
         retrying = tenacity.Retrying(
-            stop=tenacity.stop_any(tenacity.stop_after_attempt(self.retries + 1), is_late),
+            stop=tenacity.stop_any(tenacity.stop_after_attempt(self.retries + 1), is_late),  # type: ignore[arg-type]
             wait=pause,
             retry=tenacity.retry_if_exception_type((httpx2.RequestError, TryAgain)),
             before_sleep=report,

@@ -119,7 +119,13 @@ class WeightedRewards:
         parts: dict[str, torch.Tensor] = {}
         details: dict[str, torch.Tensor] = {}
         for reward in self.rewards:
-            output = _checked(reward.name, self._ask(reward, images, prompts, metadata), len(images))
+            try:
+                output = _checked(reward.name, self._ask(reward, images, prompts, metadata), len(images))
+            except torch.OutOfMemoryError as error:
+                raise RewardError(
+                    f"reward {reward.name!r} ran out of the device's memory with {len(images)} images; lower its batch, or "
+                    "serve it from another device (prdp serve-reward)"
+                ) from error
             parts[reward.name] = output.scores
             details.update({f"{reward.name}/{key}": value for key, value in output.details.items()})
         return Scores(self._total(parts, {}), parts, details)
@@ -163,21 +169,24 @@ class WeightedRewards:
         return replace(scores, total=self._total(scores.parts, divisors)), now_seen, divisors
 
     def _total(self, parts: Mapping[str, torch.Tensor], divisors: Mapping[str, float]) -> torch.Tensor:
-        """(N,) float32, NaN where a part of non-zero weight is not finite."""
+        """(N,) float32, NaN where a part of non-zero weight is not finite, or the sum is more than float32 holds."""
         total = torch.zeros(len(next(iter(parts.values()))), dtype=torch.float64)  # so that the sum is rounded once
         for (name, part), weight in zip(parts.items(), self.weights, strict=True):
             if weight != 0:
                 total += weight / divisors.get(name, 1.0) * part.double()
-        total[~total.isfinite()] = math.nan
-        return total.float()
+        rounded = total.float()
+        rounded[~rounded.isfinite()] = math.nan
+        return rounded
 
 
 def _checked(name: str, output: RewardOutput, expected: int) -> RewardOutput:
     """The output as CPU float32, if it holds `expected` numbers of everything and a finite score."""
-    output = as_numbers(name, output, expected)
+    given, output = output.scores, as_numbers(name, output, expected)
     if expected and not output.scores.isfinite().any():
+        too_large = bool(torch.as_tensor(given).isfinite().any())
+        what = "numbers beyond 3.4e+38, the largest of float32," if too_large else "NaN or infinity"
         raise RewardError(
-            f"reward {name!r} returned NaN or infinity for all {expected} images; expected at least one finite score: "
+            f"reward {name!r} returned {what} for all {expected} images; expected at least one finite score: "
             "check the images it was given and its weights"
         )
     return output

@@ -6,6 +6,8 @@ batch size, the number of ranks and the device, and resuming needs no generator 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
@@ -67,3 +69,24 @@ def rollout(
             latents[part, step + 1], log_probs[part, step] = x[:count], log_prob[:count]
     stochastic = policy.transitions.stochastic.to(device)
     return Trajectories(prompts, images_per_prompt, embeddings, latents, log_probs[:, stochastic], seeds)
+
+
+def finite_images(trajectories: Trajectories) -> torch.Tensor:
+    """(N,) bool on their device: which trajectories are finite. Waits for nothing.
+
+    A step is linear in the latent, so that NaN and infinity never leave a trajectory: its last latent tells of all.
+    """
+    largest = torch.linalg.vector_norm(trajectories.latents[:, -1], math.inf, dim=(1, 2, 3))
+    return largest.isfinite() & trajectories.log_probs.isfinite().all(1)
+
+
+def remove(trajectories: Trajectories, lost: torch.Tensor) -> None:
+    """Make trajectories that are not finite harmless, in place: in a gradient, 0 times NaN would be NaN.
+
+    Their log-probs become NaN, and their latents 0. Their images must have no reward.
+
+    Args: lost: (N,) bool, on any device.
+    """
+    lost = lost.to(trajectories.latents.device)
+    trajectories.latents[lost] = 0.0
+    trajectories.log_probs[lost] = math.nan

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, SchedulerMixin
@@ -18,6 +19,8 @@ from prdp_fast.core.errors import UserError
 
 # DDPM clamps its last variance to 1e-20 "because we always take the log"; such a step adds no noise and has no density.
 NO_NOISE = 1e-9
+# What diffusers' DDPMScheduler writes in place of a terminal alpha of 0, "so that the first sigma is not inf".
+NO_SIGNAL = 2.0**-24
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Transitions:
                 v- or sample-prediction; leading, trailing or linspace spacing. It is not changed.
             num_inference_steps: T, at most the scheduler's training timesteps.
             eta: DDIM's share of noise, 0 < eta <= 1. DDPM has none; 1 is its only value.
-        Raises: UserError naming the setting to change, if a step is not such a linear Gaussian.
+        Raises: UserError naming the setting to change, if a step is not such a linear Gaussian, or divides by zero.
         Source: DDPM (arXiv:2006.11239) eqs. 6, 7; DDIM (arXiv:2010.02502) eqs. 12, 16.
         """
         name = type(scheduler).__name__
@@ -74,9 +77,16 @@ class Transitions:
             )
 
         scheduler = copy.deepcopy(scheduler)  # set_timesteps changes a scheduler; leave the caller's alone
-        scheduler.set_timesteps(num_inference_steps)
+        try:
+            scheduler.set_timesteps(num_inference_steps)
+        except (ValueError, TypeError) as error:
+            raise UserError(
+                f"{name} refuses sampler.num_inference_steps {num_inference_steps} ({' '.join(str(error).split())}); correct "
+                "its scheduler_config.json, or take another number of steps"
+            ) from None
         timesteps = scheduler.timesteps.to("cpu", torch.int64)
         alphas = scheduler.alphas_cumprod.to("cpu", torch.float64)
+        check_timesteps(timesteps, config, name, num_inference_steps)
         alpha = alphas[timesteps]
         beta = 1 - alpha
 
@@ -123,9 +133,60 @@ class Transitions:
             sample_coef = alpha_prev.sqrt() * x0[0] + direction * epsilon[0]
             output_coef = alpha_prev.sqrt() * x0[1] + direction * epsilon[1]
 
+        check_steps(timesteps, alpha, (sample_coef, output_coef, std), config, name)
         std = torch.where(std > NO_NOISE, std, zero)
         if not bool((std > 0).any()):
             raise UserError(
                 f"{name} with {num_inference_steps} steps adds no noise at any step; raise sampler.num_inference_steps"
             )
         return cls(timesteps, sample_coef, output_coef, std, float(scheduler.init_noise_sigma))
+
+
+def check_timesteps(timesteps: torch.Tensor, config: Any, name: str, steps: int) -> None:
+    """Raises: UserError if a timestep is none that the model was trained at."""
+    trained = config.num_train_timesteps
+    outside = timesteps[(timesteps < 0) | (timesteps >= trained)]
+    if len(outside):
+        raise UserError(
+            f"{name}: sampler.num_inference_steps {steps} with timestep_spacing {config.timestep_spacing!r} and steps_offset "
+            f"{getattr(config, 'steps_offset', 0)} asks for timestep {int(outside[0])}; expected 0 to {trained - 1}: take "
+            "another num_inference_steps, or correct scheduler_config.json"
+        )
+
+
+def check_steps(timesteps: torch.Tensor, alpha: torch.Tensor, table: tuple[torch.Tensor, ...], config: Any, name: str) -> None:
+    """Refuse a schedule with a step that divides by zero.
+
+    Args:
+        alpha: (T,) float64, alphas_cumprod at the timesteps.
+        table: sample_coef, output_coef and std, (T,) float64 each.
+    Raises: UserError naming the step and the setting that makes it so.
+    """
+    sound = torch.stack([column.float().isfinite() for column in table]).all(0)  # the denoiser's latents are float32
+    sound &= (alpha >= 0) & (alpha <= 1)
+    prediction, spacing = config.prediction_type, config.timestep_spacing
+    rescaled = getattr(config, "rescale_betas_zero_snr", False)
+    if prediction == "epsilon" and rescaled:
+        sound &= alpha > NO_SIGNAL
+    if bool(sound.all()):
+        return
+    step = int((~sound).nonzero()[0])
+    value = float(alpha[step])
+    where = f"{name}: step {step} of {len(timesteps)} (timestep {int(timesteps[step])}) divides by zero"
+    if prediction == "epsilon" and 0 <= value <= NO_SIGNAL:
+        cause = "rescale_betas_zero_snr=True leaves" if rescaled else "the schedule's betas leave"
+        mends = ["rescale_betas_zero_snr=False"] if rescaled else ["betas below 1"]
+        mends += [f"timestep_spacing 'leading' (it is {spacing!r})"] if spacing != "leading" else []
+        raise UserError(
+            f"{where}: {cause} no signal there (alphas_cumprod {abs(value):.1g}), and prediction_type 'epsilon' divides by it; "
+            f"in scheduler_config.json set {' or '.join(mends)}, or take a model of prediction_type 'v_prediction'"
+        )
+    if value == 1:
+        raise UserError(
+            f"{where}: the schedule has no noise there (beta 0, alphas_cumprod 1) with prediction_type {prediction!r}; set "
+            "beta_start (or trained_betas) above 0 in scheduler_config.json"
+        )
+    raise UserError(
+        f"{where} or has no real variance: alphas_cumprod is {value:.3g} there; expected it to fall from below 1 to above 0: "
+        "correct beta_schedule, beta_start, beta_end or trained_betas in scheduler_config.json"
+    )

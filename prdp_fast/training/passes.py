@@ -24,7 +24,7 @@ class Reference:
     """The frozen model's log-probs of an epoch, as the objective wants them."""
 
     log_probs: torch.Tensor  # (N, S) float32
-    error: float = 0.0  # nats, two standard errors of a trajectory's mean log-ratio, the largest; 0 if nothing was left out
+    error: float | None = None  # nats, two standard errors of a trajectory's mean log-ratio, the largest; None: of every step
     denoiser_rows: int = 0
 
 
@@ -111,5 +111,5 @@ def reference_pass(
     # One draw a stratum says nothing of the spread inside it; the spread over all of them is no smaller on average. What is
     # drawn from a stratum of one step has no error.
     drawn = sizes.square().where(sizes > 1, 0.0).sum().sqrt() / total
-    error = 2 * float((log_ratio.std(1) * drawn).max())
+    error = 2 * float((log_ratio.std(1) * drawn).nan_to_num().max())  # NaN of an image that was lost
     return Reference(sampled - mean[:, None], error, policy.evaluations(stochastic[chosen.flatten()]))

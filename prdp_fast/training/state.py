@@ -6,6 +6,8 @@ import time
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+ADDED = ("batches", "asked", "skipped_in_row", "nonfinite_in_row")  # fields that checkpoints of earlier versions lack
+
 
 @dataclass
 class TrainState:
@@ -16,6 +18,10 @@ class TrainState:
     wall_s: float = 0.0  # over all starts of the run, when last saved
     last_drift: float | None = None  # nats, of the last epoch: how far sampler and trainer disagree on a log-prob
     micro_batch: int | None = None  # what it came down to, chosen or halved
+    batches: dict[str, int] = field(default_factory=dict)  # what other phases came down to where the memory was too small
+    asked: dict[str, Any] = field(default_factory=dict)  # what the recipe asked for when these were found
+    skipped_in_row: int = 0  # updates since the last one that was applied
+    nonfinite_in_row: int = 0  # epochs with an image that was not finite, since the last one without
     seen_rewards: dict[str, list[float]] = field(default_factory=dict)  # moments of those with a running normalisation
     unet_forwards: dict[str, int] = field(default_factory=lambda: {"rollout": 0, "reference": 0, "update": 0})  # rows
     _started: float | None = field(default=None, repr=False)  # a clock that began with the run
@@ -26,10 +32,21 @@ class TrainState:
         return {name: value for name, value in asdict(self).items() if not name.startswith("_")}
 
     def load_state_dict(self, values: dict[str, Any]) -> None:
-        """Raises: KeyError if one is missing."""
+        """Raises: KeyError if one is missing that every version has."""
         for one in fields(self):
-            if not one.name.startswith("_"):
+            if not one.name.startswith("_") and (one.name in values or one.name not in ADDED):
                 setattr(self, one.name, values[one.name])
+
+    def follow(self, asked: dict[str, Any]) -> None:
+        """Forget batch sizes that were found for another request: the recipe's new one counts.
+
+        Args: asked: settings by what they are the batch of; "micro_batch" is one.
+        """
+        changed = {name for name, value in asked.items() if name in self.asked and self.asked[name] != value}
+        if "micro_batch" in changed:
+            self.micro_batch = None
+        self.batches = {name: size for name, size in self.batches.items() if name not in changed}
+        self.asked = asked
 
     def start_clock(self) -> None:
         self._started = time.monotonic() - self.wall_s

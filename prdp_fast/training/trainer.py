@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import nn
@@ -20,11 +21,13 @@ from prdp_fast.acceleration.choose import Acceleration, Denoisers, Ranks, accele
 from prdp_fast.acceleration.payback import WorkLeft
 from prdp_fast.acceleration.process import choose_fused_optimizer, prepare_process
 from prdp_fast.core import distributed, run_directory
-from prdp_fast.core.errors import RewardError, UserError
+from prdp_fast.core.errors import NotFiniteError, OneRankError, RewardError, UserError
 from prdp_fast.core.files import read_json, write_json
 from prdp_fast.core.format import format_bytes
+from prdp_fast.core.memory import smaller_on_oom
 from prdp_fast.core.records import Prompt, TextEmbeddings, Trajectories
 from prdp_fast.evaluation.run import Evaluation, evaluate
+from prdp_fast.models.finite import first_nonfinite
 from prdp_fast.models.lora import add_adapter
 from prdp_fast.models.pipeline import Pipeline
 from prdp_fast.models.text import TextEncoder
@@ -36,10 +39,11 @@ from prdp_fast.planning.memory import MemoryPlan
 from prdp_fast.prompts.embeddings import choose_encoder
 from prdp_fast.prompts.stream import PromptStream
 from prdp_fast.rewards import BackgroundScores
-from prdp_fast.sampling.rollout import rollout
+from prdp_fast.sampling.rollout import finite_images, remove, rollout
 from prdp_fast.training import results
 from prdp_fast.training.checkpoint import Checkpoints
 from prdp_fast.training.engine import ZeroEngine
+from prdp_fast.training.health import first_of_ranks, reward_fault, skipping_cause
 from prdp_fast.training.metrics import epoch_metrics
 from prdp_fast.training.passes import Reference, reference_pass
 from prdp_fast.training.state import TrainState
@@ -80,7 +84,7 @@ class Trainer:
         Raises: UserError.
         """
         settings, schedule, performance, dtype = job.settings, job.settings.schedule, job.settings.performance, job.config.dtype
-        with agree_on_rewards():  # first: what their models hold is no longer free when the micro-batch is chosen
+        with agree():  # first: what their models hold is no longer free when the micro-batch is chosen
             job.rewards.prepare()
         decisions = prepare_process(performance, device, dtype)
         fused = choose_fused_optimizer(performance.fused_optimizer, device, job.config.offloads_optimizer)
@@ -99,6 +103,9 @@ class Trainer:
 
         checkpoints = Checkpoints(output, keep=settings.checkpoint.keep)
         state = checkpoints.latest_state()
+        state.follow(
+            {"micro_batch": schedule.micro_batch, "reference": schedule.micro_batch, "rollout": settings.sampler.rollout_batch}
+        )
         state.micro_batch, plan, available = micro_batch.fit(
             job.footprint(cuda=device.type == "cuda"), pipeline.denoiser, job.family,
             # A resumed run keeps its micro-batch, whatever is free now: another one would round differently.
@@ -143,8 +150,9 @@ class Trainer:
             self.resume()
             before = self.evaluate_before()
             while not self.finished():
-                experience = self.repeatable(f"epoch {self.state.epoch}", self.collect)
-                report = self.update(experience)
+                with self.one_line_if_out_of_memory():
+                    experience = self.repeatable(f"epoch {self.state.epoch}", self.collect)
+                    report = self.update(experience)
                 self.log(experience, report)
                 self.save_if_due()
                 self.evaluate_if_due(before)
@@ -157,7 +165,8 @@ class Trainer:
             embeddings = self.encode(prompts)
         trajectories = self.sample(prompts, embeddings)
         with self.telemetry.phase("decode"):
-            images = self.pipeline.decode(trajectories.latents[:, -1])
+            images, shown = self.pipeline.decode_checked(trajectories.latents[:, -1], say=self.telemetry.message)
+            lost, lost_anywhere = self.lost_images(trajectories, shown)
         rows = [prompt for prompt in prompts for _ in range(self.job.settings.schedule.images_per_prompt)]
         scoring = self.scorer.start(
             partial(self.job.rewards.score, images, [row.text for row in rows], [row.metadata for row in rows])
@@ -165,25 +174,31 @@ class Trainer:
         reference = None
         if self.objective.needs_reference and self.engine.updates > 0:  # before the first update the policy is the reference
             reference = self.reference_log_probs(trajectories)
-        with self.telemetry.phase("reward"), agree_on_rewards():
-            scores = scoring()
-        return Experience(trajectories, scores, reference)
+            self.check_reference(reference, lost)
+        with self.telemetry.phase("reward"), agree():
+            scores = scoring().without(lost)
+        return Experience(trajectories, scores, reference, nonfinite_images=lost_anywhere)
 
     def sample(self, prompts: list[Prompt], embeddings: TextEmbeddings) -> Trajectories:
         """B trajectories of each prompt from the current policy. embeddings: one row per prompt."""
         settings = self.job.settings
         with self.telemetry.phase("rollout"), self.engine.sampling_denoiser() as denoiser:
-            return rollout(
-                self.job.policy, denoiser, prompts, embeddings, images_per_prompt=settings.schedule.images_per_prompt,
-                latent_shape=self.pipeline.latent_shape, batch=settings.sampler.rollout_batch, seed=settings.seed,
-                epoch=self.state.epoch,
+            return self.in_batches(
+                "rollout", self.rollout_batch,
+                lambda size: rollout(
+                    self.job.policy, denoiser, prompts, embeddings, images_per_prompt=settings.schedule.images_per_prompt,
+                    latent_shape=self.pipeline.latent_shape, batch=size, seed=settings.seed, epoch=self.state.epoch,
+                ),
             )  # fmt: skip
 
     def reference_log_probs(self, trajectories: Trajectories) -> Reference:
         """Log-probs of the stored steps under the reference."""
         timesteps = self.job.settings.schedule.reference_timesteps
         with self.telemetry.phase("reference"), self.reference_denoiser() as frozen:
-            return reference_pass(self.job.policy, frozen, trajectories, self.micro_batch, timesteps)
+            return self.in_batches(
+                "reference", self.state.batches.get("reference", self.micro_batch),
+                lambda size: reference_pass(self.job.policy, frozen, trajectories, size, timesteps),
+            )  # fmt: skip
 
     def update(self, experience: Experience) -> UpdateReport:
         """K gradient steps on what was collected."""
@@ -191,20 +206,34 @@ class Trainer:
         experience.scores, state.seen_rewards, experience.divisors = self.job.rewards.normalised(
             experience.scores, state.seen_rewards, distributed.all_reduce
         )
+        if fault := reward_fault(self.objective, self.job.rewards, experience.scores, schedule.images_per_prompt):
+            self.stop(f"epoch {state.epoch}: {fault}")
+        applied = self.engine.updates
         with self.telemetry.phase("update"):
-            report = run_updates(
-                self.job.policy, self.engine, self.objective, experience.trajectories, experience.scores.total,
-                reference=experience.reference, updates=schedule.updates_per_epoch, micro_batch=self.micro_batch,
-                last_drift=state.last_drift, reduce=distributed.all_reduce, timesteps=schedule.update_timesteps,
-                say=self.telemetry.message,
-            )  # fmt: skip
+            try:
+                report = run_updates(
+                    self.job.policy, self.engine, self.objective, experience.trajectories, experience.scores.total,
+                    reference=experience.reference, updates=schedule.updates_per_epoch, micro_batch=self.micro_batch,
+                    last_drift=state.last_drift, reduce=distributed.all_reduce, timesteps=schedule.update_timesteps,
+                    skipped_in_row=state.skipped_in_row, say=self.telemetry.message,
+                )  # fmt: skip
+            except OneRankError:
+                raise
+            except UserError as error:  # on every rank: out of memory
+                if self.engine.updates > applied:  # the weights are between two epochs
+                    raise
+                self.stop(str(error))
         state.micro_batch = report.micro_batch
         return report
 
     def log(self, experience: Experience, report: UpdateReport) -> None:
         """Count the epoch as finished, and tell what it did."""
         state, epoch, count = self.state, self.state.epoch, len(experience.scores.total) * self.job.world_size
-        state.last_drift = distributed.all_reduce([report.drift], "max")[0]
+        state.skipped_in_row, state.nonfinite_in_row = report.skipped_in_row, self.nonfinite_in_row(experience.nonfinite_images)
+        phases = ("rollout", "reference")
+        own_batches = [-float(state.batches.get(phase, math.inf)) for phase in phases]
+        state.last_drift, *batches = distributed.all_reduce([report.drift, *own_batches], "max")
+        state.batches = {phase: int(-size) for phase, size in zip(phases, batches, strict=True) if size > -math.inf}
         if warning := drift_warning(state.last_drift, self.job.settings.objective.clip_range, self.told_drift):
             self.told_drift = state.last_drift
             self.telemetry.message(f"epoch {epoch}: {warning}")
@@ -218,6 +247,11 @@ class Trainer:
         if report.skipped_updates:
             self.telemetry.message(
                 f"epoch {epoch}: {report.skipped_updates} update(s) had a non-finite gradient and were skipped"
+            )
+        if state.skipped_in_row >= self.job.settings.schedule.max_skipped_updates:
+            self.stop(
+                f"epoch {epoch}: {state.skipped_in_row} updates in a row had a non-finite gradient and were skipped (loss scale "
+                f"{report.scale:g}): {skipping_cause(self.job.config.dtype)}"
             )
 
     def finished(self) -> bool:
@@ -265,12 +299,25 @@ class Trainer:
         latest = self.checkpoints.latest()
         if latest is not None:
             self.engine.load(latest)
+            if fault := self.weight_fault():
+                raise UserError(
+                    f"checkpoint {latest}: {fault}; expected finite weights: remove this directory, to go on from the one before "
+                    "it or from the beginning"
+                )
             self.telemetry.message(f"continuing after epoch {self.state.epoch} from {latest.name}")
         self.state.start_clock()
 
     def finish(self, before: dict[str, Evaluation]) -> dict[str, Any]:
-        """Save, evaluate again, export. Returns: the summary."""
+        """Save, evaluate again, export. Returns: the summary. Raises: UserError if nothing was learnt."""
         self.save()
+        if self.engine.updates == 0:
+            reason = (
+                f"every one of them was skipped: {skipping_cause(self.job.config.dtype)}" if self.state.epoch
+                else "schedule.time_limit_minutes was over before the first epoch; raise it"
+            )  # fmt: skip
+            raise UserError(
+                f"no update was applied in {self.state.epoch} epochs: nothing was learnt, and nothing is exported; {reason}"
+            )
         after = self.evaluate(list(before)) if before else {}
         with self.engine.averaged():
             weights = self.engine.full_state_dict()
@@ -286,6 +333,13 @@ class Trainer:
         return summary
 
     def save(self) -> None:
+        """Raises: NotFiniteError, on every rank, rather than write weights that are not finite."""
+        if fault := self.weight_fault():
+            latest = self.checkpoints.latest()
+            raise NotFiniteError(
+                f"after {self.state.epoch} epochs {fault}, and is not saved: training has driven it out of range; lower "
+                f"optimizer.learning_rate; the last good state is {latest or 'that of the beginning'}"
+            )
         self.checkpoints.save(self.state, self.engine.save)
 
     def save_if_due(self) -> None:
@@ -323,11 +377,11 @@ class Trainer:
 
     def evaluate_set(self, denoiser: Any, name: str) -> Evaluation:
         settings, prompts = self.job.settings, self.job.evaluation_prompts[name]
-        with agree_on_rewards():
+        with agree():
             part = evaluate(
                 self.job.policy, denoiser, self.pipeline, self.encode, self.job.rewards,
                 prompts[distributed.rank() :: self.job.world_size], images_per_prompt=settings.evaluation.images_per_prompt,
-                batch=settings.sampler.rollout_batch, seed=settings.evaluation.seed,
+                batch=self.rollout_batch, seed=settings.evaluation.seed,
             )  # fmt: skip
         return Evaluation.merge(distributed.gather_objects(part), len(prompts))
 
@@ -356,6 +410,98 @@ class Trainer:
         assert self.state.micro_batch is not None  # since `build`
         return self.state.micro_batch
 
+    @property
+    def rollout_batch(self) -> int:
+        return self.state.batches.get("rollout", self.job.settings.sampler.rollout_batch)
+
+    def in_batches(self, phase: str, size: int, attempt: Callable[[int], Result]) -> Result:
+        """attempt(size), with a smaller size from here on if the memory is too small for it. The phase is this rank's alone."""
+        size = min(size, self.job.images_per_rank if phase == "rollout" else self.job.rows_per_update)
+        result, used = smaller_on_oom(
+            attempt, size, phase=phase, say=self.telemetry.message,
+            advice=f"use a higher ZeRO stage or more memory, and go on with --resume {self.output}",
+        )  # fmt: skip
+        if used < size:
+            self.state.batches[phase] = used
+        return result
+
+    @contextlib.contextmanager
+    def one_line_if_out_of_memory(self) -> Iterator[None]:
+        """Where no smaller batch was of help, or none was tried: a reward, the optimizer."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise OneRankError(
+                f"epoch {self.state.epoch}: out of memory ({' '.join(str(error).split())[:120]}); lower schedule.micro_batch, "
+                "set performance.activation_checkpointing true or take a higher ZeRO stage, and go on with --resume "
+                f"{self.output}"
+            ) from error
+
+    # Numbers that go wrong.
+
+    def lost_images(self, trajectories: Trajectories, shown: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Which of this rank's images are not finite, (N,) bool on the CPU, and how many are over all ranks.
+
+        Their trajectories are made harmless. Every rank calls this.
+
+        Args: shown: (N,) bool on the CPU, which pictures are finite.
+        Raises: UserError where the run should not go on: in its first epoch, without any finite image, or time after time.
+        """
+        latents = finite_images(trajectories).cpu()
+        lost = ~(latents & shown)
+        counts = distributed.all_reduce([float(n) for n in ((~latents).sum(), lost.sum(), len(lost))], "sum")
+        bad_latents, bad, images = (int(count) for count in counts)
+        if not bad:
+            return lost, 0
+        epoch, limit = self.state.epoch, self.job.settings.schedule.max_nonfinite_epochs
+        what = (
+            f"epoch {epoch}, rollout: the latents of {bad_latents} of {images} images are not finite" if bad_latents
+            else f"epoch {epoch}, decoding: {bad} of {images} pictures are not finite, although their latents are"
+        )  # fmt: skip
+        if epoch == 0 or bad == images or self.nonfinite_in_row(bad) >= limit:
+            with self.engine.whole_denoiser() as denoiser:
+                reason = self.pipeline.explain(
+                    denoiser, trajectories.embeddings, latents=bad_latents > 0, trained=self.engine.updates > 0
+                )
+            self.stop(f"{what}; {first_of_ranks(reason if lost.any() else None)}")
+        self.telemetry.message(f"{what}: they have no reward; schedule.max_nonfinite_epochs {limit} in a row stop the run")
+        remove(trajectories, ~latents)
+        return lost, bad
+
+    def nonfinite_in_row(self, images: int) -> int:
+        """Epochs in a row, this one included, with an image that is not finite. Args: images: of this one."""
+        return self.state.nonfinite_in_row + 1 if images else 0
+
+    def check_reference(self, reference: Reference, lost: torch.Tensor) -> None:
+        """Every rank calls this. Raises: UserError if a log-prob of the reference is not finite where the rollout is."""
+        kept = ~lost.to(reference.log_probs.device)[:, None]
+        (bad,) = distributed.all_reduce([float((kept & ~reference.log_probs.isfinite()).sum())], "sum")
+        if bad:
+            with self.reference_denoiser() as denoiser:
+                fault = first_nonfinite({f"reference {self.pipeline.family.denoiser_component}": denoiser})
+            reason = f"{fault}: fetch the model again" if fault else skipping_cause(self.job.config.dtype)
+            self.stop(f"epoch {self.state.epoch}, reference: {int(bad)} log-probs are not finite; {reason}")
+
+    def weight_fault(self) -> str | None:
+        """The first weight of the trained denoiser that is not finite; None if all are. Every rank calls this."""
+        with self.engine.whole_denoiser() as denoiser:
+            fault = first_nonfinite({self.pipeline.family.denoiser_component: denoiser})
+        return first_of_ranks(fault)
+
+    def stop(self, reason: str) -> NoReturn:
+        """End the run on every rank, with a checkpoint where there is something to keep.
+
+        The weights have to be those after the last finished epoch. Raises: UserError.
+        """
+        if self.state.epoch and self.output is not None:
+            fault = self.weight_fault()
+            if fault is None:
+                self.save()
+                reason += f"; {self.state.epoch} finished epochs are saved in {self.output}"
+            else:
+                reason += f"; the weights ({fault}) are not saved, the last good state is {self.checkpoints.latest()}"
+        raise UserError(reason)
+
     @contextlib.contextmanager
     def reference_denoiser(self) -> Iterator[nn.Module]:
         """The frozen model: a copy made before training, or the trained denoiser without its adapter."""
@@ -372,7 +518,7 @@ class Trainer:
         for repeat in itertools.count(1):
             try:
                 return run()
-            except RewardError as error:  # on every rank, see agree_on_rewards
+            except RewardError as error:  # on every rank, see `agree`
                 if repeat > repeats:
                     if self.state.epoch:
                         self.save()  # the weights are those after the last finished epoch: nothing computed is lost
@@ -385,16 +531,17 @@ class Trainer:
 
 
 @contextlib.contextmanager
-def agree_on_rewards() -> Iterator[None]:
-    """A reward that fails on one rank stops every rank, with the same line, instead of leaving them in a collective."""
-    fault: RewardError | None = None
+def agree() -> Iterator[None]:
+    """A reward or a model that fails on one rank stops every rank, with the same line, and leaves none in a collective."""
+    fault: RewardError | NotFiniteError | None = None
     try:
         yield
-    except RewardError as error:
+    except (RewardError, NotFiniteError) as error:
         fault = error
-    messages = [message for message in distributed.gather_objects(None if fault is None else str(fault)) if message]
-    if messages:
-        raise RewardError(messages[0]) from fault
+    found = [one for one in distributed.gather_objects(None if fault is None else (type(fault), str(fault))) if one]
+    if found:
+        kind, message = found[0]
+        raise kind(message) from fault
 
 
 def speed_up(

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from prdp_fast.core.distributed import AllReduce
+from prdp_fast.core.memory import release
 from prdp_fast.core.records import Scores, Trajectories
 from prdp_fast.objectives import Objective, ObjectiveInput
 from prdp_fast.planning.micro_batch import halve_on_oom
@@ -58,6 +59,7 @@ class Experience:
     scores: Scores
     reference: Reference | None  # None while the policy is the reference, or if the objective needs none
     divisors: dict[str, float] = field(default_factory=dict)  # of rewards that are divided by their standard deviation
+    nonfinite_images: int = 0  # over all ranks; they have no reward
 
 
 @dataclass
@@ -69,6 +71,8 @@ class UpdateReport:
     denoiser_rows: int = 0
     free_first_pass: bool = True
     skipped_updates: int = 0
+    skipped_in_row: int = 0  # at the end, those of earlier epochs included
+    scale: float = 1.0  # of the loss in the last update
     micro_batch: int = 0  # what it was in the end: half of what was asked for, if that was too much for the memory
 
     @property
@@ -162,6 +166,7 @@ def run_updates(
     last_drift: float | None,
     reduce: AllReduce,
     timesteps: int | None = None,
+    skipped_in_row: int = 0,
     say: Callable[[str], None] = print,
 ) -> UpdateReport:
     """K updates on one epoch's trajectories.
@@ -172,9 +177,11 @@ def run_updates(
         last_drift: `UpdateReport.drift` of the epoch before; None (first epoch) runs pass (1) to measure it, if it could matter.
         reduce: `distributed.all_reduce`; ranks must agree on the loss scale and on the number of forwards.
         timesteps: backpropagate this many steps of each trajectory, one of each stratum; for K = 1 only.
+        skipped_in_row: updates before this epoch's that were skipped, since the last one that was not.
         say: tells the user a line: that a micro-batch was too large for the memory, say.
     """
     report, sampled, stochastic = UpdateReport(), trajectories.log_probs, policy.transitions.stochastic
+    report.skipped_in_row = skipped_in_row
     every_row = len(sampled) * policy.evaluations(stochastic)
     inputs = EpochInputs(objective, trajectories, rewards, reference, reduce)
     chosen, strata_sizes = draw_steps(trajectories, timesteps)
@@ -182,13 +189,16 @@ def run_updates(
     trained_rows = every_row if chosen is None else policy.evaluations(stochastic[chosen.flatten()])
 
     old = None  # log-probs at the start of the epoch, by the training path
+    geometry = micro_batch  # of `old`, and so of every log-prob that is compared with it
     told: list[dict[str, float]] = []  # of each update
     for _ in range(updates):
         if old is None and sampled_will_do(objective, inputs, sampled, last_drift, reduce):
             log_probs = sampled
         else:  # pass (1)
             report.free_first_pass &= old is not None
-            log_probs = log_prob_pass(policy, engine.denoiser, trajectories, micro_batch)
+            evaluate = partial(log_prob_pass, policy, engine.denoiser, trajectories, geometry)
+            # Not where ranks communicate in a forward: the others would be one forward ahead.
+            log_probs = again_after_release(evaluate) if engine.passes_are_local else evaluate()
             report.denoiser_rows += every_row
         output = objective(inputs.of(log_probs, log_probs if old is None else old))
         weights = output.weights.reshape(sampled.shape) * strata_sizes
@@ -198,21 +208,25 @@ def run_updates(
             chosen=chosen,
         )  # fmt: skip
         with engine.accumulating():
-            # A halved micro-batch stays: old and new log-probs must have one batch geometry.
+            # A halved micro-batch stays. If `old` is there already, log-probs keep its geometry to the end of the epoch: the
+            # weights that it was computed with are gone, and the pass that makes them needs less memory than this one.
             trained, micro_batch = halve_on_oom(
                 attempt, micro_batch, clear=engine.discard_gradients, recoverable=engine.passes_are_local, say=say,
                 any_rank=lambda failed: reduce([float(failed)], "max")[0] > 0,
             )  # fmt: skip
+        trained = trained.masked_fill(sampled.isnan(), math.nan)  # of a trajectory that was lost there are none
         report.denoiser_rows += trained_rows
         if old is None:
             # From here on old log-probs come from the training path: same code, dtype and batch geometry as the new ones.
-            old = trained
+            old, geometry = trained, micro_batch
             report.drift_by_step = largest_by_step((sampled - trained).abs())
             first_error = (log_probs - trained).abs().nan_to_num().max()
             if inputs.policy_is_reference:
                 inputs.ref_log_probs = trained
         result = engine.step()
         report.skipped_updates += not result.applied
+        report.skipped_in_row = 0 if result.applied else report.skipped_in_row + 1
+        report.scale = engine.scale
         numbers = output.metrics | {"loss": output.loss, "first_ratio_error": first_error, "log_prob": trained.nanmean()}
         if inputs.ref_log_probs is not None:
             numbers["kl_to_reference"] = (trained - inputs.ref_log_probs).nanmean()
@@ -222,12 +236,22 @@ def run_updates(
 
     report.micro_batch = micro_batch
     report.metrics = {name: sum(one[name] for one in told) / updates for name in told[0]}
-    if reference is not None and reference.error:
+    if reference is not None and reference.error is not None:
         error = objective.weight_error(inputs.of(sampled, sampled), reference.error / 2)
         report.metrics["reference_weight_error"] = error
     report.metrics["drift"] = report.drift
     report.metrics["skipped_updates"] = float(report.skipped_updates)
     return report
+
+
+def again_after_release(run: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """run(), and once more with what torch kept of the device's memory given back. Another batch size would round otherwise."""
+    try:
+        return run()
+    except torch.OutOfMemoryError:
+        pass
+    release()
+    return run()
 
 
 def largest_by_step(values: torch.Tensor) -> torch.Tensor:

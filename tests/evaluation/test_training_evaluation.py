@@ -6,7 +6,9 @@ import math
 
 import pytest
 import torch
+from small_model import SHAPE, small_policy, small_trajectories, small_unet
 
+from prdp_fast.core.errors import NotFiniteError
 from prdp_fast.core.records import Prompt
 from prdp_fast.evaluation import run
 from prdp_fast.evaluation.run import Evaluation, compare_evaluations, evaluate
@@ -31,9 +33,10 @@ class Judging(Counting):
     verdict = "passes"
 
 
-def measured(monkeypatch, *rewards: Reward) -> Evaluation:
+def measured(monkeypatch, *rewards: Reward, shown: torch.Tensor | None = None) -> Evaluation:
     images = torch.zeros(len(PROMPTS) * B, 3, 8, 8, dtype=torch.uint8)
-    monkeypatch.setattr(run, "sample_images", lambda *arguments, **options: images)
+    shown = torch.ones(len(images), dtype=torch.bool) if shown is None else shown
+    monkeypatch.setattr(run, "sample_images", lambda *arguments, **options: (images, shown))
     return evaluate(
         None, None, None, None, WeightedRewards(rewards, [1.0] * len(rewards)), PROMPTS, images_per_prompt=B, batch=2, seed=0
     )  # fmt: skip
@@ -54,6 +57,44 @@ def test_a_reward_without_one_is_reported_alone(monkeypatch) -> None:
     """A detail that happens to be called strict is none."""
     found = measured(monkeypatch, Counting())
     assert found.strict is None and set(found.summary()) == {"mean", "stderr", "n"}
+
+
+def test_a_picture_that_is_not_finite_has_no_score(monkeypatch) -> None:
+    """Black as it is, the reward has scored it: 4 would count."""
+    shown = torch.tensor([number != 4 for number in range(len(PROMPTS) * B)])
+    found = measured(monkeypatch, Counting(), Judging(), shown=shown)
+    assert found.rewards.tolist() == [2 * 1.5, pytest.approx(2 * 6.0), 2 * 9.5]
+    assert found.strict is not None and found.strict.tolist() == [0.5, pytest.approx(1 / 3), 0.25]
+
+
+@pytest.mark.parametrize("lost", [0, 3, 4])
+def test_an_evaluation_without_a_single_finite_picture_ends(monkeypatch, lost: int) -> None:
+    policy, denoiser = small_policy(), small_unet(0)
+    prompts = PROMPTS[:2]
+    trajectories = small_trajectories(policy, denoiser, groups=2, images=2)
+    trajectories.latents[:lost, 1:] = math.nan
+    monkeypatch.setattr(run, "rollout", lambda *arguments, **options: trajectories)
+
+    class Stub:
+        latent_shape = SHAPE
+
+        def decode_checked(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.tensor([True, True, True, lost == 0])
+
+        def explain(self, module, embeddings, *, latents: bool) -> str:
+            return f"{type(module).__name__}: latents {latents}"
+
+    def sampled() -> torch.Tensor:
+        return run.sample_images(
+            policy, denoiser, Stub(), lambda prompts: trajectories.embeddings, prompts, images_per_prompt=2, batch=4, seed=0
+        )[1]  # fmt: skip
+
+    if lost == 0:
+        assert sampled().tolist() == [True] * 4
+        return
+    with pytest.raises(NotFiniteError, match=r"not one (decoded picture|image's latents) of 4 is finite") as caught:
+        sampled()
+    assert str(caught.value).endswith(f"UNet2DConditionModel: latents {lost == 4}")
 
 
 def test_an_image_without_a_score_is_left_out_of_its_prompt(monkeypatch) -> None:

@@ -187,17 +187,17 @@ def test_output_directory_in_use_is_refused_and_untouched(tmp_path: Path, kind: 
     from prdp_fast.core.errors import UserError
     from prdp_fast.core.run_directory import claim
 
-    job = {"recipe": {"schedule": {"epochs": 3, "micro_batch": 16}}, "world_size": 1}
+    job = {"recipe": {"schedule": {"epochs": 3, "images_per_prompt": 16}}, "world_size": 1}
     if kind == "foreign files":
         (tmp_path / "thesis.tex").write_text("years of work")
         expected = "not empty"
     else:
         claim(tmp_path, job, "auto")
-        expected = "holds a run already" if kind == "never" else "micro_batch was 16, now 32"
+        expected = "holds a run already" if kind == "never" else "images_per_prompt was 16, now 32"
     before = snapshot(tmp_path)
     other = json.loads(json.dumps(job))
     if kind == "another run":
-        other["recipe"]["schedule"]["micro_batch"] = 32
+        other["recipe"]["schedule"]["images_per_prompt"] = 32
     with pytest.raises(UserError, match=expected):
         claim(tmp_path, other, "never" if kind == "never" else "auto")
     assert snapshot(tmp_path) == before

@@ -77,6 +77,39 @@ def test_opposite_infinities_do_not_cancel() -> None:
     assert scores.total.isnan().tolist() == [False, True, False]
 
 
+def test_a_total_that_float32_cannot_hold_is_no_score() -> None:
+    """Finite in float64 and infinite in float32, of one reward's weight or of two that add up."""
+    scores = _score(_fixed("a", torch.tensor([1e36, -1e36, 1.0])), weights=[1000.0])
+    assert scores.total.isnan().tolist() == [True, True, False]
+    scores = _score(_fixed("a", torch.tensor([3e38, 3e38, 1.0])), _fixed("b", torch.tensor([3e38, -3e38, 1.0])))
+    assert scores.total.isnan().tolist() == [True, False, False] and scores.total[1:].tolist() == [0.0, 2.0]
+
+
+def test_scores_beyond_float32_are_called_so() -> None:
+    with pytest.raises(RewardError, match=r"numbers beyond 3.4e\+38, the largest of float32, for all 3 images"):
+        _score(_fixed("odd", torch.full((N,), 1e39, dtype=torch.float64)))
+
+
+def test_a_reward_without_memory_is_one_line() -> None:
+    class Large(Reward):
+        name = "large"
+
+        def score(self, images, prompts, metadata):  # type: ignore[no-untyped-def]
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(RewardError, match="reward 'large' ran out of the device's memory with 3 images; lower its batch"):
+        _score(Large())
+
+
+def test_scores_without_some_images() -> None:
+    scores = _score(_fixed("a", torch.tensor([1.0, 2.0, 3.0]), strict=torch.ones(N)))
+    assert scores.without(torch.zeros(N, dtype=torch.bool)) is scores
+    less = scores.without(torch.tensor([False, True, False]))
+    for values in (less.total, less.parts["a"], less.details["a/strict"]):
+        assert values.isnan().tolist() == [False, True, False]
+    assert scores.total.isfinite().all()
+
+
 def test_a_reward_of_weight_zero_is_only_reported() -> None:
     scores = _score(_fixed("a", torch.ones(N)), _fixed("b", torch.tensor([1.0, math.nan, 1.0])), weights=[1, 0])
     assert scores.total.tolist() == [1.0] * N and scores.parts["b"][1].isnan()

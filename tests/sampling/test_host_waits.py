@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from prdp_fast.core.records import Prompt, TextEmbeddings, Trajectories
 from prdp_fast.models.families import StableDiffusion
 from prdp_fast.sampling.policy import Policy
-from prdp_fast.sampling.rollout import rollout
+from prdp_fast.sampling.rollout import finite_images, rollout
 from prdp_fast.training.passes import gradient_pass, log_prob_pass
 
 DEVICE = torch.device("meta")
@@ -95,6 +95,13 @@ def test_no_loop_waits_and_what_is_moved_does_not_grow(interval: tuple[int, int]
         assert many[name].operators > 3 * watch.operators, f"{name}: expected more steps and batches to ask for more"
         assert many[name].moved == watch.moved, f"{name}: {len(watch.moved)} and {len(many[name].moved)} tensors were moved"
         assert len(watch.moved) <= 4
+
+
+def test_looking_for_what_is_not_finite_does_not_wait() -> None:
+    trajectories = sample(small_policy(5), Stub().to(DEVICE), 8)
+    with Watch() as watch:
+        assert finite_images(trajectories).shape == (GROUPS * IMAGES,)
+    assert watch.operators < 20 and not watch.moved
 
 
 def test_a_unet_itself_does_not_wait() -> None:

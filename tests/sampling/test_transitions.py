@@ -106,11 +106,52 @@ def test_oracle_mean_and_std(prediction: str, steps: int) -> None:
         (DDPMScheduler(**SD, variance_type="learned"), 10, 1.0, "variance_type"),
         (DDPMScheduler(**SD), 1, 1.0, "adds no noise"),
         (PNDMScheduler(), 10, 1.0, "PNDMScheduler"),
+        (DDIMScheduler(**SD, timestep_spacing="odd"), 10, 1.0, "odd is not supported"),
+        # Timesteps that the model was never trained at: the table would wrap around or be out of bounds.
+        (DDIMScheduler(**SD), 1000, 1.0, "steps_offset 1 asks for timestep 1000; expected 0 to 999"),
+        (DDIMScheduler(**SD, timestep_spacing="trailing"), 463, 1.0, "asks for timestep -1"),
     ],
 )
 def test_refusals_name_the_setting(scheduler, steps: int, eta: float, words: str) -> None:
     with pytest.raises(UserError, match=words):
         Transitions.from_scheduler(scheduler, steps, eta)
+
+
+ZERO_SNR = r"step 0 of 10 \(timestep 999\) divides by zero: rescale_betas_zero_snr=True leaves no signal.*'epsilon' divides by it"
+NO_NOISE = r"step 9 of 10 \(timestep 0\) divides by zero: the schedule has no noise there \(beta 0"
+BROKEN = r"step \d of 10 .* divides by zero or has no real variance.*correct beta_schedule, beta_start"
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, DDPMScheduler])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_a_schedule_without_signal_is_refused_where_its_last_timestep_is_sampled(scheduler, spacing: str) -> None:
+    settings = SD | {"steps_offset": 0, "rescale_betas_zero_snr": True, "timestep_spacing": spacing}
+    for prediction in ("v_prediction", "sample"):  # which divide by nothing there
+        table = Transitions.from_scheduler(scheduler(**settings, prediction_type=prediction), 10)
+        assert all(column.isfinite().all() for column in (table.sample_coef, table.output_coef, table.std))
+    if spacing == "leading":
+        assert Transitions.from_scheduler(scheduler(**settings), 10).sample_coef.isfinite().all()
+        return
+    with pytest.raises(UserError, match=ZERO_SNR) as caught:
+        Transitions.from_scheduler(scheduler(**settings), 10)
+    assert f"timestep_spacing 'leading' (it is {spacing!r})" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, DDPMScheduler])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize(
+    ("betas", "words"),
+    [
+        ({"beta_start": 0.0, "beta_schedule": "linear"}, NO_NOISE),
+        ({"trained_betas": [0.0] + [0.01] * 999}, NO_NOISE),
+        ({"beta_end": float("nan")}, BROKEN),
+        ({"beta_start": -0.001, "beta_schedule": "linear"}, BROKEN),
+    ],
+)
+def test_betas_that_divide_by_zero_are_refused(scheduler, prediction: str, betas: dict, words: str) -> None:
+    given = scheduler(**(SD | {"steps_offset": 0, "prediction_type": prediction} | betas))
+    with pytest.raises(UserError, match=words):
+        Transitions.from_scheduler(given, 10)
 
 
 def test_the_callers_scheduler_is_not_changed() -> None:
