@@ -19,6 +19,7 @@ from prdp_fast.core import environment
 environment.prepare()
 
 from prdp_fast.core.errors import UserError
+from prdp_fast.core.paths import fault
 
 
 class Subcommand(NamedTuple):
@@ -88,12 +89,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):  # `prdp ... | head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered has nowhere to go at exit
+            return 0
+        if error.filename is None:  # not of a file
+            raise
+        print(f"error: {fault(error)}; check the path and its permissions", file=sys.stderr, flush=True)
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return 130
-    except BrokenPipeError:  # `prdp ... | head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered has nowhere to go at exit
-        return 0
 
 
 if __name__ == "__main__":

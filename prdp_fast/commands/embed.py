@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 from prdp_fast.core.errors import UserError
+from prdp_fast.core.paths import check_output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
     if args.batch < 1:
         raise UserError(f"--batch is {args.batch}; expected at least 1")
     read_index(args.directory / INDEX)  # before a model is loaded
+    check_output("DIR", args.directory)  # embeddings are written beside the shards
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipeline = Pipeline.load(args.model, device, frozen_dtype=torch.float32)
     encoder = TextEncoder(pipeline, torch.float32)

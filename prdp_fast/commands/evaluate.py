@@ -92,7 +92,7 @@ def evaluate(request: EvaluationRequest, *, restart: bool) -> None:
 
     plan = plan_evaluation(request, cuda=torch.cuda.is_available())
     directory = EvaluationDirectory(plan.output)
-    device, own = claim_and_share(plan, directory, restart=restart)
+    device, own = claim_and_share(plan, directory, say, restart=restart)
     compute_blocks(plan, directory, own, device, say)
     if not distributed.is_main():
         return

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from prdp_fast.core.errors import UserError
 from prdp_fast.core.files import read_json
+from prdp_fast.core.paths import fault
 from prdp_fast.core.run_directory import RUN, SUMMARY
 from prdp_fast.reporting.curves import plot_curves
 from prdp_fast.reporting.tables import print_summary
@@ -34,9 +35,18 @@ def run(args: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:
         raise UserError(f"{directory / SUMMARY} cannot be read ({error}); resume the run to write it again") from error
     else:
-        print_summary(summary)
+        try:
+            print_summary(summary)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{directory / SUMMARY} is no summary of a run ({error!r}); resume the run to write it again"
+            ) from error
     try:
         print(plot_curves(directory))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UserError(
+            f"no curves: {fault(error)}; mend it, or copy the run directory to a place that can be written"
+        ) from error
+    except ValueError as error:
         raise UserError(f"no curves: {error}; expected a run with at least one finished epoch") from error
     return 0

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from prdp_fast.core.errors import UserError
+from prdp_fast.core.paths import check_output
 from prdp_fast.prompts import clean
 from prdp_fast.prompts.curate import REPORT, CountTokens, curate
 from prdp_fast.prompts.sources import KINDS, Source
@@ -83,6 +84,7 @@ def _build(args: argparse.Namespace) -> int:
         raise UserError("--max-tokens and --tokenizer go together; give both or neither")
     if args.max_tokens is not None and args.max_tokens < 1:
         raise UserError(f"--max-tokens is {args.max_tokens}; expected at least 1")
+    check_output("--output", args.output)
     source = Source(args.source, tuple(args.input), args.split, args.column, args.subset)
     held_out = None
     if args.unseen or args.unseen_split:

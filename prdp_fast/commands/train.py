@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 from prdp_fast.config.load import find_recipe, load_recipe
 from prdp_fast.core import environment
 from prdp_fast.core.errors import OneRankError, UserError
-from prdp_fast.core.run_directory import RUN, SUMMARY, claim
+from prdp_fast.core.paths import check_output, fault
+from prdp_fast.core.run_directory import RUN, claim, finished_epochs
 
 if TYPE_CHECKING:
     from prdp_fast.planning.job import Job
@@ -56,6 +57,11 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return 130
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {fault(error)}; check the path and its permissions", file=sys.stderr, flush=True)
+        return 2
 
 
 def run(args: argparse.Namespace) -> int:
@@ -122,6 +128,7 @@ def train(args: argparse.Namespace) -> int:
     cuda = torch.cuda.is_available()
     job = Job.prepare(settings, args.config, world_size=distributed.world_size(), cuda=cuda)
     output = choose_output(args, job.record())
+    check_output("--output", output)
     if args.dry_run:
         from prdp_fast.planning.dry_run import dry_run
 
@@ -143,27 +150,40 @@ def train(args: argparse.Namespace) -> int:
             print(output, flush=True)
     except OneRankError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        if job.world_size > 1:
-            os._exit(2)  # the other ranks wait in a collective, and an orderly exit would wait for them
-        return 2
+        return leave(job.world_size)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {fault(error)}; mend it, and continue with --resume {output}", file=sys.stderr, flush=True)
+        return leave(job.world_size)
     finally:
         distributed.shutdown()
     return 0
 
 
+def leave(ranks: int) -> int:
+    """The status of a fault that one rank found alone. With others the process ends here: they wait in a collective, and an
+    orderly exit would wait for them."""
+    if ranks > 1:
+        os._exit(2)
+    return 2
+
+
 def claim_for_all(output: Path, job: Job, resume: str) -> None:
     """Rank 0 looks at the directory, and every rank hears its verdict. Raises: UserError, on every rank."""
     from prdp_fast.core import distributed
+    from prdp_fast.planning.job import complete_record
 
-    fault = None
+    problem = None
     if distributed.is_main():
         try:
-            claim(output, job.record(), resume)
+            notes = claim(output, job.full_record(), resume, complete=complete_record)
+            print(*notes, sep="\n", end="\n" if notes else "", flush=True)
         except UserError as error:
-            fault = str(error)
-    fault = distributed.from_main(fault)
-    if fault:
-        raise UserError(fault)
+            problem = str(error)
+    problem = distributed.from_main(problem)
+    if problem:
+        raise UserError(problem)
 
 
 def choose_output(args: argparse.Namespace, record: dict[str, Any]) -> Path:
@@ -180,8 +200,11 @@ def choose_output(args: argparse.Namespace, record: dict[str, Any]) -> Path:
     digest = hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=4).hexdigest()
     base = Path("runs").resolve() / f"{find_recipe(args.recipe).stem}-seed{record['recipe']['seed']}-{digest}"
     candidate, number = base, 1
-    # A finished run is never continued by accident, and with "never" neither is an unfinished one.
-    while (candidate / SUMMARY).exists() or (args.resume == "never" and candidate.exists()):
+    # A run that has all its epochs is never continued by accident, and with "never" neither is another one. One that came to its
+    # time limit goes on.
+    while (finished_epochs(candidate) or 0) >= record["recipe"]["schedule"]["epochs"] or (
+        args.resume == "never" and os.path.lexists(candidate)
+    ):
         number += 1
         candidate = base.with_name(f"{base.name}-{number}")
     return candidate

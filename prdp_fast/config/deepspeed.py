@@ -6,9 +6,10 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from prdp_fast.config.load import CONFIGS
 from prdp_fast.config.recipe import Settings
@@ -49,6 +50,99 @@ class DeepSpeedConfig:
         return False
 
 
+# What of a DeepSpeed JSON is read here, and may therefore not be of another type. Whatever else is in it is DeepSpeed's to judge.
+
+Auto = Literal["auto"]
+Whole = Annotated[int, Field(ge=0)] | Auto
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class Offload(Part):
+    device: Literal["none", "cpu", "nvme"] = "none"
+
+
+class Zero(Part):
+    stage: Annotated[int, Field(ge=0, le=3)] = 0
+    offload_optimizer: Offload | Auto | None = None
+    offload_param: Offload | Auto | None = None
+
+
+class Precision(Part):
+    enabled: bool | Auto = "auto"
+
+
+class Parameters(Part):
+    lr: float | Auto = "auto"
+    betas: Annotated[list[float], Field(min_length=2, max_length=2)] | Auto = "auto"
+    eps: float | Auto = "auto"
+    weight_decay: float | Auto = "auto"
+
+
+class Optimizer(Part):
+    type: str = "AdamW"
+    params: Parameters = Parameters()
+
+
+class DataTypes(Part):
+    grad_accum_dtype: Literal["fp32", "float32", "float", "bf16", "bfloat16", "fp16", "float16", "half"] | None = None
+
+
+class File(Part):
+    train_batch_size: Whole = "auto"
+    train_micro_batch_size_per_gpu: Whole = "auto"
+    gradient_accumulation_steps: Whole = "auto"
+    gradient_clipping: float | Auto = "auto"
+    steps_per_print: Annotated[int, Field(ge=0)] | None = None
+    optimizer: Optimizer = Optimizer()
+    zero_optimization: Zero = Zero()
+    bf16: Precision = Precision()
+    fp16: Precision = Precision()
+    data_types: DataTypes = DataTypes()
+
+
+def check_types(path: Path, config: Any) -> None:
+    """Raises: UserError naming the file, the key, what it holds and what was expected."""
+    try:
+        File.model_validate(config)
+    except ValidationError as error:
+        raise UserError(f"config {path.name}: {_explain(error, config)}") from None
+
+
+def _explain(error: ValidationError, config: Any) -> str:
+    """The first problem in one line. Where a value may be of several types, pydantic puts their names into the place."""
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"] if part in EXPECTED]
+    got: Any = config
+    at: list[str] = []
+    for part in place:
+        got, at = got[part], [*at, part]
+        if not isinstance(got, dict):
+            break
+    text = json.dumps(got)
+    shown = text if len(text) <= 80 else f"{text[:80]}..."
+    if not at:
+        return f"expected a DeepSpeed configuration object, got {shown}"
+    return f"{'.'.join(at)} is {shown}; expected {EXPECTED[at[-1]]}"
+
+
+EXPECTED = {
+    "bf16": 'an object, e.g. {"enabled": true}', "fp16": 'an object, e.g. {"enabled": true}',
+    "offload_optimizer": 'an object, e.g. {"device": "cpu"}', "offload_param": 'an object, e.g. {"device": "cpu"}',
+    "zero_optimization": 'an object, e.g. {"stage": 2}', "optimizer": 'an object, e.g. {"type": "AdamW"}',
+    "params": 'an object, e.g. {"lr": "auto"}', "data_types": 'an object, e.g. {"grad_accum_dtype": "fp32"}',
+    "lr": 'a number or "auto"', "eps": 'a number or "auto"', "weight_decay": 'a number or "auto"',
+    "gradient_clipping": 'a number or "auto"',
+    "enabled": 'true, false or "auto"', "stage": "0, 1, 2 or 3", "device": '"none", "cpu" or "nvme"',
+    "betas": 'a list of two numbers, or "auto"', "type": "the name of an optimizer",
+    "grad_accum_dtype": '"fp32", "bf16" or "fp16"',
+    "train_batch_size": 'a whole number or "auto"', "train_micro_batch_size_per_gpu": 'a whole number or "auto"',
+    "gradient_accumulation_steps": 'a whole number or "auto"', "steps_per_print": "a whole number",
+}  # fmt: skip
+
+
 def find_config(name: str) -> Path:
     for candidate in (Path(name), CONFIGS / name, CONFIGS / f"{name}.json"):
         if candidate.is_file():
@@ -69,10 +163,9 @@ def resolve_config(name: str, settings: Settings, *, world_size: int, stochastic
     path = find_config(name)
     try:
         config = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"config {path.name}: not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"config {path.name}: expected a DeepSpeed configuration object, got {type(config).__name__}")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"config {path.name}: not valid JSON: {str(error) or 'it is nested too deeply'}") from None
+    check_types(path, config)
 
     def settle(section: dict[str, Any], key: str, value: Any, recipe_key: str, shown: str = "") -> Any:
         """The recipe's value, which the configuration may leave out, leave to "auto" or repeat, but not contradict."""
@@ -101,7 +194,7 @@ def resolve_config(name: str, settings: Settings, *, world_size: int, stochastic
             config[key] = value
     # DeepSpeed clips at 1.0 when nothing is said, so it is always said.
     config["gradient_clipping"] = settle(config, "gradient_clipping", optimizer.max_grad_norm, "optimizer.max_grad_norm")
-    config.setdefault("steps_per_print", 1_000_000_000)
+    config["steps_per_print"] = config.get("steps_per_print") or 1_000_000_000
 
     section = config.pop("optimizer", {})
     kind = section.get("type", "AdamW")
@@ -121,14 +214,12 @@ def resolve_config(name: str, settings: Settings, *, world_size: int, stochastic
 
     zero = config.setdefault("zero_optimization", {})
     stage = zero.get("stage", 0)
-    if stage not in (0, 1, 2, 3):
-        raise UserError(f"config {path.name}: zero_optimization.stage is {stage!r}; expected 0, 1, 2 or 3")
     if settings.model.ema_decay is not None and stage == 3:
         raise UserError(
             f"model.ema_decay with config {path.name}: at ZeRO stage 3 no average is kept; use stage 0, 1 or 2, or set ema_decay "
             "null"
         )
-    for key in [key for key, value in zero.items() if value == "auto"]:
+    for key in [key for key, value in zero.items() if value == "auto" or (value is None and key.startswith("offload_"))]:
         del zero[key]  # DeepSpeed's own default
     return DeepSpeedConfig(path, config, stage, _resolve_precision(path, config, stage, cuda))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,12 +13,15 @@ from pydantic import ValidationError
 
 from prdp_fast.config.recipe import DdpoSettings, PrdpSettings, RewardSettings, Section, Settings
 from prdp_fast.core.errors import UserError
+from prdp_fast.core.run_directory import brief
 
 PACKAGE = Path(__file__).resolve().parent.parent
 # setup.py puts them into the package of a wheel. A clone has them at its top, and an editable installation uses the clone's.
 # The package is looked at first: a folder `configs` beside it in site-packages would belong to another distribution.
 CONFIGS = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
 RECIPES = CONFIGS / "recipes"
+MOST_VALUES, MOST_NESTED = 10_000, 50  # of a recipe
+TOO_MANY = f"it holds more than {MOST_VALUES:,} values, aliases counted as what they stand for"
 
 
 def find_recipe(name: str) -> Path:
@@ -40,8 +44,8 @@ def load_recipe(name: str, overrides: list[str] | None = None, *, seed: int | No
     """
     path = find_recipe(name)
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_RecipeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raw = read_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise UserError(f"recipe {path.name}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise UserError(f"recipe {path.name}: expected a mapping of sections at the top level, got {type(raw).__name__}")
@@ -60,10 +64,20 @@ def load_recipe(name: str, overrides: list[str] | None = None, *, seed: int | No
 class _RecipeLoader(yaml.SafeLoader):
     """YAML 1.1 reads 1e-4 as a string for want of a dot, and takes the last of two equal keys in silence."""
 
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > MOST_VALUES:
+            raise yaml.constructor.ConstructorError(None, None, TOO_MANY, node.start_mark)
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                kind = "list" if isinstance(key, list) else "mapping"
+                raise yaml.constructor.ConstructorError(None, None, f"a key is a {kind}; expected a name", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
             seen.add(key)
@@ -80,29 +94,56 @@ _RecipeLoader.add_implicit_resolver(
 )
 
 
+def read_yaml(text: str) -> Any:
+    """Raises: ValueError saying what is wrong with it."""
+    try:
+        value = yaml.load(text, Loader=_RecipeLoader)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:  # of tags: !!int "", !!bool maybe
+        raise ValueError(str(error)) from None
+    left = MOST_VALUES
+    waiting = [(value, 0)]
+    while waiting:  # with what aliases repeat: the few lines of a bomb hold billions of values
+        place, depth = waiting.pop()
+        left -= 1
+        if left < 0:
+            raise ValueError(TOO_MANY)
+        if depth > MOST_NESTED:
+            raise ValueError("it is nested too deeply")
+        if isinstance(place, (list, tuple, set)):
+            waiting += [(item, depth + 1) for item in place]
+        elif isinstance(place, dict):
+            waiting += [(item, depth + 1) for item in place.values()]
+    return value
+
+
 def parse_value(text: str) -> Any:
     """A value as a recipe would hold it. Raises: ValueError if it is not YAML."""
     try:
-        return yaml.load(text, Loader=_RecipeLoader)
-    except yaml.YAMLError:
-        raise ValueError(f"the value {text!r} is not valid YAML") from None
+        return read_yaml(text)
+    except ValueError as error:
+        fault = f" ({error})" if str(error) in (TOO_MANY, "it is nested too deeply") else ""
+        raise ValueError(f"the value {brief(text)} is not valid YAML{fault}") from None
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     path, separator, text = override.partition("=")
     keys = path.split(".")
     if not separator or not all(keys):
-        raise UserError(f"--set {override!r}: expected section.key=value, e.g. --set schedule.epochs=10")
+        raise UserError(f"--set {brief(override)}: expected section.key=value, e.g. --set schedule.epochs=10")
     try:
         value = parse_value(text)
     except ValueError as error:
-        raise UserError(f"--set {override!r}: {error}") from None
+        raise UserError(f"--set {brief(override)}: {error}") from None
     place: Any = raw
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
         if isinstance(place, list):
-            if not key.isdigit() or int(key) >= len(place):
-                raise UserError(f"--set {override!r}: {'.'.join(keys[:depth])} is a list of {len(place)}; {key!r} is not in it")
+            if not key.isdecimal() or int(key) >= len(place):
+                raise UserError(
+                    f"--set {brief(override)}: {'.'.join(keys[:depth])} is a list of {len(place)}; {key!r} is not in it"
+                )
             if last:
                 place[int(key)] = value
             else:
@@ -115,7 +156,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
                     place[key] = {}
                 place = place[key]
         else:
-            raise UserError(f"--set {override!r}: {'.'.join(keys[:depth])} is {place!r}, not a section")
+            raise UserError(f"--set {brief(override)}: {'.'.join(keys[:depth])} is {brief(place)}, not a section")
 
 
 def _explain(error: ValidationError) -> str:
@@ -134,7 +175,7 @@ def _explain(error: ValidationError) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return f"{where}: {message}" if where else message
-    return f"{where} is {problem['input']!r}: {message[0].lower()}{message[1:]}"
+    return f"{where} is {brief(problem['input'])}: {message[0].lower()}{message[1:]}"
 
 
 def _fields_at(location: tuple[int | str, ...]) -> list[str]:

@@ -12,6 +12,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 from prdp_fast.core.errors import UserError
 
+LARGEST = 1e30  # of numbers that meet float32
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -86,8 +88,8 @@ class SamplerSettings(Section):
             low, high = self.guidance_interval
             if self.guidance_scale is None:
                 raise ValueError("guidance_interval without guidance_scale; set guidance_scale, or remove the interval")
-            if not 0 <= low <= high:
-                raise ValueError(f"guidance_interval [{low}, {high}]; expected timesteps with 0 <= first <= second")
+            if not 0 <= low <= high < 2**31:
+                raise ValueError(f"guidance_interval [{low}, {high}]; expected timesteps with 0 <= first <= second < 2^31")
         if not 0 < self.eta <= 1:
             raise ValueError(f"eta {self.eta}; expected 0 < eta <= 1: without noise a step has no density to train")
         return self
@@ -118,20 +120,23 @@ class RewardSettings(Section):
 class PrdpSettings(Section):
     name: Literal["prdp"] = "prdp"
     kl_weight: float = Field(3e-5, gt=0, description="beta")
-    clip_range: float = Field(1e-4, gt=0, description="epsilon, on the log-ratio of one step")
+    clip_range: float = Field(1e-4, gt=0, le=LARGEST, description="epsilon, on the log-ratio of one step")
 
 
 class DdpoSettings(Section):
     name: Literal["ddpo"]
-    clip_range: float = Field(1e-4, gt=0, description="PPO clip of one step's importance ratio")
+    clip_range: float = Field(1e-4, gt=0, le=LARGEST, description="PPO clip of one step's importance ratio")
     normalization: Literal["per_prompt", "global"] = Field("per_prompt", description="over what rewards become advantages")
-    advantage_clip: float = Field(5.0, gt=0)
+    advantage_clip: float = Field(5.0, gt=0, le=LARGEST)
+
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerSettings(Section):
     learning_rate: float = Field(1e-5, gt=0)
     warmup_updates: int = Field(0, ge=0, description="linear; Adam's first steps are as long as its learning rate")
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(1e-4, ge=0)
     max_grad_norm: float = Field(1.0, gt=0, description="global gradient norm above which the gradient is scaled down")
@@ -153,7 +158,9 @@ class ScheduleSettings(Section):
     reference_timesteps: int | None = Field(
         None, ge=2, description="K = 1: evaluate the reference at this many steps of a trajectory, drawn likewise; unbiased"
     )
-    time_limit_minutes: float | None = Field(None, gt=0, description="stop after the epoch that passes this, then evaluate")
+    time_limit_minutes: float | None = Field(
+        None, gt=0, description="of one start: stop after the epoch that passes this, then evaluate; the same command goes on"
+    )
     on_failure: Literal["stop", "repeat"] = Field(
         "stop",
         description="of a reward, after its own retries: end with a checkpoint, or repeat the epoch, same prompts and noise",

@@ -41,7 +41,11 @@ def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
 
 def read_json(path: Path) -> Any:
     """Raises: OSError, ValueError."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def write_tensors(path: Path, value: Any) -> None:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import socket
-import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from prdp_fast.core import environment
 from prdp_fast.core.errors import UserError
-from prdp_fast.core.files import write_json
+from prdp_fast.core.files import read_json, write_json
+from prdp_fast.core.paths import check_output, shortened, told
+from prdp_fast.core.run_lock import LOCK, lock
 
-LOCK = ".lock"  # held by the job that runs here: its host, process and start
-RUN = "run.json"  # the job: resolved recipe, DeepSpeed configuration, ranks
+RUN = "run.json"  # the job: resolved recipe, DeepSpeed configuration, ranks, digests of what it reads, versions
 SUMMARY = "summary.json"  # of a finished run
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -38,83 +36,150 @@ MAY_CHANGE = (
 DERIVED = ("deepspeed.train_micro_batch_size_per_gpu", "deepspeed.gradient_accumulation_steps")
 
 
-_held: dict[Path, IO[str]] = {}  # by this process, until it ends
+# What the record holds beside what the job is: digests of the files that it reads, and versions of libraries.
+CONTENT, VERSIONS, EARLIER_VERSIONS = "content", "versions", "earlier_versions"
+FILES, FOLDERS = (
+    (METRICS, SUMMARY, ACCELERATION, EVALUATION_BEFORE, EVALUATION_AFTER),
+    (CHECKPOINTS, SAMPLES, EXPORT, TENSORBOARD),
+)
 
 
-def claim(directory: Path, job: dict[str, Any], resume: str) -> None:
+def claim(
+    directory: Path, job: dict[str, Any], resume: str, *, complete: Callable[[dict[str, Any]], dict[str, Any]] = lambda old: old
+) -> list[str]:
     """Make `directory` this job's, or refuse it. It stays this process's until the process ends, whatever ends it.
 
     Args:
-        job: resolved recipe, DeepSpeed configuration and rank count, as JSON.
+        job: resolved recipe, DeepSpeed configuration and rank count, as JSON; CONTENT and VERSIONS, if they are known.
         resume: "never" wants a directory without a run; anything else continues the same job's run.
+        complete: fills in what the record of an earlier version of this program did not have yet.
+    Returns: lines for the user: what is otherwise than when the run started, and does not make it another run.
     Raises: UserError; nothing in the directory is touched then.
     """
-    check(directory, job, resume)
-    try:
+    check_output("--output", directory)
+    job = json.loads(json.dumps(job))
+    with told(f"--output {shortened(directory)} cannot be used", "name a directory that can be written"):
+        check(directory, job, resume, complete)
         directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {directory} cannot be made ({error.strerror}); choose a directory that can") from error
-    lock(directory)
-    check(directory, job, resume)  # again: another job may have come first
-    write_json(directory / RUN, job)
+        lock(directory)
+        earlier, damage = check(directory, job, resume, complete)  # again: another job may have come first
+        if earlier is None:
+            write_json(directory / RUN, job)
+            return [f"{RUN} was damaged ({damage}) and is written again: the run had not begun"] if damage else []
+        notes, versions = version_notes(earlier, job)
+        write_json(directory / RUN, job | versions)
+        return notes
 
 
-def check(directory: Path, job: dict[str, Any], resume: str) -> None:
-    """Raises: UserError if the directory is not for this job."""
-    record = directory / RUN
-    if not record.exists():
+def check(
+    directory: Path, job: dict[str, Any], resume: str, complete: Callable[[dict[str, Any]], dict[str, Any]]
+) -> tuple[dict[str, Any] | None, str]:
+    """The record of the run that is there, None if none has begun; and what is wrong with a damaged one.
+
+    Raises: UserError if the directory is not for this job.
+    """
+    record, another = directory / RUN, "choose another directory"
+    if not os.path.lexists(record):
         if directory.is_dir() and any(path.name != LOCK for path in directory.iterdir()):
             raise UserError(f"--output {directory} is not empty and holds no run of prdp_fast; choose a new directory")
-        return
+        return None, ""
     if resume == "never":
-        raise UserError(f"--output {directory} holds a run already; choose another directory, or continue it with --resume auto")
-    difference = first_difference(json.loads(record.read_text()), json.loads(json.dumps(job)))
-    if difference:
-        raise UserError(f"--output {directory} holds another run: {difference}; choose another directory, or give the same job")
-
-
-def lock(directory: Path) -> None:
-    """Keep other jobs out, before anything in the directory is cleaned. The kernel drops the lock when the process ends.
-
-    Raises: UserError if another job has it.
-    """
-    place = directory.resolve()
-    if place in _held:
-        return
-    try:
-        import fcntl
-
-        file = (directory / LOCK).open("a+", encoding="utf-8")
-    except ImportError:  # not a Unix
-        return
-    except OSError as error:
-        raise UserError(f"--output {directory} cannot be written ({error.strerror}); choose a directory that can") from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            file.seek(0)
-            who = holder(file.read())
-            file.close()
+        raise UserError(f"--output {directory} holds a run already; {another}, or continue it with --resume auto")
+    earlier, damage = read_record(record)
+    check_kinds(directory)
+    if earlier is None:
+        # Nothing computed: the record can be made again. Otherwise nobody can tell whether this is the same job.
+        if (directory / METRICS).exists() or any((directory / CHECKPOINTS).glob("epoch-*")):
             raise UserError(
-                f"--output {directory} is in use by a job {who}; wait for its end, or choose another directory"
-            ) from None
-        file.close()
-        environment.say(f"{directory}: its file system has no locks ({error.strerror}); see that no second job is started in it")
-        return
-    file.truncate(0)
-    file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}) + "\n")
-    file.flush()
-    _held[place] = file
+                f"{record} is damaged ({damage}), and says which job the run is; put it back from a copy, or {another}"
+            )
+        return None, damage
+    refuse_another(directory, complete(earlier), job)
+    return earlier, ""
 
 
-def holder(text: str) -> str:
-    """Who wrote a lock file."""
+def read_record(path: Path) -> tuple[dict[str, Any] | None, str]:
+    """A run's record; None and why not, if it is damaged. Raises: OSError."""
     try:
-        found = json.loads(text)
-        return f"on {found['host']}, process {found['pid']}, since {found['since']}"
-    except (ValueError, KeyError, TypeError):
-        return "that has just started"
+        value = read_json(path)
+    except ValueError as error:
+        return None, "it is empty" if not path.stat().st_size else str(error)
+    if not isinstance(value, dict) or not isinstance(value.get("recipe"), dict):
+        return None, "it holds no recipe"
+    return value, ""
+
+
+def check_kinds(directory: Path) -> None:
+    """Raises: UserError if a directory stands where the run writes a file, or the other way round. Links count as what they lead
+    to; one that leads nowhere is neither."""
+    for name in FILES:
+        if (directory / name).is_dir():
+            raise UserError(f"{directory / name} is a directory, and the run writes a file there; remove it, or move it away")
+    for name in FOLDERS:
+        if os.path.lexists(directory / name) and not (directory / name).is_dir():
+            raise UserError(f"{directory / name} is no directory, and the run needs one there; remove it, or move it away")
+
+
+def refuse_another(directory: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Raises: UserError if the records are of two jobs. What decides the rest is compared first."""
+    ranks, now = old.get("world_size"), new.get("world_size")
+    if ranks != now and ranks is not None:
+        advice = f"start it on {ranks} (--num_gpus {ranks})" if isinstance(ranks, int) else "start it so"
+        raise UserError(f"--output {directory}: this run has {ranks} ranks, now {now}; {advice}, or choose another directory")
+    contents = {CONTENT, VERSIONS, EARLIER_VERSIONS, "prompts"}
+    for section in ("recipe", *sorted((old.keys() | new.keys()) - contents - {"recipe"})):
+        difference = first_difference(old.get(section), new.get(section), section)
+        if difference:
+            raise UserError(
+                f"--output {directory} holds another run: {difference}; choose another directory, or give the same job"
+            )
+    found = [("prompts.source", old.get("prompts"), new.get("prompts"))]
+    kept = old.get(CONTENT)
+    if isinstance(kept, dict):  # runs of earlier versions have none
+        found += [(name, kept.get(name), digest) for name, digest in new.get(CONTENT, {}).items()]
+    for name, was, digest in found:
+        if was is not None and was != digest:
+            raise UserError(
+                f"--output {directory}: the content of {name} is not what the run started with (SHA-256 was {was}..., now "
+                f"{digest}...); put the earlier files back, or choose another directory"
+            )
+
+
+def version_notes(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """A line if libraries have changed since the last start; and what the record says of versions beside the new ones."""
+    was, now, earlier = old.get(VERSIONS), new.get(VERSIONS), old.get(EARLIER_VERSIONS)
+    earlier = earlier if isinstance(earlier, list) else []
+    notes = []
+    if isinstance(was, dict) and isinstance(now, dict) and was != now:
+        changed = [
+            f"{name} {was.get(name) or 'none'} > {now.get(name) or 'none'}" for name in sorted(was.keys() | now.keys())
+            if was.get(name) != now.get(name)
+        ]  # fmt: skip
+        notes.append(f"versions have changed since the run's last start, and results may round differently: {', '.join(changed)}")
+        earlier = [*earlier, was]
+    return notes, {EARLIER_VERSIONS: earlier} if earlier else {}
+
+
+def finished_epochs(directory: Path) -> int | None:
+    """Of a run that came to an end, by its summary; None of one that did not, or whose summary is damaged."""
+    try:
+        epochs = read_json(directory / SUMMARY)["epochs"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return epochs if isinstance(epochs, int) else None
+
+
+def read_acceleration(directory: Path) -> tuple[dict[str, Any], bool]:
+    """What was chosen when the run first started, empty if nothing is known; and whether the file is damaged."""
+    path = directory / ACCELERATION
+    if not path.exists():
+        return {}, False
+    try:
+        found = read_json(path)
+        usable = isinstance(found, dict) and all(isinstance(one["value"], str) for one in found.values())
+    except (OSError, ValueError, KeyError, TypeError):
+        usable = False
+    return (found, False) if usable else ({}, True)
 
 
 def first_difference(old: Any, new: Any, place: str = "") -> str | None:
@@ -126,4 +191,9 @@ def first_difference(old: Any, new: Any, place: str = "") -> str | None:
                 return found
         return None
     allowed = place.removeprefix("recipe.") in MAY_CHANGE or place in DERIVED
-    return None if old == new or allowed else f"{place} was {old!r}, now {new!r}"
+    return None if old == new or allowed else f"{place} was {brief(old)}, now {brief(new)}"
+
+
+def brief(value: Any, most: int = 120) -> str:
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."

@@ -24,6 +24,7 @@ import torch
 
 from prdp_fast.core.errors import UserError
 from prdp_fast.core.files import read_json, write_json, write_tensors
+from prdp_fast.core.paths import check_output, fault
 from prdp_fast.core.run_directory import first_difference
 
 SETTINGS = "settings.json"
@@ -65,11 +66,15 @@ class EvaluationDirectory:
         Raises: UserError if it holds another evaluation or something else; nothing in it is touched then.
         """
         record, directory = self.path / SETTINGS, self.path
+        check_output("--output", directory)
         settings = json.loads(json.dumps(settings))
         try:
             if record.is_file():
                 if not restart:
-                    difference = first_difference(read_json(record), settings)
+                    earlier = read_json(record)
+                    if not isinstance(earlier, dict):
+                        raise ValueError("it holds no settings")
+                    difference = first_difference(earlier, settings)
                     if difference:
                         raise UserError(
                             f"--output {directory} holds another evaluation: {difference}; choose another directory, give the "
@@ -82,8 +87,10 @@ class EvaluationDirectory:
             directory.mkdir(parents=True, exist_ok=True)
             write_json(record, settings)
         except OSError as error:
-            raise UserError(f"--output {directory}: {error.strerror}; name a directory that can be written") from None
-        except json.JSONDecodeError as error:
+            raise UserError(f"--output {directory}: {fault(error)}; name a directory that can be written") from None
+        except UserError:
+            raise
+        except ValueError as error:
             raise UserError(f"{record} is damaged ({error}); begin anew with --restart") from None
 
     def block_path(self, name: BlockName) -> Path:
@@ -91,6 +98,25 @@ class EvaluationDirectory:
 
     def missing(self, names: Iterable[BlockName]) -> list[BlockName]:
         return [name for name in names if not self.block_path(name).is_file()]
+
+    def discard_damaged(self, names: Iterable[BlockName]) -> list[Path]:
+        """Remove blocks that a copy or a full disk has cut off: they are computed again. One rank calls this, before others look.
+
+        Returns: the files that were removed. Raises: OSError.
+        """
+        damaged = []
+        for name in names:
+            path = self.block_path(name)
+            if not path.is_file():
+                continue
+            try:
+                self.load(name)
+            except OSError:
+                raise
+            except Exception:  # what zip, pickle and torch say of a damaged file; its block can be made again
+                path.unlink()
+                damaged.append(path)
+        return damaged
 
     def save(self, name: BlockName, block: Block) -> None:
         """Write a block whole or not at all."""

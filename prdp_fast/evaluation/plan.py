@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from pydantic import ValidationError
 
+from prdp_fast.config.load import parse_value
 from prdp_fast.config.recipe import PromptSettings, RewardSettings, SamplerSettings, Settings
 from prdp_fast.core.errors import UserError
 from prdp_fast.core.files import read_json
@@ -102,7 +102,7 @@ def plan_evaluation(request: EvaluationRequest, *, cuda: bool) -> EvaluationPlan
         for role, family in families.items()
     }  # fmt: skip
 
-    *_, last = models.values()
+    *_, last = models.values()  # of two the second
     output = request.output or (directory / EVALUATION if recipe else Path("evaluations") / last.name)
     dtype = request.dtype or (run_dtype(run_record) if cuda else "float32")
     block = max(1, sampler.rollout_batch // request.samples)
@@ -134,8 +134,8 @@ def check_numbers(request: EvaluationRequest) -> None:
         value = getattr(request, option)
         if value is not None and value < 1:
             raise UserError(f"--{option} is {value}; expected at least 1")
-    if request.seed < 0:
-        raise UserError(f"--seed is {request.seed}; expected a whole number from 0")
+    if not 0 <= request.seed < 2**63:
+        raise UserError(f"--seed is {request.seed}; expected a whole number from 0, below 2^63")
 
 
 def read_run(directory: Path) -> tuple[Settings, dict[str, Any]]:
@@ -150,9 +150,10 @@ def read_run(directory: Path) -> tuple[Settings, dict[str, Any]]:
 
 
 def run_dtype(record: dict[str, Any]) -> str:
-    config = record.get("deepspeed", {})
+    config = record.get("deepspeed")
     for name, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
-        if config.get(name, {}).get("enabled"):
+        section = config.get(name) if isinstance(config, dict) else None
+        if isinstance(section, dict) and section.get("enabled"):
             return dtype
     return "float32"
 
@@ -228,7 +229,9 @@ def choose_sampler(request: EvaluationRequest, recipe: Settings | None) -> Sampl
     try:
         return SamplerSettings(**values)
     except ValidationError as error:
-        raise UserError(f"sampling: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+        problem = error.errors()[0]
+        place = "".join(f"{part} is {problem['input']!r}: " for part in problem["loc"][:1])
+        raise UserError(f"sampling: {place}{problem['msg'].removeprefix('Value error, ')}") from None
 
 
 def choose_prompts(request: EvaluationRequest, recipe: Settings | None) -> tuple[dict[str, list[Prompt]], dict[str, Any]]:
@@ -315,7 +318,7 @@ def parse_reward(word: str) -> tuple[str, dict[str, Any]]:
         if not key or not separator:
             raise UserError(f"--rewards {word!r}: {part!r} is no option; expected NAME:KEY=VALUE,KEY=VALUE")
         try:
-            options[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UserError(f"--rewards {word!r}: the value {value!r} is not valid YAML") from None
+            options[key] = parse_value(value)
+        except ValueError as error:
+            raise UserError(f"--rewards {word!r}: {error}") from None
     return name, options

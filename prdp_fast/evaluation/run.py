@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from prdp_fast.sampling.rollout import finite_images, rollout
 # Training counts its epochs from 0. Evaluation noise has an epoch number that no training reaches.
 EVALUATION_EPOCH = 2**40
 PROGRESS_S = 30.0  # between two lines of progress
+PATIENCE = 16  # images without a single score after which `prdp evaluate` gives a reward up
 
 Encode = Callable[[list[Prompt]], TextEmbeddings]
 Say = Callable[[str], None]
@@ -67,9 +69,9 @@ def sample_images(
 
 
 def score_images(rewards: WeightedRewards, images: torch.Tensor, prompts: list[Prompt], images_per_prompt: int) -> Scores:
-    """Scores of (P * B, ...) images, prompt-major. Raises: RewardError."""
+    """Scores of (P * B, ...) images, prompt-major; NaN where there is none, be it everywhere. Raises: RewardError."""
     rows = [prompt for prompt in prompts for _ in range(images_per_prompt)]
-    return rewards.score(images, [prompt.text for prompt in rows], [prompt.metadata for prompt in rows])
+    return rewards.score(images, [prompt.text for prompt in rows], [prompt.metadata for prompt in rows], some=False)
 
 
 # Of the denoiser that a run trains.
@@ -81,8 +83,9 @@ class Evaluation:
 
     prompts: list[str]  # P
     images: torch.Tensor  # (P * B, 3, H, W) uint8
-    rewards: torch.Tensor  # (P,) float32, mean over the B images of a prompt
+    rewards: torch.Tensor  # (P,) float32, mean over the scored ones of a prompt's B images; NaN if none of them is
     strict: torch.Tensor | None  # (P,) float32, share of images that are all right by a reward's verdict; None without one
+    scores: torch.Tensor | None = None  # (P, B) float32, of every image, NaN without one; None in files of earlier versions
 
     @staticmethod
     def merge(parts: list[Evaluation], total: int) -> Evaluation:
@@ -92,55 +95,87 @@ class Evaluation:
         images = torch.cat([part.images.unflatten(0, (len(part.prompts), -1)) for part in parts if part.prompts])
         rewards = torch.cat([part.rewards for part in parts])
         strict = None if parts[0].strict is None else torch.cat([part.strict for part in parts if part.strict is not None])
+        scores = None if parts[0].scores is None else torch.cat([part.scores for part in parts if part.scores is not None])
         return Evaluation(
-            [prompts[i] for i in order], images[order].flatten(0, 1), rewards[order], None if strict is None else strict[order]
-        )
+            [prompts[i] for i in order], images[order].flatten(0, 1), rewards[order], None if strict is None else strict[order],
+            None if scores is None else scores[order],
+        )  # fmt: skip
+
+    @property
+    def unscored(self) -> int:
+        """Images without a score; of an evaluation that an earlier version kept, prompts without one."""
+        return int((~(self.rewards if self.scores is None else self.scores).isfinite()).sum())
 
     def summary(self) -> dict[str, float]:
-        """Mean and standard error over prompts, n, and the strict rate if a reward gives verdicts."""
-        summary = mean_and_error(self.rewards)
+        """Of what was scored: mean, standard error and n over prompts, and the strict rate if a reward gives verdicts.
+
+        "unscored" is the number of images that were left out.
+        """
+        summary = mean_and_error(self.rewards) | {"unscored": self.unscored}
         if self.strict is not None:
             summary["strict"] = mean_and_error(self.strict)["mean"]
         return summary
 
 
 def compare_evaluations(before: Evaluation, after: Evaluation) -> dict[str, dict[str, float]]:
-    """before, after, and their paired difference, prompt by prompt."""
-    difference = paired_mean_and_error(before.rewards, after.rewards)
+    """before, after, and their difference, paired prompt by prompt over the images that both have a score of."""
+    first, second = before.rewards, after.rewards
+    kept = [part.scores for part in (before, after) if part.scores is not None]
+    if len(kept) == 2:
+        missing = ~(kept[0].isfinite() & kept[1].isfinite())
+        first, second = (means_of_prompts(scores.masked_fill(missing, math.nan)) for scores in kept)
+    difference = paired_mean_and_error(first, second)
     return {"before": before.summary(), "after": after.summary(), "difference": difference}
+
+
+def means_of_prompts(scores: torch.Tensor) -> torch.Tensor:
+    """(P, B) scores -> (P,) float32, the mean of a prompt's finite ones; NaN without one."""
+    return torch.from_numpy(prompt_means(scores)).float()
 
 
 def evaluate(
     policy: Policy, denoiser: nn.Module, pipeline: Pipeline, encode: Encode, rewards: WeightedRewards, prompts: list[Prompt], *,
     images_per_prompt: int, batch: int, seed: int,
 ) -> Evaluation:  # fmt: skip
-    """Sample and score `prompts` (this rank's part). Raises: RewardError."""
+    """Sample and score `prompts`, this rank's part, which may be empty. Raises: RewardError.
+
+    Images without a score are left out, even if it is all of them; whether any rank has one is for the caller to see.
+    """
+    if not prompts:
+        none = torch.empty(0, images_per_prompt)
+        no_strict = None if rewards.verdict is None else none[:, 0]
+        return Evaluation([], torch.empty(0, 3, 1, 1, dtype=torch.uint8), none[:, 0], no_strict, none)
     images, shown = sample_images(
         policy, denoiser, pipeline, encode, prompts, images_per_prompt=images_per_prompt, batch=batch, seed=seed
     )  # fmt: skip
-    scores = score_images(rewards, images, prompts, images_per_prompt).without(~shown)
-
-    def means(values: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(prompt_means(values.view(len(prompts), images_per_prompt))).float()
-
-    strict = None if rewards.verdict is None else means(scores.details[rewards.verdict])
-    return Evaluation([prompt.text for prompt in prompts], images, means(scores.total), strict)
+    scored = score_images(rewards, images, prompts, images_per_prompt).without(~shown)
+    scores = scored.total.view(len(prompts), images_per_prompt)
+    strict = None
+    if rewards.verdict is not None:
+        strict = means_of_prompts(scored.details[rewards.verdict].view(len(prompts), images_per_prompt))
+    return Evaluation([prompt.text for prompt in prompts], images, means_of_prompts(scores), strict, scores)
 
 
 # Of models as they lie on disk: `prdp evaluate`.
 
 
 def claim_and_share(
-    plan: EvaluationPlan, directory: EvaluationDirectory, *, restart: bool
+    plan: EvaluationPlan, directory: EvaluationDirectory, say: Say, *, restart: bool
 ) -> tuple[torch.device, list[BlockName]]:
     """Claim the directory for the plan, and share out the blocks that it lacks. Every rank calls this.
 
     Returns: this rank's device and its blocks.
     Raises: UserError, on every rank, if the directory holds something else.
     """
-    if distributed.world_size() == 1:
+
+    def claim() -> list[BlockName]:
         directory.claim(plan.settings, restart=restart)
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu"), directory.missing(plan.blocks())
+        for path in directory.discard_damaged(plan.blocks()):
+            say(f"{path} was damaged and is computed again")
+        return directory.missing(plan.blocks())
+
+    if distributed.world_size() == 1:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu"), claim()
     # Rank 0 looks at the directory, and every rank hears its verdict. After that none waits for another in a collective, which
     # would time out: how long a share takes differs.
     device = distributed.init()
@@ -148,8 +183,7 @@ def claim_and_share(
         fault, missing = "", []
         if distributed.is_main():
             try:
-                directory.claim(plan.settings, restart=restart)
-                missing = directory.missing(plan.blocks())
+                missing = claim()
             except UserError as error:
                 fault = str(error)
         fault, missing = distributed.from_main((fault, missing))
@@ -165,8 +199,9 @@ def compute_blocks(
 ) -> None:
     """Sample and score this rank's blocks, and keep each in the directory as soon as it is done.
 
-    Raises: OneRankError if a reward fails, or the GPU's memory is too small.
+    Raises: OneRankError if a reward fails, gives this rank's first images no score, or the GPU's memory is too small.
     """
+    unscored = dict.fromkeys(plan.rewards, 0)  # images so far, of rewards that gave none of them a score
     dtype = getattr(torch, plan.dtype)
     prepare_process(PerformanceSettings(), device, dtype)
     try:
@@ -182,7 +217,9 @@ def compute_blocks(
             encode, told = TextEncoder(pipeline, dtype).encode, time.monotonic()
             for number, name in enumerate(own, start=1):
                 try:
-                    directory.save(name, compute_block(plan, name, pipeline, encode))
+                    block = compute_block(plan, name, pipeline, encode)
+                    give_up_on_silent_rewards(unscored, block)
+                    directory.save(name, block)
                 except torch.OutOfMemoryError as error:
                     raise OneRankError(
                         f"out of GPU memory with {plan.batch} images a {pipeline.family.denoiser_title} call; give a smaller "
@@ -194,6 +231,23 @@ def compute_blocks(
             del pipeline, encode  # before the next model is loaded
     except (RewardError, NotFiniteError) as error:
         raise OneRankError(str(error)) from error
+
+
+def give_up_on_silent_rewards(unscored: dict[str, int], block: Block) -> None:
+    """Args: unscored: images so far by reward; one that has given a score is no longer in it.
+
+    Raises: RewardError for a reward that has scored none of PATIENCE images, before the block is kept.
+    """
+    for label in list(unscored):
+        if block.scores[label].isfinite().any():
+            del unscored[label]
+            continue
+        unscored[label] += block.scores[label].numel()
+        if unscored[label] >= PATIENCE:
+            raise RewardError(
+                f"reward {label!r} returned NaN or infinity for all of the first {unscored[label]} images; expected at least one "
+                "finite score: check the images it was given and its weights, then give the same command with --restart"
+            )
 
 
 def compute_block(plan: EvaluationPlan, name: BlockName, pipeline: Pipeline, encode: Encode) -> Block:

@@ -110,7 +110,9 @@ def mean(values: np.ndarray, *, seed: int) -> Estimate:
 
 
 def paired_difference(base: np.ndarray, finetuned: np.ndarray, *, seed: int) -> Estimate:
-    """finetuned - base of (P, B) scores, prompt mean by prompt mean."""
+    """finetuned - base of (P, B) scores, prompt mean by prompt mean. An image that lacks either score is left out of both."""
+    both = np.isfinite(base) & np.isfinite(finetuned)
+    base, finetuned = np.where(both, base, np.nan), np.where(both, finetuned, np.nan)
     return mean(prompt_means(finetuned) - prompt_means(base), seed=seed)
 
 

@@ -9,9 +9,12 @@ from typing import Any
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
+from prdp_fast.core.digest import files_digest
 from prdp_fast.core.errors import UserError
 from prdp_fast.core.hub import hub_file
 from prdp_fast.world import TINY
+
+READ = {".json", ".txt", ".model", ".safetensors", ".bin"}  # of a component; tokenizers have the second and third
 
 
 def resolve(pretrained: str) -> str:
@@ -36,6 +39,17 @@ def read_json(pretrained: str, filename: str) -> dict[str, Any]:
         return json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"model.pretrained {pretrained!r}: {filename} is no JSON ({error}); fetch it again") from None
+
+
+def pipeline_digest(pretrained: str) -> str:
+    """Of the files that a pipeline is loaded from; of one on the hub, its commit there. Raises: UserError, OSError."""
+    index = find_file(pretrained, "model_index.json")
+    root = Path(resolve(pretrained))
+    if not root.is_dir():
+        return index.parent.name  # in the hub's cache a file lies in a directory named after its commit
+    components = [name for name, value in read_json(pretrained, "model_index.json").items() if isinstance(value, list)]
+    files = [path for name in components for path in (root / name).rglob("*") if path.suffix in READ and path.is_file()]
+    return files_digest((path.relative_to(root).as_posix(), path) for path in [index, *files])
 
 
 def quiet_loading() -> None:

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import platform
+import sys
 from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from prdp_fast.config.deepspeed import DeepSpeedConfig, resolve_config
 from prdp_fast.config.recipe import PromptSettings, Settings
+from prdp_fast.core.digest import file_digest, files_digest, text_digest
 from prdp_fast.core.errors import UserError
+from prdp_fast.core.paths import told
 from prdp_fast.core.records import Prompt
+from prdp_fast.core.run_directory import CONTENT, VERSIONS
 from prdp_fast.models.families import read_family
 from prdp_fast.models.families.base import Family
+from prdp_fast.models.files import pipeline_digest
 from prdp_fast.objectives import build_objective
 from prdp_fast.planning.memory import Activations, Footprint
+from prdp_fast.prompts.embeddings import MANIFEST as EMBEDDINGS
 from prdp_fast.prompts.embeddings import has_embeddings
 from prdp_fast.prompts.stream import PromptSet, PromptStream
 from prdp_fast.rewards import WeightedRewards, build_rewards
 from prdp_fast.sampling.policy import Policy, build_policy
 from prdp_fast.sampling.transitions import Transitions
 from prdp_kernels import dispatch
+
+READ_OPTIONS = ("function", "model", "processor", "tokenizer", "weights")  # of rewards: what they name is read
+LIBRARIES = ("prdp-fast", "torch", "triton", "deepspeed", "diffusers", "transformers", "peft", "xformers", "numpy", "pillow")
 
 
 @dataclass(frozen=True)
@@ -39,10 +53,6 @@ class Job:
         """Resolve and check the whole job. Raises: UserError, before anything is loaded."""
         settings.check_ranks(world_size)
         check_kernels(settings.kernels, cuda)
-        if 0 < settings.evaluation.prompts < world_size:
-            raise UserError(
-                f"evaluation.prompts is {settings.evaluation.prompts}, fewer than the {world_size} ranks; raise it or set 0"
-            )
         rewards = build_rewards(settings.rewards, settings.schedule.reward_timeout_s)
         family = read_family(settings.model.pretrained, settings.model.lora)
         if settings.model.lora is not None:
@@ -66,6 +76,26 @@ class Job:
             "deepspeed": self.config.values,
             "world_size": self.world_size,
         }
+
+    def full_record(self) -> dict[str, Any]:
+        """The record with digests of the files that the job reads, and versions. Reads the model's weights, once."""
+        return self.record() | {CONTENT: self.content(), VERSIONS: versions()}
+
+    def content(self) -> dict[str, str]:
+        """Digests of what the recipe names by a path or hub id, by its keys. Raises: UserError if a file cannot be read."""
+        settings = self.settings
+        with told("the files of the job cannot be read", "check the paths of the recipe and their permissions"):
+            found = {"model.pretrained": pipeline_digest(settings.model.pretrained)}
+            for name, held in self.evaluation_prompts.items():
+                # A set may have been rebuilt between a run's evaluation before and the one after.
+                lines = [json.dumps([prompt.index, prompt.text, prompt.metadata], sort_keys=True) for prompt in held]
+                found[f"prompts.{name}"] = text_digest("\n".join(lines))
+            if settings.prompts.stored_embeddings:
+                found["prompts.stored_embeddings"] = file_digest(self.train_prompts.directory / EMBEDDINGS)
+            for reward in settings.rewards:
+                if files := reward_files(reward.options):
+                    found[f"rewards.{reward.name}"] = files_digest(files)
+        return found
 
     @property
     def transitions(self) -> Transitions:
@@ -98,6 +128,44 @@ class Job:
             self.settings, self.config, self.family, Activations(0), micro_batch, world_size=self.world_size,
             needs_reference=self.needs_reference, cuda=cuda,
         )  # fmt: skip
+
+
+def complete_record(record: dict[str, Any]) -> dict[str, Any]:
+    """The record of an earlier version: keys that its recipes did not have get their defaults."""
+    try:
+        return record | {"recipe": Settings.model_validate(record["recipe"]).model_dump(mode="json")}
+    except ValueError:  # a recipe that is none now: it is compared as it stands
+        return record
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the libraries that results depend on."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def reward_files(options: dict[str, Any]) -> list[tuple[str, Path]]:
+    """The files on this machine that a reward's options name, and what they go by: a function's own, weights, a model's.
+
+    What a function's file imports, and what it is given as arguments, which it may write, are no part of it.
+    """
+    files: list[tuple[str, Path]] = []
+    for option in READ_OPTIONS:
+        value = options.get(option)
+        if not isinstance(value, str) or not value:
+            continue
+        name = value.rpartition(":")[0] if option == "function" else value
+        path = Path(name)
+        if option == "function" and not name.endswith(".py"):
+            path = Path(getattr(sys.modules.get(name), "__file__", None) or name)
+        if path.is_file():
+            files.append((option, path))
+        elif path.is_dir():
+            files += [(f"{option}/{file.relative_to(path).as_posix()}", file) for file in path.rglob("*") if file.is_file()]
+    return files
 
 
 def check_kernels(kernels: str, cuda: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ MOST_LINES = 8  # in a panel, spread evenly over what there is; more would be un
 def plot_curves(run_directory: Path) -> Path:
     """Draw curves.png in the run directory, from its metrics.jsonl: one panel for every kind of metric that the run has.
 
-    Raises: FileNotFoundError without a metrics.jsonl, ValueError if it has no epoch yet.
+    Raises: FileNotFoundError without a metrics.jsonl, ValueError if it has no epoch yet, OSError if nothing can be written.
     """
     from matplotlib.figure import Figure  # no pyplot: draws with Agg, keeps no global state
     from matplotlib.ticker import MaxNLocator
@@ -49,7 +50,7 @@ def plot_curves(run_directory: Path) -> Path:
         axes = figure.add_subplot(lines, columns, number)
         for name, points in series.items():
             epochs, values = zip(*points, strict=True)
-            label = name.partition("/")[2] or name  # the title says the rest
+            label = (name.partition("/")[2] or name).replace("$", r"\$")  # the title says the rest; $ would begin a formula
             axes.plot(epochs, values, label=label, linewidth=1.2, marker="o" if len(points) == 1 else None)
         if logarithmic and all(value > 0 for points in series.values() for _, value in points):
             axes.set_yscale("log")
@@ -81,12 +82,12 @@ def choose_series(rows: list[dict[str, Any]], groups: Sequence[str]) -> dict[str
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl by epoch. A torn last line, left by a run that is still writing or was killed, is skipped."""
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; is {path.parent} a run directory?")
+        raise FileNotFoundError(errno.ENOENT, f"it does not exist; is {path.parent} a run directory?", str(path))
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict) and isinstance(row.get("epoch"), int):
             rows.append(row)

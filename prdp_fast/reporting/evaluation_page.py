@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from prdp_fast.reporting.tables import diversity_table, reward_table
@@ -39,8 +39,21 @@ def evaluation_page(record: Mapping[str, Any], level: float) -> str:
         lines.append("Win rate: share of image pairs, of one prompt and one noise, that the finetuned model wins; a tie is half.")
     unscored = sum(sum(entry["unscored"].values()) for part in sets.values() for entry in part["rewards"].values())
     if unscored:
-        lines.append(f"{unscored} scores were not finite and are left out.")
+        lines.append(f"{unscored} scores were not finite and are left out. {'; '.join(left_out(models, sets))}.")
     return "\n".join(lines) + "\n"
+
+
+def left_out(models: Mapping[str, str], sets: Mapping[str, Any]) -> Iterator[str]:
+    """For every prompt set and reward with scores that are not finite: how many of which model, and what is left."""
+    for label, part in sets.items():
+        for reward, entry in part["rewards"].items():
+            if sum(entry["unscored"].values()):
+                counts = " and ".join(
+                    f"{count} of {models[role]} (n = {entry[role]['n']} prompts)" for role, count in entry["unscored"].items()
+                )
+                yield f"{label}, {reward}: {counts}" + (
+                    f", compared on n = {entry['difference']['n']}" if len(models) > 1 else ""
+                )
 
 
 def sampling(settings: Mapping[str, Any]) -> str:

@@ -6,12 +6,12 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from prdp_fast.core.files import whole
+from prdp_fast.reporting.captions import MOST_LINES, Typeface, typeface, wrap
 
 PADDING = 8  # pixels between cells
 FONT_SIZE = 12  # pixels
@@ -70,11 +70,18 @@ def comparison_grid(
     for start in range(0, len(before), columns):
         part = slice(start, start + columns)
         for label, images, scores in (("before", before, scores_before), ("after", after, scores_after)):
-            notes = None if scores is None else [f"reward {score:.2f}" for score in scores[part]]
+            notes = None if scores is None else [note(score) for score in scores[part]]
             captions = list(prompts[part]) if label == "after" else None
             rows.append(_Row(images[part], label=label, notes=notes, captions=captions))
     scale = max(1, math.ceil(SMALLEST_CELL / before.shape[-1]))
     return _draw(rows, path, columns=min(columns, len(before)), scale=scale)
+
+
+def note(score: float) -> str:
+    """Below an image. A number that has many digits is written with its power of ten: a note is one line of the cell."""
+    if not math.isfinite(score):
+        return "no score"
+    return f"reward {score:.2f}" if abs(score) < 1e6 else f"reward {score:.2e}"
 
 
 def model_grid(models: Sequence[torch.Tensor], prompts: Sequence[str], path: Path) -> Path:
@@ -117,20 +124,20 @@ class _Row:
     ) -> None:
         self.images, self.label, self.notes, self.captions = images, label, notes, captions
 
-    def texts(self, font: Any, width: int) -> list[list[tuple[str, tuple[int, int, int]]]]:
+    def texts(self, font: Typeface, width: int) -> list[list[tuple[str, tuple[int, int, int]]]]:
         """For every image the lines below it, with their colours."""
         cells: list[list[tuple[str, tuple[int, int, int]]]] = [[] for _ in self.images]
         for i, cell in enumerate(cells):
             if self.notes is not None:
                 cell.append((self.notes[i], FAINT))
             if self.captions is not None:
-                cell.extend((text, INK) for text in wrap(self.captions[i], font, width))
+                cell.extend((text, INK) for text in wrap(font.shown(self.captions[i]), font, width, MOST_LINES))
         return cells
 
 
 def _draw(rows: Sequence[_Row], path: Path, *, columns: int, scale: int) -> Path:
-    font = ImageFont.load_default(FONT_SIZE)
-    line = round(FONT_SIZE * 1.3)
+    font = typeface(FONT_SIZE)
+    line, ascent = round(FONT_SIZE * 1.3), font.faces[0].font.getmetrics()[0]
     height, width = (side * scale for side in rows[0].images.shape[2:])
     labels = [row.label for row in rows if row.label]
     gutter = PADDING + max((math.ceil(font.getlength(label)) for label in labels), default=-PADDING) + PADDING
@@ -143,33 +150,16 @@ def _draw(rows: Sequence[_Row], path: Path, *, columns: int, scale: int) -> Path
     y = PADDING
     for row, cells, row_height, gap in zip(rows, texts, heights, gaps, strict=True):
         if row.label:
-            draw.text((PADDING, y + (height - line) // 2), row.label, font=font, fill=INK)
+            font.draw(draw, (PADDING, y + (height - line) // 2 + ascent), row.label, INK)
         for i, (image, cell) in enumerate(zip(row.images, cells, strict=True)):
             x = gutter + i * (width + PADDING)
             picture = Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
             sheet.paste(picture.resize((width, height), Image.Resampling.NEAREST), (x, y))
             for number, (text, colour) in enumerate(cell):
-                draw.text((x, y + height + 4 + number * line), text, font=font, fill=colour)
+                font.draw(draw, (x, y + height + 4 + number * line + ascent), text, colour)
         y += row_height + gap
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as partial:
         sheet.save(partial, format="PNG", optimize=True)
     return path
-
-
-def wrap(text: str, font: Any, width: float) -> list[str]:
-    """`text` in lines of at most `width` pixels, broken at spaces, and inside a word that is wider than a line."""
-    lines: list[str] = []
-    current = ""
-    for word in text.split():
-        if current and font.getlength(f"{current} {word}") > width:
-            lines.append(current)
-            current = word
-        else:
-            current = f"{current} {word}" if current else word
-        while len(current) > 1 and font.getlength(current) > width:
-            cut = next((n for n in range(len(current) - 1, 1, -1) if font.getlength(current[:n]) <= width), 1)
-            lines.append(current[:cut])
-            current = current[cut:]
-    return lines + [current] if current else lines

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from prdp_fast.config.recipe import Settings
 from prdp_fast.models.families.base import Family
-from prdp_fast.reporting.tables import before_after
+from prdp_fast.reporting.tables import before_after, left_out
 
 CARD = "README.md"
 PICTURE = "before_after.png"
@@ -99,11 +99,12 @@ def scores(evaluation: dict[str, Any]) -> str:
     """The reward before and after, by prompt set; empty if nothing was evaluated."""
     if not evaluation:
         return ""
-    return (
+    table = (
         "Mean reward over n prompts ± its standard error, with the same prompts and the same noise before and after. The "
         "difference is paired; s.e. is that difference in its own standard errors:\n\n"
         + before_after(evaluation, digits=4).markdown()
     )
+    return "\n\n".join(filter(None, [table, left_out(evaluation)]))
 
 
 def training(settings: Settings, summary: dict[str, Any]) -> str:

@@ -92,15 +92,15 @@ def before_after(evaluation: Mapping[str, Any], digits: int = 3) -> Table:
 
     The difference is paired, prompt by prompt and with the same noise. "s.e." is that difference in its own standard errors.
     Where a reward gives verdicts, "all right" is the share of images that pass, before and after. Three digits fit 80 columns,
-    the width of a log.
+    the width of a log. Where images without a score are left out, n is of before, after and difference; see `left_out`.
     """
     has_verdicts = any("strict" in sets[moment] for sets in evaluation.values() for moment in ("before", "after"))
     rows = []
     for name, sets in evaluation.items():
         before, after, difference = sets["before"], sets["after"], sets["difference"]
         cells = [
-            name, str(before.get("n", ABSENT)), number(before, digits), number(after, digits), number(difference, digits, "+"),
-            in_standard_errors(difference),
+            name, prompt_counts(before, after, difference), number(before, digits), number(after, digits),
+            number(difference, digits, "+"), in_standard_errors(difference),
         ]  # fmt: skip
         if has_verdicts:
             cells.append(f"{percent(before.get('strict'))} > {percent(after.get('strict'))}")
@@ -109,10 +109,30 @@ def before_after(evaluation: Mapping[str, Any], digits: int = 3) -> Table:
     return Table((*heads, "all right") if has_verdicts else heads, tuple(rows))
 
 
+def prompt_counts(*measured: Mapping[str, Any]) -> str:
+    """n; if it is not the same of all, each."""
+    counts = [str(part.get("n", ABSENT)) for part in measured]
+    known = dict.fromkeys(count for count in counts if count != ABSENT)
+    return next(iter(known), ABSENT) if len(known) < 2 else "/".join(counts)
+
+
+def left_out(evaluation: Mapping[str, Any]) -> str:
+    """A sentence on the images that a summary's means leave out, by prompt set; empty if there are none."""
+    parts = []
+    for name, sets in evaluation.items():
+        before, after = (sets[moment].get("unscored") or 0 for moment in ("before", "after"))
+        if before or after:
+            parts.append(f"{name} {before} before and {after} after")
+    if not parts:
+        return ""
+    return f"Images without a score are left out: {', '.join(parts)}; the difference is over those that have one both times."
+
+
 def print_summary(summary: Mapping[str, Any], console: Console | None = None) -> None:
     """Print the reward before and after, and below it what the run cost. Nothing if the run evaluated nothing."""
     if summary.get("evaluation"):
-        (console or Console()).print(before_after(summary["evaluation"]).terminal(cost(summary)))
+        caption = "\n".join(filter(None, [left_out(summary["evaluation"]), cost(summary)]))
+        (console or Console()).print(before_after(summary["evaluation"]).terminal(caption))
 
 
 def cost(summary: Mapping[str, Any]) -> str:

@@ -100,12 +100,15 @@ class WeightedRewards:
         for reward in self.rewards:
             reward.prepare()
 
-    def score(self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
+    def score(
+        self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]], *, some: bool = True
+    ) -> Scores:
         """Score images with every reward.
 
         Args:
             images: (N, 3, H, W) uint8, sRGB.
             prompts, metadata: N of each, one per image.
+            some: refuse to go on without a single finite score; False where these are a part of what is scored.
         Returns: scores on the CPU. An image that a reward of non-zero weight could not score has total NaN.
         Raises: RewardError if a reward gives anything but N numbers, no finite one, or nothing in its time. ValueError if the
             arguments disagree.
@@ -120,7 +123,7 @@ class WeightedRewards:
         details: dict[str, torch.Tensor] = {}
         for reward in self.rewards:
             try:
-                output = _checked(reward.name, self._ask(reward, images, prompts, metadata), len(images))
+                output = _checked(reward.name, self._ask(reward, images, prompts, metadata), len(images), some=some)
             except torch.OutOfMemoryError as error:
                 raise RewardError(
                     f"reward {reward.name!r} ran out of the device's memory with {len(images)} images; lower its batch, or "
@@ -179,10 +182,10 @@ class WeightedRewards:
         return rounded
 
 
-def _checked(name: str, output: RewardOutput, expected: int) -> RewardOutput:
-    """The output as CPU float32, if it holds `expected` numbers of everything and a finite score."""
+def _checked(name: str, output: RewardOutput, expected: int, *, some: bool) -> RewardOutput:
+    """The output as CPU float32, if it holds `expected` numbers of everything and, where `some` must be, a finite score."""
     given, output = output.scores, as_numbers(name, output, expected)
-    if expected and not output.scores.isfinite().any():
+    if some and expected and not output.scores.isfinite().any():
         too_large = bool(torch.as_tensor(given).isfinite().any())
         what = "numbers beyond 3.4e+38, the largest of float32," if too_large else "NaN or infinity"
         raise RewardError(

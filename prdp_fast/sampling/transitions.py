@@ -138,6 +138,7 @@ class Transitions:
         if not bool((std > 0).any()):
             raise UserError(
                 f"{name} with {num_inference_steps} steps adds no noise at any step; raise sampler.num_inference_steps"
+                + (f", or sampler.eta, which is {eta}" if eta < 1 else "")
             )
         return cls(timesteps, sample_coef, output_coef, std, float(scheduler.init_noise_sigma))
 

@@ -22,6 +22,7 @@ import deepspeed
 import torch.distributed as dist
 from deepspeed.ops import __compatible_ops__
 from deepspeed.utils import groups, safe_get_full_fp32_param
+from pydantic import ValidationError
 from torch import nn
 
 from prdp_fast.config.deepspeed import DeepSpeedConfig
@@ -102,7 +103,15 @@ class ZeroEngine:
             **extra,
         )
         join_process_group()
-        self.engine, *_ = deepspeed.initialize(model=denoiser, optimizer=optimizer, config=values)
+        try:
+            self.engine, *_ = deepspeed.initialize(model=denoiser, optimizer=optimizer, config=values)
+        except ValidationError as error:  # of sections that are DeepSpeed's alone
+            problem = error.errors()[0]
+            place = ".".join(map(str, problem["loc"]))
+            raise UserError(
+                f"config {config.path.name}: DeepSpeed refuses {place} = {problem['input']!r} of {error.title}: "
+                f"{problem['msg']}; correct it, or remove it"
+            ) from None
         self.coalesce = config.coalesces(coalesce_gradients)
         # Of what the optimizer steps: this rank's share of the master weights, at stage 0 the weights themselves.
         assert ema_decay is None or config.stage < 3, "stage 3 moves its master weights about"

@@ -12,7 +12,8 @@ def epoch_metrics(experience: Experience, report: UpdateReport) -> dict[str, flo
     """A row of metrics.jsonl. Every rank calls this.
 
     Means over the ranks: rewards over images with a score, NaN if there is none; everything else over the ranks that have it. A
-    reward may give details on some ranks only, so that names are agreed upon before numbers are reduced.
+    reward may give details on some ranks only, so that names are agreed upon before numbers are reduced. "unscored" counts the
+    images without a reward, which are left out; it is there from one on.
     """
     scores = experience.scores
     rewards = {"reward": scores.total} | {f"reward/{name}": part for name, part in (scores.parts | scores.details).items()}
@@ -32,6 +33,9 @@ def epoch_metrics(experience: Experience, report: UpdateReport) -> dict[str, flo
         if name == "reward":
             metrics["reward_std"] = max(squares / max(count, 1.0) - metrics[name] ** 2, 0.0) ** 0.5
     totals, counts = reduced[len(sums) :: 2], reduced[len(sums) + 1 :: 2]
+    scored = reduced[3 * reward_names.index("reward") + 2]
+    if unscored := len(scores.total) * distributed.world_size() - round(scored):  # every rank has as many images
+        metrics["unscored"] = float(unscored)
     metrics |= {name: total / count for name, total, count in zip(own_names, totals, counts, strict=True)}
     metrics |= {f"reward_divisor/{name}": value for name, value in experience.divisors.items()}
     metrics["nonfinite_images"] = float(experience.nonfinite_images)

@@ -25,6 +25,7 @@ class TrainState:
     seen_rewards: dict[str, list[float]] = field(default_factory=dict)  # moments of those with a running normalisation
     unet_forwards: dict[str, int] = field(default_factory=lambda: {"rollout": 0, "reference": 0, "update": 0})  # rows
     _started: float | None = field(default=None, repr=False)  # a clock that began with the run
+    _earlier_s: float = field(default=0.0, repr=False)  # wall_s of the starts before this one
 
     def state_dict(self) -> dict[str, Any]:
         """JSON."""
@@ -49,11 +50,15 @@ class TrainState:
         self.asked = asked
 
     def start_clock(self) -> None:
-        self._started = time.monotonic() - self.wall_s
+        self._started, self._earlier_s = time.monotonic() - self.wall_s, self.wall_s
 
     def elapsed(self) -> float:
         """Seconds of the run, its earlier starts included."""
         return self.wall_s if self._started is None else time.monotonic() - self._started
+
+    def elapsed_here(self) -> float:
+        """Seconds of this start."""
+        return self.elapsed() - self._earlier_s
 
     def finish_epoch(self, images: int, **rows: int) -> None:
         """Args: images, rows: of the epoch, over all ranks; rows of the denoiser by phase."""

@@ -162,7 +162,7 @@ def keep_epochs_before(path: Path, first_epoch: int) -> None:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict) and isinstance(row.get("epoch"), int) and row["epoch"] < first_epoch:
             kept.append(line + "\n")

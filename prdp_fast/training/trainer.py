@@ -22,7 +22,7 @@ from prdp_fast.acceleration.payback import WorkLeft
 from prdp_fast.acceleration.process import choose_fused_optimizer, prepare_process
 from prdp_fast.core import distributed, run_directory
 from prdp_fast.core.errors import NotFiniteError, OneRankError, RewardError, UserError
-from prdp_fast.core.files import read_json, write_json
+from prdp_fast.core.files import write_json
 from prdp_fast.core.format import format_bytes
 from prdp_fast.core.memory import smaller_on_oom
 from prdp_fast.core.records import Prompt, TextEmbeddings, Trajectories
@@ -258,12 +258,14 @@ class Trainer:
         schedule, state = self.job.settings.schedule, self.state
         if state.epoch >= schedule.epochs:
             return True
-        if schedule.time_limit_minutes is None:
+        if schedule.time_limit_minutes is None or state.epoch == self.telemetry.first_epoch:  # every start gets on by one
             return False
-        elapsed = distributed.all_reduce([state.elapsed()], "max")[0] / 60  # the slowest clock decides for all ranks
+        elapsed = distributed.all_reduce([state.elapsed_here()], "max")[0] / 60  # the slowest clock decides for all ranks
         if elapsed <= schedule.time_limit_minutes:
             return False
-        self.telemetry.message(f"schedule.time_limit_minutes: stopping after {state.epoch} of {schedule.epochs} epochs")
+        self.telemetry.message(
+            f"schedule.time_limit_minutes: stopping after {state.epoch} of {schedule.epochs} epochs; the same command goes on"
+        )
         return True
 
     # Before and after the loop.
@@ -284,7 +286,9 @@ class Trainer:
         if self.output is None or not distributed.is_main():
             return
         path, record = self.output / run_directory.ACCELERATION, self.acceleration.record()
-        earlier = read_json(path) if path.exists() else {}
+        earlier, damaged = run_directory.read_acceleration(self.output)
+        if damaged:
+            self.telemetry.message(f"{path.name} was damaged: chosen anew, so results may round differently from here on")
         changed = [name for name in earlier if name in record and record[name]["value"] != earlier[name]["value"]]
         for name in changed:
             self.telemetry.message(
@@ -383,7 +387,13 @@ class Trainer:
                 prompts[distributed.rank() :: self.job.world_size], images_per_prompt=settings.evaluation.images_per_prompt,
                 batch=self.rollout_batch, seed=settings.evaluation.seed,
             )  # fmt: skip
-        return Evaluation.merge(distributed.gather_objects(part), len(prompts))
+        whole = Evaluation.merge(distributed.gather_objects(part), len(prompts))
+        if whole.unscored == len(whole.images):  # the same on every rank
+            raise RewardError(
+                f"none of the {len(whole.images)} images of evaluation set {name!r} has a score by "
+                f"{' + '.join(reward.name for reward in settings.rewards)}; expected at least one finite one: check the rewards"
+            )
+        return whole
 
     def evaluate_before(self) -> dict[str, Evaluation]:
         """The reference on every evaluation set: measured when the run starts, read again when it goes on."""
@@ -548,8 +558,7 @@ def speed_up(
     job: Job, engine: ZeroEngine, reference: nn.Module | None, state: TrainState, device: torch.device, output: Path | None
 ) -> Acceleration:
     """Make the job's denoisers cheaper; as an earlier start of the run did, if there was one."""
-    path = None if output is None else output / run_directory.ACCELERATION
-    remembered = read_json(path) if path is not None and path.exists() else None
+    remembered = None if output is None else run_directory.read_acceleration(output)[0] or None
     acceleration = accelerate(
         Denoisers(engine.engine.module, engine.gathered, reference, engine.has_adapter), job.settings.performance, job.family,
         train_rows=min(state.micro_batch or 1, job.rows_per_update) * job.evaluations,

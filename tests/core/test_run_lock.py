@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 from launching import ROOT
 
-from prdp_fast.core import run_directory
+from prdp_fast.core import run_lock
 from prdp_fast.core.errors import UserError
-from prdp_fast.core.run_directory import LOCK, RUN, claim, holder
+from prdp_fast.core.run_directory import RUN, claim
+from prdp_fast.core.run_lock import LOCK, holder
 
 JOB = {"recipe": {"schedule": {"epochs": 3}}}
 HOLDER = f"""
@@ -81,4 +82,4 @@ def test_a_file_system_without_locks_says_so_and_goes_on(tmp_path, monkeypatch, 
     claim(tmp_path / "run", JOB, "auto")
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "its file system has no locks" in said
-    assert (tmp_path / "run" / RUN).is_file() and Path(tmp_path / "run").resolve() not in run_directory._held
+    assert (tmp_path / "run" / RUN).is_file() and Path(tmp_path / "run").resolve() not in run_lock._held

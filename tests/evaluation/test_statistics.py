@@ -97,6 +97,15 @@ def test_the_difference_is_paired():
     assert mean(prompt_means(base + level), seed=0).stderr > 50
 
 
+def test_a_difference_is_over_images_that_both_have():
+    """A prompt's level differs from image to image: one that only one model has would be taken for a difference."""
+    base = np.array([[0.0, 10.0, 20.0], [1.0, 2.0, 3.0]])
+    finetuned = base + 1.0
+    finetuned[0, 2], base[1, 0] = np.nan, np.inf
+    found = paired_difference(base, finetuned, seed=0)
+    assert (found.mean, found.n) == (1.0, 2)
+
+
 def test_win_rate_counts_pairs_and_halves_ties():
     base, finetuned = scores()
     finetuned[0, 0], finetuned[1, 2] = base[0, 0], base[1, 2]

@@ -8,9 +8,10 @@ import pytest
 import torch
 from small_model import SHAPE, small_policy, small_trajectories, small_unet
 
-from prdp_fast.core.errors import NotFiniteError
+from prdp_fast.core.errors import NotFiniteError, RewardError
 from prdp_fast.core.records import Prompt
 from prdp_fast.evaluation import run
+from prdp_fast.evaluation.blocks import Block
 from prdp_fast.evaluation.run import Evaluation, compare_evaluations, evaluate
 from prdp_fast.rewards import Reward, RewardOutput, WeightedRewards
 
@@ -56,7 +57,7 @@ def test_a_reward_with_a_verdict_is_reported_with_its_share(monkeypatch) -> None
 def test_a_reward_without_one_is_reported_alone(monkeypatch) -> None:
     """A detail that happens to be called strict is none."""
     found = measured(monkeypatch, Counting())
-    assert found.strict is None and set(found.summary()) == {"mean", "stderr", "n"}
+    assert found.strict is None and set(found.summary()) == {"mean", "stderr", "n", "unscored"}
 
 
 def test_a_picture_that_is_not_finite_has_no_score(monkeypatch) -> None:
@@ -108,7 +109,7 @@ def test_an_image_without_a_score_is_left_out_of_its_prompt(monkeypatch) -> None
 
     found = measured(monkeypatch, Failing())
     assert found.rewards[[0, 2]].tolist() == [2.0, 9.5] and math.isnan(found.rewards[1])
-    assert found.summary() == {"mean": 5.75, "stderr": 3.75, "n": 2}
+    assert found.summary() == {"mean": 5.75, "stderr": 3.75, "n": 2, "unscored": 5}
 
 
 def part(numbers: list[int], strict: bool = True) -> Evaluation:
@@ -134,3 +135,59 @@ def test_before_and_after_are_paired_by_prompt() -> None:
     assert record["difference"] == {"mean": 0.75, "stderr": pytest.approx(0.25 / math.sqrt(3)), "n": 3}
     assert (record["before"]["mean"], record["after"]["mean"]) == (37.0, 37.75)
     assert record["before"]["stderr"] > 10, "what prompts differ in is no uncertainty of the difference"
+
+
+def test_an_image_that_one_of_the_two_lacks_is_no_difference(monkeypatch) -> None:
+    """Its siblings score otherwise: taken alone, they would raise or lower the prompt's mean."""
+    before = measured(monkeypatch, Counting())
+    scores = before.scores + 0.5
+    scores[1, 0], scores[2] = math.nan, math.inf
+    after = Evaluation(before.prompts, before.images, run.means_of_prompts(scores), None, scores)
+    record = compare_evaluations(before, after)
+    assert record["difference"] == {"mean": 0.5, "stderr": 0.0, "n": 2}
+    assert (record["before"]["n"], record["before"]["unscored"]) == (3, 0)
+    assert (record["after"]["n"], record["after"]["unscored"], record["after"]["mean"]) == (2, 5, (2.0 + 6.5) / 2)
+
+
+def test_an_evaluation_of_an_earlier_version_is_compared_by_prompts(monkeypatch) -> None:
+    new = measured(monkeypatch, Counting())
+    old = Evaluation(*(getattr(new, name) for name in ("prompts", "images", "rewards", "strict")))
+    assert compare_evaluations(old, new)["difference"] == {"mean": 0.0, "stderr": 0.0, "n": 3}
+
+
+def test_a_rank_without_prompts_and_one_without_scores_have_their_share(monkeypatch) -> None:
+    """Three ranks, two prompts; the second rank's pictures all go unscored."""
+
+    class Silent(Judging):
+        name = "silent"
+
+        def score(self, images, prompts, metadata):
+            output = super().score(images, prompts, metadata)
+            missing = torch.tensor([prompt == "prompt 1" for prompt in prompts])
+            return RewardOutput(output.scores.masked_fill(missing, math.nan), output.details)
+
+    def share(prompts: list[Prompt]) -> Evaluation:
+        images = torch.zeros(len(prompts) * B, 3, 8, 8, dtype=torch.uint8)
+        monkeypatch.setattr(run, "sample_images", lambda *arguments, **options: images)
+        return evaluate(None, None, None, None, WeightedRewards([Silent()], [1.0]), prompts, images_per_prompt=B, batch=2, seed=0)
+
+    merged = Evaluation.merge([share(PROMPTS[:1]), share(PROMPTS[1:2]), share([])], 2)
+    assert merged.prompts == ["prompt 0", "prompt 1"] and len(merged.images) == 2 * B
+    assert merged.rewards[0] == 1.5 and merged.rewards[1].isnan() and merged.strict.tolist() == [0.5, 0.5]
+    assert merged.unscored == B and merged.summary()["n"] == 1
+
+
+def test_prdp_evaluate_gives_a_silent_reward_up_after_some_images() -> None:
+    """Blocks of one image: a single one without a score ends nothing."""
+
+    def block(*scores: float) -> Block:
+        return Block({"a": torch.tensor([scores]), "a/detail": torch.tensor([scores])}, torch.zeros(1), torch.zeros(1))
+
+    unscored = {"a": 0}
+    for _ in range(run.PATIENCE - 1):
+        run.give_up_on_silent_rewards(unscored, block(math.nan))
+    with pytest.raises(RewardError, match="'a' returned NaN or infinity for all of the first 16 images"):
+        run.give_up_on_silent_rewards(dict(unscored), block(math.inf))
+    run.give_up_on_silent_rewards(unscored, block(math.nan, 1.0))
+    for _ in range(run.PATIENCE):
+        run.give_up_on_silent_rewards(unscored, block(math.nan))

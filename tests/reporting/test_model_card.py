@@ -52,7 +52,9 @@ def test_the_card_of_a_hub_model(tmp_path: Path) -> None:
         "base_model_relation": "adapter", "tags": ["text-to-image", "stable-diffusion-xl", "prdp", "lora"],
     }  # fmt: skip
     assert "| seen | 16 | 0.5000 ± 0.0100 | 0.6123 ± 0.0200 | +0.1123 ± 0.0151 | +7.4 |" in card
-    assert "decay of 0.9" in card and "shapes_alignment" in card and "3 epochs, 96 images" in card
+    assert (
+        "without a score" not in card and "decay of 0.9" in card and "shapes_alignment" in card and "3 epochs, 96 images" in card
+    )
     (recipe,) = re.findall(r"```yaml\n(.*?)```", card, re.DOTALL)
     assert Settings.model_validate(yaml.safe_load(recipe)) == settings, "whoever has the card has the recipe"
     assert (tmp_path / "model" / "before_after.png").read_bytes() == b"png" and "(before_after.png)" in card
@@ -91,3 +93,11 @@ def test_the_code_of_a_card_runs(overrides: list[str], tmp_path: Path, monkeypat
     scope: dict = {}
     exec(code.replace("PATH_OF_THE_BASE_MODEL", str(TINY)), scope)
     assert scope["image"].size == (32, 32)
+
+
+def test_the_card_says_how_many_images_had_no_score(tmp_path: Path) -> None:
+    summary = json.loads(json.dumps(SUMMARY))
+    summary["evaluation"]["seen"]["before"] |= {"n": 15, "unscored": 1}
+    summary["evaluation"]["seen"]["difference"] |= {"n": 15}
+    card = exported(load_recipe("smoke"), tmp_path / "model", tmp_path / "none.png", summary=summary)
+    assert "| seen | 15/16/15 | 0.5000 ± 0.0100 |" in card and "left out: seen 1 before and 0 after;" in card

@@ -147,7 +147,8 @@ def test_curves_from_an_unfinished_run(tmp_path):
     lines = []
     for epoch in range(4):
         row = {"epoch": epoch, "reward": 0.1 * epoch, "reward/a": 0.2, "reward_std": 0.1, "loss": 10.0 - epoch, "drift": 1e-6,
-               "drift/step_000": 1e-6, "grad_norm": None, "images_per_s": 30.0, "seconds/rollout": 2.0, "other": 1.0}  # fmt: skip
+               "drift/step_000": 1e-6, "grad_norm": None, "reward/$^$": None if epoch else 1, "images_per_s": 30.0,
+               "seconds/rollout": 2.0, "other": 1.0}  # fmt: skip
         lines.append(json.dumps(row))
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"epoch": 4, "rew')
     path = plot_curves(tmp_path)

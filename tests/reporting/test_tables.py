@@ -11,7 +11,7 @@ from rich.console import Console
 
 from prdp_fast.cli import main
 from prdp_fast.reporting.evaluation_page import evaluation_page
-from prdp_fast.reporting.tables import Table, before_after, in_standard_errors, number, percent, print_summary
+from prdp_fast.reporting.tables import Table, before_after, in_standard_errors, left_out, number, percent, print_summary
 
 # Before and after
 
@@ -74,6 +74,23 @@ def test_prdp_report_prints_the_same_table(tmp_path, capsys, monkeypatch):
     assert main(["report", str(tmp_path)]) == 0
     *table, path = (line.rstrip() for line in capsys.readouterr().out.splitlines())
     assert "\n".join(table) + "\n" == TERMINAL and path == str(tmp_path / "curves.png")
+
+
+def test_images_without_a_score_are_counted_below_the_table():
+    """One of them was its prompt's only image: n is of before, after and difference."""
+    value = summary(strict=False)
+    value["evaluation"]["seen"]["before"] |= {"unscored": 0}
+    value["evaluation"]["seen"]["after"] |= {"unscored": 2, "n": 95}
+    value["evaluation"]["seen"]["difference"] |= {"n": 95}
+    value["evaluation"]["unseen"]["before"] |= {"unscored": 0}
+    text = printed(value)
+    assert text.splitlines()[2].startswith("seen    96/95/95  0.512 ± 0.012") and text.splitlines()[3].startswith(
+        "unseen        96  "
+    )
+    assert left_out(value["evaluation"]) == (
+        "Images without a score are left out: seen 0 before and 2 after; the difference is over those that have one both times."
+    )
+    assert "Images without a score are left out: seen 0 before and 2 after" in text and "60 epochs" in text
 
 
 def test_without_verdicts_there_is_no_column_of_them():
@@ -196,7 +213,10 @@ Prompts: unseen 96, mine 1; 8 images each, seed 0, the same noise for both model
 DDPMScheduler and DDIMScheduler, 50 steps, eta 1, guidance 5 at timesteps 1 to 600.
 Means over the images of a prompt, then over prompts; ± standard error over prompts; [95% bootstrap interval over prompts].
 Win rate: share of image pairs, of one prompt and one noise, that the finetuned model wins; a tie is half.
-5 scores were not finite and are left out.
+5 scores were not finite and are left out. unseen, shapes: 0 of tiny (base) (n = 96 prompts) and 2 of my|run (finetuned) \
+(n = 96 prompts), compared on n = 96; unseen, a|b: 1 of tiny (base) (n = 96 prompts) and 0 of my|run (finetuned) \
+(n = 96 prompts), compared on n = 96; mine, shapes: 0 of tiny (base) (n = 1 prompts) and 2 of my|run (finetuned) \
+(n = 0 prompts), compared on n = 0.
 """
 
 
