@@ -178,3 +178,53 @@ def test_a_server_killed_in_the_middle_of_an_epoch_and_started_again(undisturbed
     assert_same_weights(tmp_path / "run", undisturbed)
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["images"] == 3 * 4 * 2  # what was thrown away does not count
+
+
+HANGS = """
+import os, time
+calls = 0
+def score(images, prompts):
+    global calls
+    calls += 1
+    if calls == 2 and os.environ["RANK"] == "1":
+        {what}
+    return images[:, 0].double().mean((1, 2)).div(255).float()
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [("time.sleep(300)", "gave no scores of 4 images within 4 s"), ("raise SystemExit(0)", r"mine.py:score raised SystemExit: 0")],
+)
+def test_a_function_that_hangs_or_leaves_on_one_rank(tmp_path, what, said):
+    """Both ranks end with status 2 and one line, and the finished epoch is saved."""
+    (tmp_path / "mine.py").write_text(HANGS.format(what=what))
+    values = SMALL | {
+        "rewards": f"[{{name: python, options: {{function: '{tmp_path / 'mine.py'}:score'}}}}]", "schedule.reward_timeout_s": 4,
+    }  # fmt: skip
+    started = time.monotonic()
+    finished = launching.start(
+        TRAIN, "--config", "zero2.json", "--recipe", "smoke", "--output", tmp_path / "run", *launching.settings(values), ranks=2
+    ).wait(200)
+    assert finished.returncode == 2 and time.monotonic() - started < 100, finished.text[-3000:]
+    (line,) = [line for line in finished.text.splitlines() if line.startswith("error: ")]
+    assert said in line and "stopped in epoch 1, 1 finished epochs are saved" in line and "Traceback" not in finished.text
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["epoch-000001"]
+
+
+def test_tasks_of_srun_are_one_job(tmp_path):
+    """Two processes as srun starts them train together."""
+    values = SMALL | {"rewards": "[{name: jpeg_size}]", "schedule.epochs": 1}
+    slurm = {
+        "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_STEP_NUM_NODES": "1", "SLURM_JOB_ID": "77",
+        "SLURM_STEP_ID": str(free_port()),  # another rendezvous than that of a job beside this one
+    }  # fmt: skip
+    jobs = [
+        launching.start(
+            TRAIN, "--config", "zero2.json", "--recipe", "smoke", "--output", tmp_path / "run", *launching.settings(values),
+            env=slurm | {"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)},
+        )
+        for task in range(2)
+    ]  # fmt: skip
+    assert [finish(job) is not None for job in jobs] == [True, True]
+    assert json.loads((tmp_path / "run/run.json").read_text())["world_size"] == 2 and len(rows(tmp_path / "run")) == 1
