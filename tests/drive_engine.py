@@ -87,6 +87,15 @@ def run_case(name: str, precision: str, device) -> dict[str, float | bool | None
         again = update(3.0, 16).grad_norm / (3.0 * 16 * mean_x * math.sqrt(WIDTH))
         return max(abs(ratio - 1), abs(again - 1))
 
+    def master_error() -> float:
+        """Of master weights that begin as what was loaded. 23 and 3 numbers, which two ranks cannot share evenly."""
+        torch.manual_seed(1)
+        odd = torch.nn.Linear(23, 1, bias=False), torch.nn.Linear(1, 3, bias=False)
+        loaded = {f"{number}.weight": module.weight.detach().clone() for number, module in enumerate(odd)}
+        state = ZeroEngine(torch.nn.Sequential(*odd), OptimizerSettings(), resolved, device).full_state_dict()
+        assert state.keys() == loaded.keys()
+        return max(float((state[name] - value).abs().max()) for name, value in loaded.items())
+
     before = weights()
     poisoned = update(1.0, 16, poison=True)
     after_poison = weights()
@@ -102,6 +111,7 @@ def run_case(name: str, precision: str, device) -> dict[str, float | bool | None
         "poison_moved": float((after_poison - before).abs().max()),
         "worst_norm_ratio_error": max(abs(ratio - 1) for ratio in norms),
         "step": float((after - before).mean()),
+        "master_error": master_error(),
     }
 
 

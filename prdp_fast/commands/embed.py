@@ -35,6 +35,8 @@ def run(args: argparse.Namespace) -> int:
     check_output("DIR", args.directory)  # embeddings are written beside the shards
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipeline = Pipeline.load(args.model, device, frozen_dtype=torch.float32)
+    for note in pipeline.family.notes:
+        print(note)
     encoder = TextEncoder(pipeline, torch.float32)
     path = write_embeddings(args.directory, encoder.encode, model=args.model, batch=args.batch)
     stored = StoredEmbeddings.open(args.directory)

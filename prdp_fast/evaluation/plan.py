@@ -23,8 +23,7 @@ from prdp_fast.evaluation.features import Features, choose_features
 from prdp_fast.evaluation.request import EvaluationRequest
 from prdp_fast.models.families import find_family, read_family
 from prdp_fast.models.families.base import Family
-from prdp_fast.models.files import find_file, resolve
-from prdp_fast.models.files import read_json as read_model_json
+from prdp_fast.models.files import VaeConfig, find_file, read_config, resolve, what_else
 from prdp_fast.models.lora import WEIGHTS
 from prdp_fast.models.schedulers import SCHEDULERS
 from prdp_fast.prompts.stream import SHIPPED, PromptSet
@@ -170,7 +169,7 @@ def choose_models(request: EvaluationRequest, recipe: Settings | None) -> dict[s
 def model_of(pretrained: str) -> Model:
     """Raises: UserError if it is neither a diffusers pipeline nor something on the hub that looks like one."""
     path = Path(resolve(pretrained))
-    if path.is_dir() and not (path / "model_index.json").is_file():
+    if path.is_dir() and not (path / "model_index.json").is_file() and not what_else(path):
         raise UserError(f"{path} is neither a run ({RUN}) nor a diffusers pipeline (model_index.json); give one of the two")
     find_family(pretrained)
     if path.is_dir():
@@ -203,7 +202,7 @@ def check_sizes(models: dict[str, Model], families: dict[str, Family]) -> None:
 def size_of(family: Family) -> str:
     """Of latents and pictures, in words, from configurations alone."""
     channels, height, width = family.latent_shape
-    blocks = len(read_model_json(family.pretrained, "vae/config.json")["block_out_channels"])
+    blocks = len(read_config(family.pretrained, "vae/config.json", VaeConfig)[0].block_out_channels)
     return f"{channels} channels of {height} x {width} latents, 2^{blocks - 1} pixels a latent"
 
 

@@ -20,6 +20,7 @@ from prdp_fast.core import distributed
 from prdp_fast.core.errors import NotFiniteError, OneRankError, RewardError, UserError
 from prdp_fast.core.memory import smaller_on_oom
 from prdp_fast.core.records import Prompt, Scores, TextEmbeddings
+from prdp_fast.core.weight_files import check_weight_file
 from prdp_fast.evaluation.blocks import KEPT_PICTURES, Block, BlockName, EvaluationDirectory
 from prdp_fast.evaluation.plan import EvaluationPlan, Model
 from prdp_fast.evaluation.statistics import diversity, mean_and_error, paired_mean_and_error, prompt_means
@@ -214,6 +215,8 @@ def compute_blocks(
                 continue
             say(f"{model.name} ({role}): {len(own)} blocks of up to {plan.block} prompts, {plan.samples} images each")
             pipeline = load_model(model, device, dtype)
+            for note in pipeline.family.notes:
+                say(note)
             encode, told = TextEncoder(pipeline, dtype).encode, time.monotonic()
             for number, name in enumerate(own, start=1):
                 try:
@@ -274,11 +277,12 @@ def load_model(model: Model, device: torch.device, dtype: torch.dtype) -> Pipeli
     """A model to sample from, its LoRA weights merged. Raises: UserError if they do not fit."""
     pipeline = Pipeline.load(model.pretrained, device, frozen_dtype=dtype)
     if model.adapter is not None:
+        check_weight_file(f"the LoRA weights of {model.name}", model.adapter / WEIGHTS)
         try:
-            pipeline.whole.load_lora_weights(str(model.adapter))
+            pipeline.whole.load_lora_weights(str(model.adapter), weight_name=WEIGHTS)
             pipeline.whole.fuse_lora()
             pipeline.whole.unload_lora_weights()
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        except Exception as error:  # diffusers, peft and safetensors raise all kinds
             raise UserError(
                 f"{model.adapter / WEIGHTS} does not load onto {model.pretrained!r}: {' '.join(str(error).split())[:300]}; "
                 "give the model it was trained on as --base"

@@ -10,18 +10,23 @@ Source: LoRA (arXiv:2106.09685), in peft's implementation, as diffusers opens it
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import nn
 
 from prdp_fast.config.recipe import LoraSettings
 from prdp_fast.core.errors import UserError
+from prdp_fast.core.files import write_json
+from prdp_fast.core.weight_files import write_safetensors
 
 WEIGHTS = "pytorch_lora_weights.safetensors"  # the name that `load_lora_weights` looks for
+PEFT, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # what `PeftModel.from_pretrained` looks for
+KOHYA = "kohya.safetensors"
 
 
 def add_adapter(denoiser: nn.Module, settings: LoraSettings, seed: int) -> None:
@@ -93,23 +98,65 @@ def _layers(denoiser: nn.Module) -> Iterator[Any]:
     return (module for module in denoiser.modules() if hasattr(module, "lora_A"))
 
 
-def export_adapter(
-    directory: Path, whole: DiffusionPipeline, component: str, denoiser: nn.Module, state: dict[str, torch.Tensor]
-) -> None:
-    """Write what `load_lora_weights(directory)` of a pipeline of the same class opens.
+def export_adapter(directory: Path, component: str, denoiser: nn.Module, state: dict[str, torch.Tensor], pretrained: str) -> None:
+    """Write an adapter for every loader that people use, at one and the same scale.
+
+        WEIGHTS                 diffusers: `pipe.load_lora_weights(directory)`
+        PEFT_CONFIG, PEFT       peft: `PeftModel.from_pretrained(pipe.unet, directory)`
+        KOHYA                   kohya's layout with an alpha a layer, for ComfyUI and others
+
+    Readers of the first file may know the rank alone. So its alpha is the rank, and its B is multiplied by what was alpha / rank.
+    The same adapter makes the same bytes.
 
     Args:
-        whole: the pipeline that was trained.
-        component: what its class calls the denoiser, denoiser or transformer.
+        component: what the pipeline's class calls the denoiser, unet or transformer.
         denoiser: with the adapter's layers; on the meta device is enough.
-        state: the adapter's weights under the names they have in the denoiser, float32.
+        state: the adapter's weights under the names they have in the denoiser, float32 on the CPU.
+        pretrained: the model that it is for. Of a directory its name alone is written down.
     """
     from peft.utils import get_peft_model_state_dict
 
-    layers = get_peft_model_state_dict(denoiser, state_dict=dict(state))
-    own = {
-        f"{component}_lora_layers": layers,
-        # alpha, which is taken for the rank without it
-        f"{component}_lora_adapter_metadata": denoiser.peft_config["default"].to_dict(),
+    layers: dict[str, torch.Tensor] = get_peft_model_state_dict(denoiser, state_dict=dict(state))
+    config = plain(denoiser.peft_config["default"].to_dict())
+    path = Path(pretrained)
+    config |= {"base_model_name_or_path": path.resolve().name if path.is_dir() else pretrained, "inference_mode": True}
+    rank, alpha = config["r"], config["lora_alpha"]
+
+    directory.mkdir(parents=True, exist_ok=True)
+    folded = {
+        name: (value.double() * (alpha / rank)).float() if ".lora_B." in name and alpha != rank else value
+        for name, value in layers.items()
     }
-    type(whole).save_lora_weights(directory, weight_name=WEIGHTS, safe_serialization=True, **own)
+    metadata = {f"{component}.{key}": value for key, value in (config | {"lora_alpha": rank}).items()}
+    write_safetensors(
+        directory / WEIGHTS, {f"{component}.{name}": value for name, value in folded.items()},
+        {"format": "pt", "lora_adapter_metadata": json.dumps(metadata, sort_keys=True)},
+    )  # fmt: skip
+    write_json(directory / PEFT_CONFIG, dict(sorted(config.items())))
+    write_safetensors(directory / PEFT, {f"base_model.model.{name}": value for name, value in layers.items()}, {"format": "pt"})
+    write_safetensors(
+        directory / KOHYA, kohya(component, layers, alpha),
+        {"format": "pt", "ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(alpha)},
+    )  # fmt: skip
+
+
+def kohya(component: str, layers: dict[str, torch.Tensor], alpha: float) -> dict[str, torch.Tensor]:
+    """Args: layers: by peft's names, such as down_blocks.0.attentions.0.proj_in.lora_A.weight."""
+    tensors = {}
+    for name, value in layers.items():
+        layer, _, which = name.removesuffix(".weight").rpartition(".")
+        key = f"lora_{component}_{layer.replace('.', '_')}"
+        tensors[f"{key}.{'lora_down' if which == 'lora_A' else 'lora_up'}.weight"] = value
+        tensors[f"{key}.alpha"] = torch.tensor(float(alpha))
+    return tensors
+
+
+def plain(value: Any) -> Any:
+    """A configuration as JSON, in an order of its own: peft keeps sets, whose order is chance."""
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(plain(inner) for inner in value)
+    if isinstance(value, (list, tuple)):
+        return [plain(inner) for inner in value]
+    return value.value if isinstance(value, Enum) else value

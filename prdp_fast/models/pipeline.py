@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
@@ -17,7 +19,7 @@ from prdp_fast.core.memory import smaller_on_oom
 from prdp_fast.core.records import TextEmbeddings
 from prdp_fast.models.families import read_family
 from prdp_fast.models.families.base import Family
-from prdp_fast.models.files import quiet_loading, resolve
+from prdp_fast.models.files import INDEX, check_weights, find_weights, quiet_loading, read_json, resolve
 from prdp_fast.models.finite import first_nonfinite, wider
 from prdp_fast.models.lora import export_adapter
 from prdp_fast.models.upsampling import join_upsampling
@@ -25,6 +27,7 @@ from prdp_fast.models.upsampling import join_upsampling
 # Images that the VAE decodes at once, and latents of all of them: 16 images of 512 pixels, whose tensors take 12 GiB in float32.
 # Of the embedded model's 32 pixels more than 32 are no faster on a CPU.
 DECODED, DECODED_LATENTS = 32, 16 * 64 * 64
+LIBRARIES = ("diffusers", "transformers")  # whose networks are loaded
 
 
 @dataclass
@@ -36,6 +39,7 @@ class Pipeline:
     vae: AutoencoderKL
     scheduler: SchedulerMixin
     whole: DiffusionPipeline  # as it was loaded; its own encode_prompt makes the embeddings
+    source: Path | None = None  # the directory that it was loaded from
     decoded: int | None = None  # images that were decoded at once, where the memory was too small for more
 
     @classmethod
@@ -51,16 +55,16 @@ class Pipeline:
             weight that is not finite.
         """
         family = read_family(model) if isinstance(model, str) else model
-        sampled_with, name = family.scheduler(scheduler), family.pipeline_class.__name__
+        sampled_with = family.scheduler(scheduler)
         quiet_loading()
+        directory = fetch(family)
+        networks = {name: load_network(family, directory, name) for name in family.networks()}
         try:
             whole = family.pipeline_class.from_pretrained(
-                resolve(family.pretrained), feature_extractor=None, dtype=torch.float32, **family.loading_options()
+                directory, feature_extractor=None, dtype=torch.float32, **networks, **family.loading_options()
             )
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(
-                f"model.pretrained {family.pretrained!r} did not load as a {name}: {' '.join(str(error).split())[:300]}"
-            ) from None
+        except Exception as error:  # of tokenizers and settings: diffusers and transformers raise all kinds
+            raise UserError(does_not_load(family, f"a {family.pipeline_class.__name__}", error)) from None
         denoiser, vae = getattr(whole, family.denoiser_component), whole.vae
         family.check(denoiser.config, vae.config)
         text_encoders = [
@@ -75,7 +79,8 @@ class Pipeline:
         vae.to(device, vae_dtype, memory_format=torch.channels_last)
         for module in text_encoders:
             module.to(device, frozen_dtype)
-        pipeline = cls(family, denoiser.to(device), vae, sampled_with, whole)
+        check_tokenizers(family, whole)
+        pipeline = cls(family, denoiser.to(device), vae, sampled_with, whole, directory)
         pipeline.check_weights()
         return pipeline
 
@@ -163,18 +168,138 @@ class Pipeline:
         # One wait for all of them.
         return torch.cat(images).contiguous().cpu(), torch.cat(peaks).isfinite().cpu()
 
-    def export(self, directory: Path, state: dict[str, torch.Tensor]) -> None:
+    def export(self, directory: Path, state: dict[str, torch.Tensor]) -> list[str]:
         """Write a directory of the pipeline's own class, or of an adapter to one, with the scheduler that it was sampled with.
 
+        Every network of it is float32, and so opens in any one dtype. What was not trained is to the bit what was loaded.
+
         Args: state: the trained weights: the denoiser's, or its adapter's.
+        Returns: what the user should know, a line each.
         """
         family = self.family
         if family.lora is not None:
-            export_adapter(directory, self.whole, family.denoiser_component, family.meta_denoiser(), state)
+            export_adapter(directory, family.denoiser_component, family.meta_denoiser(), state, family.pretrained)
             self.scheduler.save_pretrained(directory / "scheduler")
-            return
+            return []
         denoiser = family.denoiser_class.from_config(self.denoiser.config)
         denoiser.load_state_dict(state)
-        components = self.whole.components | {family.denoiser_component: denoiser, "scheduler": self.scheduler}
+        frozen, notes = self.frozen_networks()
+        components = self.whole.components | frozen | {family.denoiser_component: denoiser, "scheduler": self.scheduler}
         options = family.saving_options(self.whole)
         type(self.whole)(**components, **options).save_pretrained(directory, safe_serialization=True)
+        return notes
+
+    def frozen_networks(self) -> tuple[dict[str, nn.Module], list[str]]:
+        """VAE and text encoders in float32 as they were loaded, where the ones in memory are rounded: read again, on the CPU.
+
+        Returns: them by component, and a line for each whose file is no longer what was loaded; that is the rounded one.
+        """
+        networks: dict[str, nn.Module] = {}
+        notes = []
+        for name in self.family.networks():
+            own = getattr(self.whole, name)
+            if name == self.family.denoiser_component or {value.dtype for value in own.parameters()} <= {torch.float32}:
+                continue
+            try:
+                if self.source is None:
+                    raise UserError("it was loaded from no directory")
+                again = load_network(self.family, self.source, name)
+                reason = None if rounds_to(again, own) else f"{self.source / name} has other weights than when the run started"
+            except UserError as error:
+                reason = str(error)
+            if reason is not None:
+                again = copy.deepcopy(own).to("cpu", torch.float32)
+                notes.append(f"warning: the exported {name} is rounded to {own.dtype}, as it was used: {reason}")
+            networks[name] = again.requires_grad_(False).eval()
+        return networks, notes
+
+
+def rounds_to(network: nn.Module, rounded: nn.Module) -> bool:
+    """Whether casting the one gives the other."""
+    own = network.state_dict()
+    return own.keys() == rounded.state_dict().keys() and all(
+        torch.equal(own[name].to(value.dtype), value.cpu()) for name, value in rounded.state_dict().items()
+    )
+
+
+def fetch(family: Family) -> Path:
+    """The directory of a model, from the hub if it is none. Raises: UserError if the hub does not give it."""
+    pretrained = resolve(family.pretrained)
+    if Path(pretrained).is_dir():
+        return Path(pretrained)
+    leave_out = {"feature_extractor": None, **family.loading_options()}
+    error: Exception | None = None
+    for variant in (None, "fp16"):  # some repositories have nothing but the variant
+        try:
+            directory = Path(family.pipeline_class.download(pretrained, variant=variant, **leave_out))
+        except Exception as fault:  # of the hub, the network, the disk
+            error = error or fault
+            continue
+        if all(find_weights(directory / name) for name in family.networks()):
+            return directory
+    if error is not None:
+        raise UserError(does_not_load(family, f"a {family.pipeline_class.__name__}", error))
+    return directory  # and `load_network` says what is missing
+
+
+def load_network(family: Family, directory: Path, name: str) -> nn.Module:
+    """One component of a pipeline, in float32 on the CPU. Raises: UserError if its files are not that component's."""
+    library, class_name = read_json(str(directory), INDEX)[name]
+    weights = check_weights(family.pretrained, directory, name)
+    if weights is None:
+        raise UserError(
+            f"model.pretrained {family.pretrained!r} has no weights of its {name}; expected {directory / name}/*.safetensors; "
+            "fetch them, or save the whole pipeline with save_pretrained"
+        )
+    network_class: Any = getattr(importlib.import_module(library), class_name, None) if library in LIBRARIES else None
+    if not hasattr(network_class, "from_pretrained"):
+        raise UserError(
+            f"model.pretrained {family.pretrained!r}: {INDEX}: {name} is {library}.{class_name}; expected a network of "
+            f"{' or '.join(LIBRARIES)}"
+        )
+    try:
+        network, found = network_class.from_pretrained(
+            directory, subfolder=name, dtype=torch.float32, variant=weights.variant, output_loading_info=True
+        )
+    except Exception as error:  # diffusers, transformers and safetensors raise all kinds
+        raise UserError(does_not_load(family, f"{name}, a {class_name}", error)) from None
+    # What is left over elsewhere is often harmless: a head, a table of positions. A block too many is another model's.
+    more = [key for key in found["unexpected_keys"] if "_block" in key]
+    for verb, keys in (("lacks", sorted(found["missing_keys"])), ("has further layers,", sorted(more))):
+        if keys:
+            some = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+            raise UserError(
+                f"model.pretrained {family.pretrained!r}: {weights.files[0]} {verb} {some}; expected the {class_name} that its "
+                "config.json describes; fetch both again"
+            )
+    return network
+
+
+def does_not_load(family: Family, what: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    return f"model.pretrained {family.pretrained!r} did not load as {what}: {reason}"
+
+
+def check_tokenizers(family: Family, whole: DiffusionPipeline) -> None:
+    """Cut prompts where the text encoders end, and try them.
+
+    Raises: UserError if a tokenizer has no words or other words than its encoder, or a prompt cannot be encoded.
+    """
+    what = f"model.pretrained {family.pretrained!r}"
+    for name in (name for name in family.components if name.startswith("tokenizer")):
+        tokenizer, config = getattr(whole, name), getattr(whole, name.replace("tokenizer", "text_encoder")).config
+        longest, words = config.max_position_embeddings, len(tokenizer)
+        if not isinstance(tokenizer.model_max_length, (int, float)) or tokenizer.model_max_length > longest:
+            tokenizer.model_max_length = longest
+        if words <= len(tokenizer.all_special_ids):  # what transformers makes where the vocabulary's file is missing
+            raise UserError(f"{what}: {name} has no words; expected tokenizer.json, or vocab.json and merges.txt; fetch them")
+        if words > config.vocab_size:
+            raise UserError(
+                f"{what}: {name} knows {words} words and its text encoder {config.vocab_size}; they are of two models"
+            )
+    try:
+        with torch.no_grad():
+            family.encode(whole, ["a prompt"], negative=False)
+    except Exception as error:  # of tokenizers and text encoders, by the setting that is wrong
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{what}: a prompt cannot be encoded with its tokenizer and text encoder: {reason}") from None

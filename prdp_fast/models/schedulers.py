@@ -5,7 +5,7 @@ from __future__ import annotations
 from diffusers import DDIMScheduler, DDPMScheduler, SchedulerMixin
 
 from prdp_fast.core.errors import UserError
-from prdp_fast.models.files import read_json
+from prdp_fast.models.files import SchedulerConfig, check_arguments, read_config
 
 SCHEDULERS: dict[str, type[SchedulerMixin]] = {"DDPMScheduler": DDPMScheduler, "DDIMScheduler": DDIMScheduler}
 
@@ -18,8 +18,9 @@ def load_beta_scheduler(pretrained: str, wanted: str | None = None) -> Scheduler
             (SD v1.4's PNDM, SDXL's Euler) becomes a DDIMScheduler, which with eta 1 takes the steps of DDPM, but for the last.
     Raises: UserError if the model was not trained on a schedule of betas.
     """
-    config = read_json(pretrained, "scheduler/scheduler_config.json")
-    name = config.get("_class_name", "")
+    file = "scheduler/scheduler_config.json"
+    keys, config = read_config(pretrained, file, SchedulerConfig)
+    name = keys.name
     scheduler_class = SCHEDULERS[wanted] if wanted else SCHEDULERS.get(name, DDIMScheduler)
     if name not in SCHEDULERS:
         if not {"beta_start", "beta_end", "beta_schedule"} <= config.keys() and not config.get("trained_betas"):
@@ -29,9 +30,11 @@ def load_beta_scheduler(pretrained: str, wanted: str | None = None) -> Scheduler
             )
         # Samplers without these settings neither clip nor threshold; the default of those that have them would.
         config = {"clip_sample": False, "thresholding": False} | config
+    check_arguments(pretrained, file, config, scheduler_class)
     try:
+        scheduler_class.from_config(config).set_timesteps(1)  # some settings are looked at no earlier
         return scheduler_class.from_config(config)
-    except (NotImplementedError, ValueError, TypeError) as error:
+    except Exception as error:  # diffusers and torch raise all kinds, by the value that is wrong
         raise UserError(
             f"model.pretrained {pretrained!r}: {scheduler_class.__name__} refuses scheduler_config.json ({error}); "
             "correct it there"

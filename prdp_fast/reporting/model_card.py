@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from prdp_fast.config.recipe import Settings
 from prdp_fast.models.families.base import Family
+from prdp_fast.models.lora import KOHYA, PEFT
 from prdp_fast.reporting.tables import before_after, left_out
 
 CARD = "README.md"
@@ -72,7 +73,7 @@ def title(settings: Settings, denoiser: str) -> str:
 def usage(directory: Path, settings: Settings, pipeline_class: str) -> str:
     """Code that opens the model and samples as it was trained to."""
     here, sampler = settings.model.push_to_hub or directory.name, settings.sampler
-    # Without it a text encoder that was saved in half precision is loaded so, and the float32 denoiser refuses its output.
+    # Of the base: without it a text encoder that was saved in half precision is loaded so, beside a float32 denoiser.
     dtype = "dtype=torch.float32"
     scheduler = json.loads((directory / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
     if settings.model.lora:
@@ -85,14 +86,17 @@ def usage(directory: Path, settings: Settings, pipeline_class: str) -> str:
         ]  # fmt: skip
     else:
         lines = [
-            "import torch", f"from diffusers import {pipeline_class}", "",
-            f'pipe = {pipeline_class}.from_pretrained("{here}", {dtype})',
+            f"from diffusers import {pipeline_class}", "",
+            f'pipe = {pipeline_class}.from_pretrained("{here}")  # float32; or with dtype=torch.float16 or torch.bfloat16',
         ]  # fmt: skip
     options = [f"num_inference_steps={sampler.num_inference_steps}", f"guidance_scale={sampler.guidance_scale or 1.0}"]
     if scheduler == "DDIMScheduler":  # the other has no eta
         options.append(f"eta={sampler.eta}")
     lines.append(f'image = pipe("a prompt", {", ".join(options)}).images[0]')
-    return "\n".join(["```python", *lines, "```"])
+    code = "\n".join(["```python", *lines, "```"])
+    if settings.model.lora:
+        code += f"\n\nThe same adapter is in `{KOHYA}` for ComfyUI and others, and in `{PEFT}` for `PeftModel.from_pretrained`."
+    return code
 
 
 def scores(evaluation: dict[str, Any]) -> str:

@@ -12,8 +12,10 @@ import torch
 
 from prdp_fast.core.errors import RewardError, UserError
 from prdp_fast.core.hub import hub_file
+from prdp_fast.core.weight_files import check_weight_file
 from prdp_fast.rewards.base import Reward, RewardOutput
 
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of a model in transformers' layout
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -96,6 +98,7 @@ def find_model_file(owner: str, name: str, filename: str) -> Path:
         path = Path(name) / filename
         if not path.is_file():
             raise UserError(f"{what} has no {filename}; expected the files of the model, as on the hub")
+        check_weight_file(what, path)
         return path
     return hub_file(what, name, filename, lacking="is it the right model?")
 
@@ -111,6 +114,7 @@ def find_weights(owner: str, override: str | None, name: str, filename: str) -> 
 
 def read_checkpoint(owner: str, path: Path) -> dict[str, Any]:
     """A .pt or .pth of tensors. Nothing in it is run. Raises: UserError if it holds anything else."""
+    check_weight_file(owner, path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # pickle, zip and torch's own
@@ -130,9 +134,14 @@ def check_tensors(owner: str, path: Path, found: Mapping[str, torch.Tensor], exp
         for name, tensor in found.items()
         if name in expected and tensor.shape != expected[name].shape
     ]
+    quantised = [
+        f"{name} as {tensor.dtype}"
+        for name, tensor in found.items()
+        if name in expected and expected[name].is_floating_point() and not tensor.is_floating_point()
+    ]
     faults = [
         f"{what} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
-        for what, names in (("lacks", missing), ("has unknown", strange), ("has", reshaped))
+        for what, names in (("lacks", missing), ("has unknown", strange), ("has", reshaped), ("has", quantised))
         if names
     ]
     if faults:
@@ -145,8 +154,20 @@ def read_pretrained(owner: str, loader: Any, name: str, **options: Any) -> Any:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    if Path(name).is_dir():
+        for path in sorted(Path(name).iterdir()):
+            if path.is_file() and (path.suffix == ".json" or path.name in WEIGHTS):
+                check_weight_file(f"{owner}: {name!r}", path)
+    is_network = isinstance(loader, type) and issubclass(loader, torch.nn.Module)
     try:
-        return loader.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
-        line = " ".join(str(error).split())[:200]
+        if not is_network:
+            return loader.from_pretrained(name, **options)
+        network, found = loader.from_pretrained(name, output_loading_info=True, **options)
+    except Exception as error:  # transformers, tokenizers and safetensors raise all kinds
+        line = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{owner}: {name!r} does not load as a {loader.__name__} ({line})") from None
+    if missing := sorted(found["missing_keys"]):
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        lacking = f"{', '.join(missing[:3])}{more} of a {loader.__name__}"
+        raise UserError(f"{owner}: the weights of {name!r} lack {lacking}; fetch them again")
+    return network

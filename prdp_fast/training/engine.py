@@ -21,7 +21,7 @@ if not torch.cuda.is_available():
 import deepspeed
 import torch.distributed as dist
 from deepspeed.ops import __compatible_ops__
-from deepspeed.utils import groups, safe_get_full_fp32_param
+from deepspeed.utils import groups, safe_get_full_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
 from pydantic import ValidationError
 from torch import nn
 
@@ -53,6 +53,19 @@ def join_process_group() -> None:
     __compatible_ops__["deepspeed_shm_comm"] = False
     groups._WORLD_GROUP = None  # of a job that ran in this process before
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+
+
+def set_master(parameter: nn.Parameter, value: torch.Tensor) -> None:
+    """Write this rank's share of a parameter's float32 master weights. No communication; the 16-bit weights stay as they are.
+
+    Args: value: the whole parameter, float32.
+    """
+    if not hasattr(parameter, "ds_tensor"):  # stages 1 and 2
+        safe_set_full_fp32_param(parameter, value)
+        return
+    size = parameter.ds_tensor.numel()  # the last rank's is filled up with zeros
+    own = value.flatten()[dist.get_rank() * size :][:size]
+    safe_set_local_fp32_param(parameter, nn.functional.pad(own, (0, size - own.numel())))
 
 
 class ZeroEngine:
@@ -102,6 +115,8 @@ class ZeroEngine:
             weight_decay=settings.weight_decay,
             **extra,
         )
+        # DeepSpeed casts the weights and then makes the master weights of what is left of them.
+        loaded = [] if self.dtype == torch.float32 else [value.detach().to("cpu", copy=True) for value in self.trained]
         join_process_group()
         try:
             self.engine, *_ = deepspeed.initialize(model=denoiser, optimizer=optimizer, config=values)
@@ -112,6 +127,8 @@ class ZeroEngine:
                 f"config {config.path.name}: DeepSpeed refuses {place} = {problem['input']!r} of {error.title}: "
                 f"{problem['msg']}; correct it, or remove it"
             ) from None
+        for parameter in self.trained if loaded else ():
+            set_master(parameter, loaded.pop(0))
         self.coalesce = config.coalesces(coalesce_gradients)
         # Of what the optimizer steps: this rank's share of the master weights, at stage 0 the weights themselves.
         assert ema_decay is None or config.stage < 3, "stage 3 moves its master weights about"

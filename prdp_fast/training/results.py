@@ -69,7 +69,8 @@ def write(
         write_samples(output, "after", after["unseen"], telemetry, summary["epochs"])
         write_comparison(before["unseen"], after["unseen"], output / run_directory.COMPARISON)
     export = output / run_directory.EXPORT
-    pipeline.export(export, weights)
+    for note in pipeline.export(export, weights):
+        telemetry.message(note)
     write_model_card(export, job.settings, type(pipeline.family), summary, output / run_directory.COMPARISON)
     write_json(output / run_directory.SUMMARY, summary)
 

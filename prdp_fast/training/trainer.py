@@ -273,6 +273,8 @@ class Trainer:
     def say_hello(self) -> None:
         """What was planned and chosen."""
         say, state = self.telemetry.message, self.state
+        for note in self.job.family.notes:
+            say(note)
         say(self.memory_plan.table())
         say(str(self.acceleration))
         self.record_acceleration()

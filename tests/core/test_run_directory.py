@@ -49,7 +49,9 @@ def test_another_number_of_ranks_is_said_as_such(tmp_path: Path) -> None:
 
 def test_the_recipe_comes_before_what_follows_from_it(tmp_path: Path) -> None:
     claim(tmp_path, job(), "auto")
-    other = job(recipe={"schedule": {"epochs": 3, "images_per_prompt": 8}, "seed": 0}, deepspeed={"gradient_accumulation_steps": 16})
+    other = job(
+        recipe={"schedule": {"epochs": 3, "images_per_prompt": 8}, "seed": 0}, deepspeed={"gradient_accumulation_steps": 16}
+    )
     assert "recipe.schedule.images_per_prompt was 16, now 8" in refused(tmp_path, other | {"prompts": "x"})
 
 

@@ -194,7 +194,10 @@ def score(images, prompts):
 
 @pytest.mark.parametrize(
     ("what", "said"),
-    [("time.sleep(300)", "gave no scores of 4 images within 4 s"), ("raise SystemExit(0)", r"mine.py:score raised SystemExit: 0")],
+    [
+        ("time.sleep(300)", "gave no scores of 4 images within 4 s"),
+        ("raise SystemExit(0)", r"mine.py:score raised SystemExit: 0"),
+    ],
 )
 def test_a_function_that_hangs_or_leaves_on_one_rank(tmp_path, what, said):
     """Both ranks end with status 2 and one line, and the finished epoch is saved."""

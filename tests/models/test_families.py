@@ -285,8 +285,17 @@ def refusal(directory: Path | str) -> str:
         ("sd1", "model_index.json", {"_class_name": "FluxPipeline"}, ["is a FluxPipeline", "StableDiffusionXLPipeline"]),
         ("sd1", "model_index.json", {"text_encoder": [None, None]}, ["has no text_encoder", "save_pretrained"]),
         ("sdxl", "model_index.json", {"tokenizer_2": None}, ["has no tokenizer_2", "StableDiffusionXLPipeline needs"]),
-        ("sd1", "unet/config.json", {"in_channels": 9}, ["did not load as a StableDiffusionPipeline", "conv_in"]),
-        ("sd2", "model_index.json", {"unet": ["diffusers", "NoSuchModel"]}, ["did not load as", "NoSuchModel"]),
+        ("sd1", "unet/config.json", {"in_channels": 9}, ["U-Net of 9 input channels", "latents of 4"]),
+        ("sd2", "model_index.json", {"unet": ["diffusers", "NoSuchModel"]}, ["NoSuchModel", "expected a UNet2DConditionModel"]),
+        ("sd1", "model_index.json", {"vae": ["diffusers", "NoSuchModel"]}, ["vae is diffusers.NoSuchModel"]),
+        ("sd1", "model_index.json", {"vae": ["os", "system"]}, ["vae is os.system; expected a network of diffusers"]),
+        ("sd1", "model_index.json", {"vae": "AutoencoderKL"}, ['vae is "AutoencoderKL"; expected the library and the name']),
+        ("sd1", "unet/config.json", {"sample_size": None}, ["sample_size is null; expected the side of its latents"]),
+        ("sd1", "unet/config.json", {"act_fn": 5}, ["act_fn is 5; expected a text, as UNet2DConditionModel takes"]),
+        ("sd1", "unet/config.json", {"cross_attention_dim": 24}, ["text encoders of width 16", "cross_attention_dim 24"]),
+        ("sdxl", "text_encoder_2/config.json", {"projection_dim": 16}, ["projection_dim 16", "pooled embeddings of 24"]),
+        ("sd1", "vae/config.json", {"scaling_factor": None}, ["scaling_factor is null; expected a number above 0"]),
+        ("sd1", "tokenizer/tokenizer_config.json", {"model_max_length": "77"}, ['model_max_length is "77"; expected a number']),
         ("sdxl", "scheduler/scheduler_config.json", {"beta_schedule": "odd"}, ["DDIMScheduler refuses", "odd"]),
     ],
 )  # fmt: skip
@@ -300,7 +309,8 @@ def test_wrong_pipelines_are_refused(directories, tmp_path: Path, name: str, fil
 def test_missing_files_are_named(directories, tmp_path: Path) -> None:
     directory = build("sdxl", tmp_path / "sdxl")
     (directory / "text_encoder_2" / "model.safetensors").unlink()
-    assert "did not load as a StableDiffusionXLPipeline" in refusal(directory)
+    assert "has no weights of its text_encoder_2" in refusal(directory)
+    assert read_family(str(directory)).text_parameters  # planned without weights
     (directory / "text_encoder_2" / "config.json").unlink()
     with pytest.raises(UserError, match=r"has no text_encoder_2/config.json; expected a"):
         read_family(str(directory))

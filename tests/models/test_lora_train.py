@@ -118,7 +118,7 @@ for base, adapter, result in zip(sys.argv[1::3], sys.argv[2::3], sys.argv[3::3])
 
 
 def test_the_adapters_open_in_a_fresh_process(runs: dict[str, tuple[Path, str]], models: dict[str, Path], tmp_path: Path) -> None:
-    """and paint what W + (alpha / rank) B A paints, written into the base's weights by hand."""
+    """and paint what their product paints, written into the base's weights by hand."""
     files = {family: tmp_path / f"{family}.pt" for family in FAMILIES}
     arguments = [str(path) for family in FAMILIES for path in (models[family], runs[family][0] / "model", files[family])]
     subprocess.run(
@@ -134,7 +134,7 @@ def test_the_adapters_open_in_a_fresh_process(runs: dict[str, tuple[Path, str]],
         with torch.no_grad():
             for name in [name for name in adapter if ".lora_A." in name]:
                 layer = pipe.unet.get_submodule(name.removeprefix("unet.").split(".lora_A.")[0])
-                layer.weight += 3 / 2 * adapter[name.replace(".lora_A.", ".lora_B.")] @ adapter[name]
+                layer.weight += adapter[name.replace(".lora_A.", ".lora_B.")] @ adapter[name]  # its B has alpha / rank in it
         after = paint(pipe)
         torch.testing.assert_close(torch.load(file, weights_only=True), after, rtol=0, atol=1e-4)
         assert (after - before).abs().max() > 1e-3

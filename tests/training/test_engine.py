@@ -38,5 +38,6 @@ def test_gradients(results: dict[str, dict], name: str, precision: str) -> None:
         assert case["restart_error"] < tolerance
     else:
         assert case["restart_error"] is None
+    assert case["master_error"] == 0, "master weights begin as what was loaded, not rounded"
     # Three AdamW steps of one constant gradient: each moves every weight by the learning rate, downhill.
     assert case["step"] == pytest.approx(-3e-2, rel=0.02)

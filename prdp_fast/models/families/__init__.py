@@ -7,7 +7,7 @@ from prdp_fast.core.errors import UserError
 from prdp_fast.models.families.base import Family
 from prdp_fast.models.families.sd import StableDiffusion
 from prdp_fast.models.families.sdxl import StableDiffusionXL
-from prdp_fast.models.files import read_json
+from prdp_fast.models.files import INDEX, read_json, shown
 
 FAMILIES: dict[str, type[Family]] = {family.pipeline_class.__name__: family for family in (StableDiffusion, StableDiffusionXL)}
 
@@ -16,20 +16,34 @@ __all__ = ["FAMILIES", "Family", "StableDiffusion", "StableDiffusionXL", "find_f
 
 def find_family(pretrained: str) -> type[Family]:
     """By model_index.json alone. Raises: UserError if it is another class of pipeline, or lacks a component."""
-    index = read_json(pretrained, "model_index.json")
+    index = read_json(pretrained, INDEX)
     name = index.get("_class_name")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
+        what = f"is a {name}" if isinstance(name, str) else f"has _class_name {shown(name)} in its {INDEX}"
         raise UserError(
-            f"model.pretrained {pretrained!r} is a {name}; expected a {' or '.join(FAMILIES)}: text-to-image models of the SD 1, "
+            f"model.pretrained {pretrained!r} {what}; expected a {' or '.join(FAMILIES)}: text-to-image models of the SD 1, "
             "SD 2 and SDXL families"
         )
-    for component in FAMILIES[name].components:
-        if not (index.get(component) or [None])[0]:
+    family = FAMILIES[name]
+    for component in family.components:
+        entry = index.get(component)
+        if entry is None or entry == [None, None]:
             raise UserError(
-                f"model.pretrained {pretrained!r} has no {component} in its model_index.json, which a {name} needs; "
+                f"model.pretrained {pretrained!r} has no {component} in its {INDEX}, which a {name} needs; "
                 "save the whole pipeline with save_pretrained"
             )
-    return FAMILIES[name]
+        if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(word, str) for word in entry)):
+            raise UserError(
+                f"model.pretrained {pretrained!r}: {INDEX}: {component} is {shown(entry)}; expected the library and the name of "
+                'its class, such as ["diffusers", "AutoencoderKL"]; correct it there'
+            )
+    denoiser = index[family.denoiser_component]
+    if denoiser[1] != family.denoiser_class.__name__:
+        raise UserError(
+            f"model.pretrained {pretrained!r}: {INDEX}: {family.denoiser_component} is {shown(denoiser)}; expected a "
+            f"{family.denoiser_class.__name__}"
+        )
+    return family
 
 
 def read_family(pretrained: str, lora: LoraSettings | None = None) -> Family:

@@ -12,6 +12,8 @@ model brings, in a file beside this one:
     shared_conditioning, unscaled, keeps_float32_vae
                                       what else a pipeline does before the denoiser and after it, where it does
     scheduler                         the noise schedule, from which `Transitions` makes the table of steps
+    denoiser_keys, check_text_encoders
+                                      what its configurations must say
     loading_options, saving_options   of `from_pretrained` and of the pipeline that is exported
     check                             refuses a model of the right class that takes other inputs
 
@@ -25,6 +27,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -35,9 +38,36 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from prdp_fast.config.recipe import LoraSettings
 from prdp_fast.core.errors import UserError
 from prdp_fast.core.records import TextEmbeddings
-from prdp_fast.models.files import quiet_loading, read_json
+from prdp_fast.models.files import (
+    ReadConfig,
+    TextConfig,
+    TokenizerConfig,
+    VaeConfig,
+    check_arguments,
+    check_weights,
+    quiet_loading,
+    read_config,
+    resolve,
+)
 from prdp_fast.models.lora import add_adapter, check_targets
 from prdp_fast.models.schedulers import load_beta_scheduler
+
+UNLIMITED = 1e20  # tokens; transformers writes 1e30 where there is no limit
+
+
+@contextlib.contextmanager
+def describing(pretrained: str, filename: str, what: str) -> Iterator[None]:
+    """Inside, a configuration is tried: whatever diffusers, transformers and torch raise is the configuration's fault."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # they raise all kinds, by the value that is wrong
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"model.pretrained {pretrained!r}: {filename} does not describe {what}: {type(error).__name__}: {reason}; correct it "
+            "there, or fetch it again"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -49,6 +79,7 @@ class Family(ABC):
     denoiser_component: ClassVar[str]  # the key of the network that is trained
     denoiser_class: ClassVar[type[nn.Module]]
     denoiser_title: ClassVar[str]  # what users call it
+    denoiser_keys: ClassVar[type[ReadConfig]]  # what is read of its configuration by name
     # Class names of its repeated blocks, which are compiled one by one; their first argument has the rows in front.
     repeated_blocks: ClassVar[tuple[str, ...]]
     hub_tag: ClassVar[str]  # as the hub's own models are tagged
@@ -59,25 +90,87 @@ class Family(ABC):
     text_parameters: int = 0
     lora: LoraSettings | None = None  # the adapter that the denoiser is given
     pretrained: str = ""  # directory or hub id
+    notes: tuple[str, ...] = ()  # what the user should know of it, a line each
 
     # From configurations.
 
     @classmethod
     def read(cls, pretrained: str, lora: LoraSettings | None = None) -> Family:
-        """Read the configurations of a pipeline directory or hub id. Raises: UserError if one is missing."""
+        """Read the configurations of a pipeline directory or hub id, and look at the files of weights in a directory.
+
+        Weights may be missing: a job can be planned without them.
+
+        Raises: UserError if a configuration is missing or describes no such model, or a file of weights is damaged.
+        """
         quiet_loading()
+        file = f"{cls.denoiser_component}/config.json"
+        _, denoiser_config = read_config(pretrained, file, cls.denoiser_keys)
+        check_arguments(pretrained, file, denoiser_config, cls.denoiser_class)
+        _, vae_config = read_config(pretrained, "vae/config.json", VaeConfig)
+        check_arguments(pretrained, "vae/config.json", vae_config, AutoencoderKL)
         with torch.device("meta"):
-            vae = AutoencoderKL.from_config(read_json(pretrained, "vae/config.json"))
+            with describing(pretrained, "vae/config.json", "a VAE"):
+                vae = AutoencoderKL.from_config(vae_config)
             text_length, text_encoders = cls.text_encoders(pretrained)
-        return cls(
-            read_json(pretrained, f"{cls.denoiser_component}/config.json"), text_length, count_parameters(vae),
-            sum(count_parameters(encoder) for encoder in text_encoders), lora, pretrained,
-        )  # fmt: skip
+        notes = (*cls.tokenizer_notes(pretrained), *cls.weight_notes(pretrained))
+        text_parameters = sum(count_parameters(encoder) for encoder in text_encoders)
+        family = cls(denoiser_config, text_length, count_parameters(vae), text_parameters, lora, pretrained, notes)
+        with torch.device("meta"), describing(pretrained, file, f"a {cls.denoiser_title}"):
+            denoiser = cls.denoiser_class.from_config(denoiser_config)
+        family.check(denoiser.config, vae.config)
+        family.check_text_encoders(text_encoders)
+        with torch.device("meta"), describing(pretrained, file, f"a {cls.denoiser_title}, which was called without its weights"):
+            denoiser(**family.denoiser_inputs(1, "meta"))
+        with torch.device("meta"), describing(pretrained, "vae/config.json", "a VAE, which was called without its weights"):
+            vae.decode(torch.zeros(1, *family.latent_shape))
+        return family
+
+    @classmethod
+    def networks(cls) -> tuple[str, ...]:
+        """The components that have weights."""
+        return tuple(name for name in cls.components if name != "scheduler" and not name.startswith("tokenizer"))
+
+    @classmethod
+    def weight_notes(cls, pretrained: str) -> list[str]:
+        """Look at the files of weights. Raises: UserError if one is damaged."""
+        directory = Path(resolve(pretrained))
+        found = {name: check_weights(pretrained, directory, name) for name in cls.networks()} if directory.is_dir() else {}
+        notes = []
+        if variants := [f"{name} ({weights.variant})" for name, weights in found.items() if weights and weights.variant]:
+            words = ", ".join(variants)
+            notes.append(f"model.pretrained {pretrained!r} has nothing but a variant of the weights of {words}, which is loaded")
+        for name, weights in found.items():
+            if weights and name.startswith("text_encoder"):  # cut short by its configuration, which is called clip skip
+                takes, holds = read_config(pretrained, f"{name}/config.json", TextConfig)[0].num_hidden_layers, weights.layers()
+                if holds > takes:
+                    notes.append(f"model.pretrained {pretrained!r}: {name} uses {takes} of the {holds} layers in its files")
+        return notes
+
+    @classmethod
+    def tokenizer_notes(cls, pretrained: str) -> list[str]:
+        """Read the tokenizers' lengths. Raises: UserError if one is no length."""
+        notes = []
+        for name in cls.components:
+            if not name.startswith("tokenizer"):
+                continue
+            encoder = name.replace("tokenizer", "text_encoder")
+            takes = read_config(pretrained, f"{encoder}/config.json", TextConfig)[0].max_position_embeddings
+            length = read_config(pretrained, f"{name}/tokenizer_config.json", TokenizerConfig, optional=True)[0].model_max_length
+            if length is None or length > takes:
+                has = f"has model_max_length {length:.0f}" if length and length < UNLIMITED else "has no model_max_length"
+                notes.append(
+                    f"model.pretrained {pretrained!r}: {name} {has}; its prompts are cut at the {takes} tokens of {encoder}"
+                )
+        return notes
 
     @classmethod
     @abstractmethod
-    def text_encoders(cls, pretrained: str) -> tuple[int, list[nn.Module]]:
+    def text_encoders(cls, pretrained: str) -> tuple[int, list[Any]]:
         """Tokens of a prompt, and the text encoders on the current device, by their configurations. Raises: UserError."""
+
+    @abstractmethod
+    def check_text_encoders(self, text_encoders: list[Any]) -> None:
+        """Raises: UserError if the denoiser takes embeddings of another width."""
 
     @property
     @abstractmethod

@@ -11,8 +11,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from prdp_fast.core.errors import UserError
 from prdp_fast.core.records import TextEmbeddings
-from prdp_fast.models.families.base import Family, both_halves
-from prdp_fast.models.files import read_json
+from prdp_fast.models.families.base import Family, both_halves, describing
+from prdp_fast.models.files import TextConfig, UnetConfig, read_config
 
 
 class StableDiffusion(Family):
@@ -21,15 +21,24 @@ class StableDiffusion(Family):
     denoiser_component = "unet"
     denoiser_class = UNet2DConditionModel
     denoiser_title = "U-Net"
+    denoiser_keys = UnetConfig
     # diffusers' own choice (`_repeated_blocks`) leaves out the residual blocks, half of a U-Net's time.
     repeated_blocks = ("BasicTransformerBlock", "ResnetBlock2D")
     hub_tag = "stable-diffusion"
     addition_embed_type: str | None = None  # of the U-Net's configuration: what it is told beside text and timestep
 
     @classmethod
-    def text_encoders(cls, pretrained: str) -> tuple[int, list[nn.Module]]:
-        config = CLIPTextConfig(**read_json(pretrained, "text_encoder/config.json"))
-        return config.max_position_embeddings, [CLIPTextModel(config)]
+    def text_encoders(cls, pretrained: str) -> tuple[int, list[Any]]:
+        encoder = read_text_encoder(pretrained, "text_encoder", CLIPTextModel)
+        return encoder.config.max_position_embeddings, [encoder]
+
+    def check_text_encoders(self, text_encoders: list[Any]) -> None:
+        width = sum(encoder.config.hidden_size for encoder in text_encoders)
+        if width != self._text_width:
+            raise UserError(
+                f"model.pretrained {self.pretrained!r} has text encoders of width {width} and a U-Net of cross_attention_dim "
+                f"{self._text_width}; text_encoder/config.json and unet/config.json are of two models"
+            )
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -82,3 +91,11 @@ class StableDiffusion(Family):
                 f"{denoiser.addition_embed_type!r}; expected {self.addition_embed_type!r}: "
                 "model_index.json and unet/config.json are of two models"
             )
+
+
+def read_text_encoder(pretrained: str, component: str, encoder: type[nn.Module]) -> Any:
+    """On the current device, by its configuration. Raises: UserError."""
+    file = f"{component}/config.json"
+    _, content = read_config(pretrained, file, TextConfig)
+    with describing(pretrained, file, "a CLIP text encoder"):
+        return encoder(CLIPTextConfig(**content))

@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionXLPipeline
-from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+from transformers import CLIPTextModelWithProjection
 
+from prdp_fast.core.errors import UserError
 from prdp_fast.core.records import TextEmbeddings
 from prdp_fast.models.families.base import both_halves
-from prdp_fast.models.families.sd import StableDiffusion
-from prdp_fast.models.files import read_json
+from prdp_fast.models.families.sd import StableDiffusion, read_text_encoder
 
 TIME_IDS = 6  # original size, crop and target size
 
@@ -27,10 +26,24 @@ class StableDiffusionXL(StableDiffusion):
     addition_embed_type = "text_time"
 
     @classmethod
-    def text_encoders(cls, pretrained: str) -> tuple[int, list[nn.Module]]:
+    def text_encoders(cls, pretrained: str) -> tuple[int, list[Any]]:
         length, encoders = super().text_encoders(pretrained)
-        second = CLIPTextConfig(**read_json(pretrained, "text_encoder_2/config.json"))
-        return length, [*encoders, CLIPTextModelWithProjection(second)]
+        return length, [*encoders, read_text_encoder(pretrained, "text_encoder_2", CLIPTextModelWithProjection)]
+
+    def check_text_encoders(self, text_encoders: list[Any]) -> None:
+        super().check_text_encoders(text_encoders)
+        config, pooled = self.denoiser_config, text_encoders[1].config.projection_dim
+        for key in ("projection_class_embeddings_input_dim", "addition_time_embed_dim"):
+            if config.get(key) is None:
+                raise UserError(
+                    f"model.pretrained {self.pretrained!r}: unet/config.json has no {key}; expected a whole number, as of SDXL"
+                )
+        takes = config["projection_class_embeddings_input_dim"] - TIME_IDS * config["addition_time_embed_dim"]
+        if pooled != takes:
+            raise UserError(
+                f"model.pretrained {self.pretrained!r} has a text_encoder_2 of projection_dim {pooled} and a U-Net that takes "
+                f"pooled embeddings of {takes}; text_encoder_2/config.json and unet/config.json are of two models"
+            )
 
     def denoiser_inputs(self, rows: int, device: torch.device | str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
         config = self.denoiser_config

@@ -1,0 +1,162 @@
+"""Mutations of a model directory: every key of its configurations, every file of its weights. Used by test_mutations.py.
+
+python tests/models/mutations.py DIRECTORY COUNT [SEED]    prints what is wrong; DIRECTORY is of `tiny_pipelines.build`
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from prdp_fast.core.errors import UserError
+from prdp_fast.core.records import Prompt
+from prdp_fast.models.families import read_family
+from prdp_fast.models.pipeline import Pipeline
+from prdp_fast.models.text import TextEncoder
+from prdp_fast.sampling.transitions import Transitions
+
+VALUES: tuple[Any, ...] = (None, "x", -1, 3.5, True, [], [None], ["x", 2], {}, {"a": 1})
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 492265168\n"
+# Of the file as a whole. True: it is refused in any case.
+DAMAGES = {
+    "absent": True, "empty": True, "pointer": True, "half": True, "without its last byte": True, "longer": True, "a page": True,
+    "half precision": False, "bfloat16": False, "double": False, "int8": True, "without a tensor": True,
+}  # fmt: skip
+FLOATS = {"half precision": torch.float16, "bfloat16": torch.bfloat16, "double": torch.float64, "int8": torch.int8}
+
+
+@dataclass(frozen=True)
+class Mutation:
+    file: str  # in the directory
+    key: str | None  # of a configuration; None: the file as a whole
+    change: Any  # a value, or a name of DAMAGES
+    absent: bool = False  # without the key
+    alike: bool = False  # of the same kind as it was
+
+    def __str__(self) -> str:
+        return f"{self.file} {'' if self.key is None else self.key + ' '}{'absent' if self.absent else json.dumps(self.change)}"
+
+    def apply(self, directory: Path) -> None:
+        path = directory / self.file
+        if self.key is not None:
+            content = json.loads(path.read_text())
+            if self.absent:
+                del content[self.key]
+            else:
+                content[self.key] = self.change
+            path.write_text(json.dumps(content))
+        elif path.suffix == ".json" and not isinstance(self.change, str):
+            path.write_text(json.dumps(self.change))
+        else:
+            damage(path, self.change)
+
+    @property
+    def may_change_the_model(self) -> bool:
+        """Whether a model that differs may be loaded: a key that is absent or null has a default; a weight can be rounded."""
+        if self.key is None:
+            return DAMAGES.get(self.change) is False
+        return self.absent or self.alike or self.change is None
+
+
+def damage(path: Path, how: str) -> None:
+    whole = path.read_bytes()
+    if how in FLOATS:
+        tensors = {name: value.to(FLOATS[how]) for name, value in load_file(path).items()}
+        save_file(tensors, path, {"format": "pt"})
+    elif how == "without a tensor":
+        tensors = load_file(path)
+        del tensors[sorted(tensors)[len(tensors) // 2]]
+        save_file(tensors, path, {"format": "pt"})
+    elif how == "absent":
+        path.unlink()
+    else:
+        path.write_bytes({
+            "empty": b"", "pointer": POINTER, "half": whole[: len(whole) // 2], "without its last byte": whole[:-1],
+            "longer": whole + b"\0", "a page": b"<!DOCTYPE html><html>" + b" " * 200 + b"</html>",
+        }[how])  # fmt: skip
+
+
+def mutations(directory: Path) -> Iterator[Mutation]:
+    """All of them, in a fixed order."""
+    for path in sorted(directory.rglob("*.json")):
+        name = str(path.relative_to(directory))
+        for how in ("absent", "empty", "pointer", "half", "a page"):
+            yield Mutation(name, None, how)
+        for value in ([], None, 3):
+            yield Mutation(name, None, value)
+        for key, old in json.loads(path.read_text()).items():
+            yield Mutation(name, key, None, absent=True)
+            yield from (
+                Mutation(name, key, value, alike=alike(value, old)) for value in VALUES if json.dumps(value) != json.dumps(old)
+            )
+    for path in sorted(directory.rglob("*.safetensors")):
+        yield from (Mutation(str(path.relative_to(directory)), None, how) for how in DAMAGES)
+
+
+def alike(value: Any, old: Any) -> bool:
+    """A model that differs for such a value is what was asked for. A null says nothing of the kind."""
+    if old is None or type(value) is type(old):
+        return True
+    return {type(value), type(old)} <= {int, float}
+
+
+def painted(directory: Path) -> torch.Tensor:
+    """What a job sees of a model, from its table of steps to a picture, as one vector. Raises: UserError."""
+    family = read_family(str(directory))
+    table = Transitions.from_scheduler(family.scheduler(), 3)
+    pipeline = Pipeline.load(family, torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        embeddings = TextEncoder(pipeline, torch.float32).encode([Prompt(0, "three red circles and a square", {})])
+        latents = torch.randn(1, *pipeline.latent_shape, generator=torch.Generator().manual_seed(0))
+        output = family.predict(pipeline.denoiser, latents, torch.tensor([500]), embeddings, guided=True)
+    images = pipeline.decode(latents)
+    parts = [table.sample_coef, table.output_coef, table.std, table.timesteps, output, images]
+    return torch.cat([part.flatten().double() for part in parts])
+
+
+def fault_of(mutation: Mutation, directory: Path, expected: torch.Tensor, scratch: Path) -> str | None:
+    """Try a mutation on a copy. Returns: what is wrong with how it ends, None if nothing is."""
+    copy = scratch / "model"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(directory, copy)
+    mutation.apply(copy)
+    try:
+        result = painted(copy)
+    except UserError as error:
+        line = str(error)
+        return None if len(line) < 900 else f"a line too long: {line[:900]}"
+    except Exception as error:
+        return f"a traceback: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    if mutation.may_change_the_model or (result.shape == expected.shape and torch.equal(result, expected)):
+        return None if bool(result.isfinite().all()) or mutation.key is None else "accepted, and not finite"
+    return "accepted, and the model is another"
+
+
+def main() -> None:
+    directory, count = Path(sys.argv[1]), int(sys.argv[2])
+    every = list(mutations(directory))
+    chosen = random.Random(int(sys.argv[3]) if len(sys.argv) > 3 else 0).sample(every, min(count, len(every)))
+    expected = painted(directory)
+    with tempfile.TemporaryDirectory() as scratch:
+        faults = 0
+        for number, mutation in enumerate(chosen, start=1):
+            if reason := fault_of(mutation, directory, expected, Path(scratch)):
+                faults += 1
+                print(f"{mutation}: {reason}", flush=True)
+            if number % 100 == 0:
+                print(f"{number} of {len(every)}, {faults} faults", flush=True)
+    print(f"{len(chosen)} of {len(every)} mutations of {directory.name}, {faults} faults")
+
+
+if __name__ == "__main__":
+    main()
