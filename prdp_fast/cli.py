@@ -28,7 +28,7 @@ class Subcommand(NamedTuple):
 
 
 SUBCOMMANDS = {
-    "train": Subcommand("prdp_fast.commands.train", "finetune a model"),
+    "train": Subcommand("prdp_fast.train", "finetune a model"),
     "doctor": Subcommand("prdp_fast.commands.doctor", "examine this machine before the first job"),
     "shards": Subcommand("prdp_fast.commands.shards", "build, describe and verify prompt sets"),
     "embed": Subcommand("prdp_fast.commands.embed", "store the text embeddings of a prompt set"),

@@ -31,7 +31,7 @@ torch.set_num_threads(1)
 from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: F401  # which diffusers imports lazily
 
 import prdp_fast.commands.evaluate
-import prdp_fast.commands.train
+import prdp_fast.train
 import prdp_fast.training.trainer  # noqa: F401  # torch, diffusers, transformers and deepspeed
 
 PATIENCE = 3.0  # seconds from asking the other ranks to end to killing them

@@ -114,17 +114,11 @@ def arrow_fault(source: str, target: str) -> str | None:
     low, high = floor_of(target), floor_of(source)
     if low is None or high is None:
         return f"{target if low is None else source} has no floor yet; give it one in FLOORS"
-    if (source, target) in BESIDE:
-        return None
     if low > high:
         return "the arrow goes up"
     if low == high:
         return "units of one floor never import each other; they meet in the records they pass"
     return None
-
-
-# The two entry points hand over to the commands.
-BESIDE = {("cli", "commands"), ("train", "commands")}
 
 
 def faults_in(root: Path) -> list[str]:
@@ -203,8 +197,7 @@ SOUND = {
     "prdp_fast/rewards/__init__.py": "",
     "prdp_fast/rewards/clip.py": "import torch\ndef load():\n    import transformers",
     "prdp_fast/world/make_model.py": "import argparse, diffusers\nfrom prdp_fast.core import errors",
-    "prdp_fast/commands/train.py": "import argparse\ndef main():\n    from prdp_fast.training import update",
-    "prdp_fast/train.py": "from prdp_fast.commands import train",
+    "prdp_fast/train.py": "import argparse\ndef main():\n    from prdp_fast.training import update",
     "prdp_fast/training/telemetry.py": "def f():\n    from torch.utils.tensorboard import SummaryWriter",
     "kernels/prdp_kernels/__init__.py": "import math\nimport torch\nfrom prdp_kernels import op",
     "kernels/prdp_kernels/op.py": "import triton.language",

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from benchmarks.lib.published import HUB_IDS, write_configurations
+from prdp_fast import train as train_command
 from prdp_fast.commands import evaluate as evaluate_command
-from prdp_fast.commands import train as train_command
 from prdp_fast.config.load import RECIPES, load_recipe
 from prdp_fast.config.recipe import Settings
 from prdp_fast.core.format import format_flop

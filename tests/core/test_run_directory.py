@@ -9,12 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from prdp_fast.commands.train import choose_output
 from prdp_fast.core import digest
 from prdp_fast.core.digest import file_digest
 from prdp_fast.core.errors import UserError
 from prdp_fast.core.paths import check_output
 from prdp_fast.core.run_directory import brief, claim, finished_epochs, read_acceleration
+from prdp_fast.train import choose_output
 
 JOB = {
     "recipe": {"schedule": {"epochs": 3, "images_per_prompt": 16}, "seed": 0}, "prompts": "aaaa",
