@@ -4,7 +4,7 @@ STAMP := $(VENV)/.stamp
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train test test-fast lint docs bench gpu-check gpu-bench clean
+.PHONY: help venv train test test-fast lint docs bench gpu-session gpu-check gpu-bench clean
 
 help:
 	@echo "make venv    the virtual environment in $(VENV), pinned by constraints.txt (PYTHON=$(PYTHON))"
@@ -14,7 +14,8 @@ help:
 	@echo "make lint    ruff and mypy"
 	@echo "make docs    the documentation, built into site/"
 	@echo "make bench   the benchmarks; without a GPU, the plain torch references only"
-	@echo "make gpu-check  kernel tests, benchmark and sanitizer on this machine's GPU, with $(PYTHON); ARGS='--quick'"
+	@echo "make gpu-session  all that is worth knowing of this machine's GPU in 13 minutes, with $(PYTHON); ARGS='--parts kernels,engine'"
+	@echo "make gpu-check  its parts that say whether all is right: kernel tests, and the engine job by job"
 	@echo "make gpu-bench  an SD v1.4-shaped epoch on this machine's GPU, eager against the full path, with $(PYTHON)"
 	@echo "make clean   remove caches and build products, keep $(VENV) and runs"
 
@@ -66,6 +67,9 @@ bench: $(STAMP)
 
 # Not the virtual environment: the machine's own python, with the CUDA build of torch that fits its driver. This package may not be
 # installed there.
+gpu-session:
+	@PYTHONPATH=.:kernels$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m benchmarks.gpu_session $(ARGS)
+
 gpu-check:
 	@PYTHONPATH=.:kernels$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m benchmarks.kernels.gpu_check $(ARGS)
 

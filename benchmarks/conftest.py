@@ -84,6 +84,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             shown = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
             terminalreporter.write_line(f"{one.name}: {shown}")
     if torch.cuda.is_available():
-        terminalreporter.write_line("bytes, bandwidth, compiled chains and the results file: make gpu-check")
+        terminalreporter.write_line("bytes, bandwidth, compiled chains and the results file: make gpu-session")
     else:
         terminalreporter.write_line("no CUDA device: Triton kernels not measured; CPU references only")

@@ -3,8 +3,9 @@
     make gpu-bench             make gpu-bench ARGS="--steps 25 --rounds 3"             make gpu-bench ARGS="--output FILE"
 
 Published configuration, random weights, bf16, guidance; few prompts and images, so rates are per image. Both paths are built in
-one process and take turns, phase by phase. Before anything is timed their log-probs and gradients are compared on the same
-trajectories: where they disagree by more than rounding, nothing is timed and the exit status is 1.
+one process and take turns, phase by phase. Before anything is timed, outputs and gradient of the full path are compared with
+float32 on a few rows: where they are more than 1.5 times as far off as plain eager code in the same dtype, nothing is timed and
+the exit status is 1.
 
     eager   everything under `performance` off, PyTorch's own attention, operators in plain torch
     full    everything `auto`, as a job starts: attention, compilation, CUDA graphs, fused optimizer; Triton operators
@@ -41,31 +42,6 @@ PROMPTS, IMAGES_PER_PROMPT, STEPS, GUIDANCE, BATCH = 2, 8, 50, 5.0, 16
 PATHS = ("eager", "full")
 PHASES = ("rollout", "reference", "update")
 
-# What the two paths may differ by. Log-probs: nats, the largest of all rows and steps; each is a mean over thousands of numbers,
-# and comes out within some 1e-3 in 16 bits. Gradients: ||full - eager|| / ||eager|| of one micro-batch, all weights together;
-# each is rounded in every layer (2**-9 in bf16), and guidance multiplies that by its scale.
-LOG_PROB_TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 2e-2}
-GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """Between the paths, on the same trajectories."""
-
-    log_prob: dict[str, float]  # denoiser ("rollout", "reference", "update") to the largest difference, nats
-    gradient: float  # relative
-    log_prob_tolerance: float
-    gradient_tolerance: float
-
-    def fault(self) -> str | None:
-        """What they disagree in; None if nothing. NaN disagrees."""
-        for name, error in self.log_prob.items():
-            if not error <= self.log_prob_tolerance:
-                return f"log-probs of the {name} differ by {error:.1e} nats, more than {self.log_prob_tolerance:.0e}"
-        if not self.gradient <= self.gradient_tolerance:
-            return f"gradients differ by {self.gradient:.1e} of their norm, more than {self.gradient_tolerance:.0e}"
-        return None
-
 
 @dataclass
 class Measured:
@@ -87,27 +63,6 @@ class PhaseResult:
     share_of_peak: float
 
 
-def compare(eager: Any, full: Any) -> Agreement:
-    """Before either has been trained. Args: two `Workload`s with the same weights."""
-    from prdp_fast.training.passes import log_prob_pass
-
-    trajectories = eager.rollout()
-
-    def log_probs(workload: Any) -> dict[str, torch.Tensor]:
-        trainer, policy = workload.trainer, workload.policy
-        with trainer.engine.sampling_denoiser() as denoiser:
-            rollout = log_prob_pass(policy, denoiser, trajectories, workload.settings.sampler.rollout_batch)
-        with trainer.reference_denoiser() as frozen:
-            reference = log_prob_pass(policy, frozen, trajectories, trainer.micro_batch)
-        update = log_prob_pass(policy, trainer.engine.denoiser, trajectories, trainer.micro_batch)
-        return {"rollout": rollout, "reference": reference, "update": update}
-
-    own, plain = log_probs(full), log_probs(eager)
-    errors = {name: float((own[name] - plain[name]).abs().max()) for name in own}
-    gradient = relative_distance(gradients(full, trajectories), gradients(eager, trajectories))
-    return Agreement(errors, gradient, LOG_PROB_TOLERANCE[eager.dtype], GRADIENT_TOLERANCE[eager.dtype])
-
-
 def gradients(workload: Any, trajectories: Any) -> list[torch.Tensor]:
     """Of everything that is trained, for one micro-batch whose log-probs weigh +1 and -1 in turn.
 
@@ -125,12 +80,6 @@ def gradients(workload: Any, trajectories: Any) -> list[torch.Tensor]:
         )
         found = torch.autograd.grad(value, [p for p in module.parameters() if p.requires_grad], allow_unused=True)
     return [torch.zeros(()) if gradient is None else gradient.float().cpu() for gradient in found]
-
-
-def relative_distance(values: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
-    square = sum(float((one - other).double().square().sum()) for one, other in zip(values, expected, strict=True))
-    norm = sum(float(other.double().square().sum()) for other in expected)
-    return (square / norm) ** 0.5 if norm > 0 else float("nan")
 
 
 def rounds_in_time(
@@ -205,6 +154,7 @@ def default_output(device: str, date: str) -> Path:
 
 def bench(args: argparse.Namespace, arguments: list[str], started: float) -> int:
     from benchmarks.epoch.phases import phase_calls
+    from benchmarks.epoch.truth import compare
     from benchmarks.epoch.workload import EAGER, Workload
     from benchmarks.lib.provenance import provenance
     from benchmarks.lib.resident import MIB, can_measure, peak_over_baseline
@@ -262,14 +212,13 @@ def bench(args: argparse.Namespace, arguments: list[str], started: float) -> int
         set_tf32(workloads[path].settings.performance.tf32, device, dtype)
 
     enter("full")
-    agreement = compare(workloads["eager"], workloads["full"])
+    agreement = compare(workloads["full"], workloads["eager"].rollout())
     fault = agreement.fault()
-    said = ", ".join(f"{name} {error:.1e}" for name, error in agreement.log_prob.items())
-    say(f"paths differ in log-probs by {said} nats, in gradients by {agreement.gradient:.1e}")
+    say(f"the full path is {agreement}")
     write(agreement=asdict(agreement), paths={path: asdict(one) for path, one in measured.items()})
     if fault:
         write(status="disagree", fault=fault)
-        print(f"gpu-bench: the paths disagree: {fault}; no speed-up is reported\n{output}", file=sys.stderr)
+        print(f"gpu-bench: the full path is wrong: {fault}; no speed-up is reported\n{output}", file=sys.stderr)
         return 1
 
     watch = wall_clock(device)

@@ -3,7 +3,8 @@
     python -m benchmarks.kernels.measure --lines FILE [--budget SECONDS] [--quick]
 
 Writes one JSON object a line: first the device's bandwidth and launch floor, then each row as soon as it is there, so that a run
-that is cut short keeps what it has. A wrong result is not timed. `gpu_check.py` runs this and makes the table. The exit status is
+that is cut short keeps what it has. A wrong result is not timed. A session on a GPU (`benchmarks/gpu_session/`) measures the
+same rows. The exit status is
 1 if a row failed.
 """
 

@@ -5,13 +5,12 @@ Fields are only ever added; SCHEMA rises when a meaning changes.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.kernels.cases import Case, bytes_moved, short
 from benchmarks.lib.timing import MIB, Timing
 
-SCHEMA = 1
 OPERATOR, EAGER, COMPILED = "triton", "eager", "compiled"
 LARGE = 64 * MIB
 
@@ -86,50 +85,12 @@ class Step:
 
 
 @dataclass
-class Machine:
-    device: str
-    sm_count: int
-    driver: str
-    cuda: str
-    torch: str
-    triton: str
-    python: str
-
-
-@dataclass
 class Goal:
     """met is None where nothing that it speaks of was measured."""
 
     name: str
     met: bool | None
     detail: str
-
-
-@dataclass
-class Report:
-    date: str
-    commit: str
-    dirty: bool | None  # None where git could not say
-    quick: bool
-    machine: Machine
-    tests: Step
-    benchmark: Step
-    memcheck: Step
-    racecheck: Step
-    copy_gb_per_s: float | None
-    launch_floor_ms: float | None
-    rows: list[Row]
-    goals: list[Goal]
-    schema: int = SCHEMA
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def sound(self) -> bool:
-        """Nothing failed, nothing was wrong, nobody complained. A missed goal is no fault; nor is a missing sanitizer."""
-        ran = self.tests.status == self.benchmark.status == "passed"
-        sanitized = all(step.status in ("clean", "not available") for step in (self.memcheck, self.racecheck))
-        return ran and sanitized and bool(self.rows) and not any(row.status == "error" or wrong_in(row) for row in self.rows)
 
 
 def wrong_in(row: Row) -> list[Result]:
@@ -228,16 +189,3 @@ def table(rows: list[Row], copy_gb_per_s: float | None) -> str:
     if copy_gb_per_s is not None:
         lines.append(f"copy bandwidth, measured in the same run: {copy_gb_per_s:.0f} GB/s")
     return "\n".join(lines)
-
-
-def verdict(report: Report) -> str:
-    """One line: what was checked and how it came out, goals included."""
-    words = {True: "met", False: "MISSED", None: "not measured"}
-    parts = [f"tests {report.tests.status}", f"memcheck {report.memcheck.status}", f"racecheck {report.racecheck.status}"]
-    broken = [row.key for row in report.rows if row.status in ("wrong", "error") or wrong_in(row)]
-    parts.append(f"{len(broken)} wrong or failing ({', '.join(broken[:3])})" if broken else "no wrong result")
-    unmeasured = sum(row.status == "skipped" for row in report.rows)
-    parts += [f"{unmeasured} of {len(report.rows)} cases NOT REACHED"] if unmeasured else []
-    for goal in report.goals:
-        parts.append(f"{goal.name}: {words[goal.met]}" + (f" ({goal.detail})" if goal.met is not None else ""))
-    return f"{'SOUND' if report.sound() else 'NOT SOUND'}: " + "; ".join(parts)

@@ -9,7 +9,6 @@ import runpy
 import subprocess
 import sys
 import time
-from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ import torch
 
 from benchmarks.kernels import cases, chains, checking, gpu_check, measure, report, sanitize
 from benchmarks.kernels.cases import LOSSES, TRANSITIONS, Case
-from benchmarks.kernels.report import Machine, Report, Result, Row, Step
+from benchmarks.kernels.report import Result, Row
 from benchmarks.lib import command, timing
 from benchmarks.lib.command import ROOT
 from benchmarks.lib.timing import CpuStopwatch, Timing
@@ -281,129 +280,6 @@ def test_goals_are_judged_by_the_worst_case():
     assert [goal.met for goal in report.goals([])] == [None, None, None]
 
 
-def report_with(**changes) -> Report:
-    passed = Step("passed", "12 passed", 1.0)
-    rows = [row_with()]
-    machine = Machine("NVIDIA Test 9", 99, "1.2", "13.0", "2.11", "3.6", "3.12")
-    everything = dict(  # noqa: C408
-        date="2026-01-02T03:04:05+00:00",
-        commit="abc",
-        dirty=False,
-        quick=False,
-        machine=machine,
-        tests=passed,
-        benchmark=passed,
-        memcheck=Step("clean"),
-        racecheck=Step("not available"),
-        copy_gb_per_s=1.0,
-        launch_floor_ms=0.002,
-        rows=rows,
-        goals=report.goals(rows),
-    )
-    return Report(**(everything | changes))
-
-
-@pytest.mark.parametrize(
-    ("changes", "sound"),
-    [
-        ({}, True),
-        ({"goals": report.goals([row_with(eager=1.0)])}, True),
-        ({"tests": Step("failed")}, False),
-        ({"tests": Step("not available")}, False),
-        ({"benchmark": Step("timed out")}, False),
-        ({"memcheck": Step("not clean")}, False),
-        ({"racecheck": Step("timed out")}, False),
-        ({"rows": []}, False),
-        ({"rows": [row_with(status="error")]}, False),
-        ({"rows": [Row.of(SMALL[0], "wrong")]}, False),
-    ],
-)
-def test_what_makes_a_run_sound(changes, sound):
-    result = report_with(**changes)
-    if changes.get("rows") and changes["rows"][0].status == "wrong":
-        result.rows[0].results = [Result("triton", "wrong", "grad")]
-    assert result.sound() is sound
-    line = report.verdict(result)
-    assert "\n" not in line and line.startswith("SOUND" if sound else "NOT SOUND")
-
-
-def test_a_missed_goal_is_said():
-    assert ">= 5x eager at SD sizes: MISSED (worst 1x" in report.verdict(report_with(goals=report.goals([row_with(eager=1.0)])))
-
-
-SCHEMA_1 = {
-    "report": "date commit dirty quick machine tests benchmark memcheck racecheck copy_gb_per_s launch_floor_ms rows goals "
-    "schema",
-    "machine": "device sm_count driver cuda torch triton python",
-    "tests": "status detail seconds",
-    "row": "op mode case size shape dtype guidance_scale channels_last bytes_moved status note results gb_per_s copy_share "
-    "launch_ratio graph_ratio",
-    "result": "name status note launch graph",
-    "timing": "median_ms q1_ms q3_ms samples",
-    "goal": "name met detail",
-}
-
-
-@pytest.fixture
-def fake_gpu(monkeypatch):
-    """The steps of the check, already taken, on a device that is not there."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu_check, "describe_machine", lambda: report_with().machine)
-    monkeypatch.setattr(gpu_check, "run_tests", lambda: Step("passed", "12 passed", 3.0))
-    monkeypatch.setattr(gpu_check, "run_sanitizer", lambda tool: Step("clean", "ERROR SUMMARY: 0 errors", 2.0))
-    roofs = {"copy_gb_per_s": 1.0, "launch_floor_ms": 0.002}
-    unmeasured = Row.of(SMALL[1], "skipped", "the time budget of 1 s was over")
-    monkeypatch.setattr(
-        gpu_check, "run_benchmark", lambda seconds, quick: (Step("passed", "", 4.0), roofs, [row_with(), unmeasured])
-    )
-
-
-def test_the_results_file_has_the_promised_fields(fake_gpu, tmp_path, capsys):
-    output = tmp_path / "new" / "kernels.json"
-    assert gpu_check.main(["--output", str(output), "--quick"]) == 0
-    written = json.loads(output.read_text())
-    row, result = written["rows"][0], written["rows"][0]["results"][0]
-    parts = {"report": written, "machine": written["machine"], "tests": written["tests"], "row": row, "result": result}
-    parts |= {"timing": result["launch"], "goal": written["goals"][0]}
-    assert {name: " ".join(part) for name, part in parts.items()} == SCHEMA_1
-    assert written["schema"] == 1 and written["quick"] is True and written["rows"][1]["results"] == []
-    out = capsys.readouterr().out.rstrip().splitlines()
-    assert out[-1].startswith("SOUND: tests passed; memcheck clean; racecheck clean") and out[-2] == str(output)
-    assert any(line.startswith("case ") for line in out) and any("SKIPPED the time budget" in line for line in out)
-
-
-def test_the_default_file_is_named_after_device_and_day():
-    path = gpu_check.default_output(report_with().machine, "2026-01-02T03:04:05+00:00")
-    assert path == ROOT / "benchmarks" / "results" / "kernels-nvidia-test-9-2026-01-02.json"
-
-
-def test_rows_survive_the_way_through_the_file(tmp_path):
-    lines = tmp_path / "rows.jsonl"
-    listed, ops = cases.gpu_cases(), cases.operators("torch")
-    row = measure.measure(listed[0], CpuStopwatch(), ops, rounds=1, copy_gb_per_s=1.0)
-    whole = [json.dumps({"copy_gb_per_s": 1.0}), json.dumps(asdict(row))]
-    lines.write_text("\n".join([*whole, whole[1][: whole[1].index("}") + 1]]))  # the process died in the middle of a line
-    roofs, rows = gpu_check.read_lines(lines)
-    assert roofs == {"copy_gb_per_s": 1.0} and rows[0] == row
-    assert {r.status for r in rows[1:]} == {"skipped"} and len(rows) == len(listed)
-    assert gpu_check.read_lines(tmp_path / "none")[0] == {}
-
-
-@pytest.mark.parametrize(
-    ("parts", "expected", "detail"),
-    [
-        ([(0, "x\n3 passed, 1 skipped in 2s"), (0, "4 passed in 1s")], "passed", "7 passed, 1 skipped"),
-        ([(0, "3 passed in 2s"), (1, "1 failed, 2 passed in 1s")], "failed", "5 passed, 1 failed"),
-        ([(0, "3 passed in 2s"), (2, "1 error in 1s")], "failed", "3 passed, 1 error"),
-        ([(0, "3 passed in 2s"), (None, "...")], "timed out", "1 of 2 runs did not end; the others: 3 passed"),
-        ([(1, "No module named pytest")], "failed", "No module named pytest"),
-        ([(0, "5 skipped in 1s")], "failed", "5 skipped"),
-    ],
-)
-def test_outcome_of_the_kernel_tests(parts, expected: str, detail: str) -> None:
-    assert gpu_check.judge_tests(parts, 1.0) == Step(expected, detail, 1.0)
-
-
 def test_shares_of_the_kernel_tests_are_all_of_them(monkeypatch) -> None:
     monkeypatch.setenv("PRDP_TEST_DEVICE", "cuda")  # or the file would turn Triton's interpreter on
     choose = runpy.run_path(str(ROOT / "tests" / "kernels" / "conftest.py"))["pytest_collection_modifyitems"]
@@ -486,7 +362,3 @@ def test_without_a_gpu_one_line_and_nothing_written(script, option, tmp_path):
     done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == "" and not output.parent.exists()
     assert done.stderr.count("\n") == 1 and "no CUDA device" in done.stderr
-
-
-def test_fields_are_only_added_under_a_schema_number():
-    assert report.SCHEMA == 1 and [f.name for f in fields(Report)] == SCHEMA_1["report"].split()

@@ -1,0 +1,5 @@
+import sys
+
+from benchmarks.gpu_session.session import main
+
+sys.exit(main())
