@@ -21,9 +21,10 @@ from prdp_fast.core.run_directory import EVALUATION, EXPORT, RUN
 from prdp_fast.evaluation.blocks import ALONE, BASE, FINETUNED, BlockName, digest
 from prdp_fast.evaluation.features import Features, choose_features
 from prdp_fast.evaluation.request import EvaluationRequest
+from prdp_fast.models.configs import VaeConfig, read_config
 from prdp_fast.models.families import find_family, read_family
 from prdp_fast.models.families.base import Family
-from prdp_fast.models.files import VaeConfig, find_file, read_config, resolve, what_else
+from prdp_fast.models.files import find_file, resolve, what_else
 from prdp_fast.models.lora import WEIGHTS
 from prdp_fast.models.schedulers import SCHEDULERS
 from prdp_fast.prompts.stream import SHIPPED, PromptSet

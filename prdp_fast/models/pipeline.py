@@ -17,12 +17,14 @@ from torch import nn
 from prdp_fast.core.errors import UserError
 from prdp_fast.core.memory import smaller_on_oom
 from prdp_fast.core.records import TextEmbeddings
+from prdp_fast.models.configs import read_json
 from prdp_fast.models.families import read_family
 from prdp_fast.models.families.base import Family
-from prdp_fast.models.files import INDEX, check_weights, find_weights, quiet_loading, read_json, resolve
+from prdp_fast.models.files import INDEX, quiet_loading, resolve
 from prdp_fast.models.finite import first_nonfinite, wider
 from prdp_fast.models.lora import export_adapter
 from prdp_fast.models.upsampling import join_upsampling
+from prdp_fast.models.weights import check_weights, find_weights
 
 # Images that the VAE decodes at once, and latents of all of them: 16 images of 512 pixels, whose tensors take 12 GiB in float32.
 # Of the embedded model's 32 pixels more than 32 are no faster on a CPU.

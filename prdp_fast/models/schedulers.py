@@ -5,7 +5,7 @@ from __future__ import annotations
 from diffusers import DDIMScheduler, DDPMScheduler, SchedulerMixin
 
 from prdp_fast.core.errors import UserError
-from prdp_fast.models.files import SchedulerConfig, check_arguments, read_config
+from prdp_fast.models.configs import SchedulerConfig, check_arguments, read_config
 
 SCHEDULERS: dict[str, type[SchedulerMixin]] = {"DDPMScheduler": DDPMScheduler, "DDIMScheduler": DDIMScheduler}
 

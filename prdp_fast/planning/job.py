@@ -20,7 +20,7 @@ from prdp_fast.core.records import Prompt
 from prdp_fast.core.run_directory import CONTENT, VERSIONS
 from prdp_fast.models.families import read_family
 from prdp_fast.models.families.base import Family
-from prdp_fast.models.files import pipeline_digest
+from prdp_fast.models.weights import pipeline_digest
 from prdp_fast.objectives import build_objective
 from prdp_fast.planning.memory import Activations, Footprint
 from prdp_fast.prompts.embeddings import MANIFEST as EMBEDDINGS

@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 from tiny_pipelines import build
 
 from prdp_fast.core.errors import UserError
+from prdp_fast.models.configs import check_arguments
 from prdp_fast.models.families import read_family
-from prdp_fast.models.files import adapter_base, check_arguments, find_weights
+from prdp_fast.models.files import adapter_base
 from prdp_fast.models.pipeline import Pipeline
+from prdp_fast.models.weights import find_weights
 
 CPU = torch.device("cpu")
 NETWORKS = ("unet", "vae", "text_encoder")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from prdp_fast.config.recipe import LoraSettings
 from prdp_fast.core.errors import UserError
+from prdp_fast.models.configs import read_json, shown
 from prdp_fast.models.families.base import Family
 from prdp_fast.models.families.sd import StableDiffusion
 from prdp_fast.models.families.sdxl import StableDiffusionXL
-from prdp_fast.models.files import INDEX, read_json, shown
+from prdp_fast.models.files import INDEX
 
 FAMILIES: dict[str, type[Family]] = {family.pipeline_class.__name__: family for family in (StableDiffusion, StableDiffusionXL)}
 

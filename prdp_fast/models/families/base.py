@@ -38,19 +38,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from prdp_fast.config.recipe import LoraSettings
 from prdp_fast.core.errors import UserError
 from prdp_fast.core.records import TextEmbeddings
-from prdp_fast.models.files import (
-    ReadConfig,
-    TextConfig,
-    TokenizerConfig,
-    VaeConfig,
-    check_arguments,
-    check_weights,
-    quiet_loading,
-    read_config,
-    resolve,
-)
+from prdp_fast.models.configs import ReadConfig, TextConfig, TokenizerConfig, VaeConfig, check_arguments, read_config
+from prdp_fast.models.files import quiet_loading, resolve
 from prdp_fast.models.lora import add_adapter, check_targets
 from prdp_fast.models.schedulers import load_beta_scheduler
+from prdp_fast.models.weights import check_weights
 
 UNLIMITED = 1e20  # tokens; transformers writes 1e30 where there is no limit
 

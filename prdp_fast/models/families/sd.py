@@ -11,8 +11,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from prdp_fast.core.errors import UserError
 from prdp_fast.core.records import TextEmbeddings
+from prdp_fast.models.configs import TextConfig, UnetConfig, read_config
 from prdp_fast.models.families.base import Family, both_halves, describing
-from prdp_fast.models.files import TextConfig, UnetConfig, read_config
 
 
 class StableDiffusion(Family):
