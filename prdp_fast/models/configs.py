@@ -7,14 +7,13 @@ import json
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from prdp_fast.core.errors import UserError
 from prdp_fast.core.weight_files import fault
-from prdp_fast.models.files import find_file, resolve
+from prdp_fast.models.files import find_file
 
 Config = TypeVar("Config", bound="ReadConfig")
 
@@ -85,22 +84,18 @@ class SchedulerConfig(ReadConfig):
     beta_start: float = Field(0.0001, ge=0, lt=1, description="a number from 0, below 1")
     beta_end: float = Field(0.02, ge=0, lt=1, description="a number from 0, below 1")
     beta_schedule: str = Field("linear", description="the name of a schedule")
-    trained_betas: list[float] | None = Field(None, description="a list of numbers, or null")
+    trained_betas: list[float] | None = Field(None, min_length=1, description="a list of numbers, or null")
     prediction_type: str = Field("epsilon", description="epsilon, v_prediction or sample")
     timestep_spacing: str = Field("leading", description="leading, trailing or linspace")
     steps_offset: int = Field(0, description="a whole number")
 
 
-def read_config(pretrained: str, filename: str, keys: type[Config], *, optional: bool = False) -> tuple[Config, dict[str, Any]]:
+def read_config(pretrained: str, filename: str, keys: type[Config]) -> tuple[Config, dict[str, Any]]:
     """A configuration, checked where it is read by name.
 
-    Args: optional: without the file its defaults are returned.
     Returns: what is read, and the whole of it.
     Raises: UserError for a key that is missing or has a value of another kind.
     """
-    directory = Path(resolve(pretrained))
-    if optional and directory.is_dir() and not (directory / filename).is_file():
-        return keys(), {}
     content = read_json(pretrained, filename)
     try:
         return keys.model_validate(content), content

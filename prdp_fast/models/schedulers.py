@@ -31,6 +31,11 @@ def load_beta_scheduler(pretrained: str, wanted: str | None = None) -> Scheduler
         # Samplers without these settings neither clip nor threshold; the default of those that have them would.
         config = {"clip_sample": False, "thresholding": False} | config
     check_arguments(pretrained, file, config, scheduler_class)
+    if keys.trained_betas is not None and len(keys.trained_betas) != keys.num_train_timesteps:
+        raise UserError(
+            f"model.pretrained {pretrained!r}: {file} has {len(keys.trained_betas)} trained_betas and num_train_timesteps "
+            f"{keys.num_train_timesteps}; expected a beta for each; correct it there"
+        )
     try:
         scheduler_class.from_config(config).set_timesteps(1)  # some settings are looked at no earlier
         return scheduler_class.from_config(config)

@@ -138,7 +138,8 @@ def fault_of(mutation: Mutation, directory: Path, expected: torch.Tensor, scratc
     except Exception as error:
         return f"a traceback: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     if mutation.may_change_the_model or (result.shape == expected.shape and torch.equal(result, expected)):
-        return None if bool(result.isfinite().all()) or mutation.key is None else "accepted, and not finite"
+        chosen = mutation.alike and mutation.change is not None  # -1 for an epsilon is a number; NaN ends the run's first forward
+        return None if chosen or bool(result.isfinite().all()) else "accepted, and not finite"
     return "accepted, and the model is another"
 
 

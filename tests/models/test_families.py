@@ -296,6 +296,8 @@ def refusal(directory: Path | str) -> str:
         ("sdxl", "text_encoder_2/config.json", {"projection_dim": 16}, ["projection_dim 16", "pooled embeddings of 24"]),
         ("sd1", "vae/config.json", {"scaling_factor": None}, ["scaling_factor is null; expected a number above 0"]),
         ("sd1", "tokenizer/tokenizer_config.json", {"model_max_length": "77"}, ['model_max_length is "77"; expected a number']),
+        ("sdxl", "scheduler/scheduler_config.json", {"trained_betas": []}, ["trained_betas is []; expected a list of numbers"]),
+        ("sdxl", "scheduler/scheduler_config.json", {"trained_betas": [0.1]}, ["has 1 trained_betas and num_train"]),
         ("sdxl", "scheduler/scheduler_config.json", {"beta_schedule": "odd"}, ["DDIMScheduler refuses", "odd"]),
     ],
 )  # fmt: skip
@@ -315,6 +317,9 @@ def test_missing_files_are_named(directories, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no text_encoder_2/config.json; expected a"):
         read_family(str(directory))
     directory = build("sdxl", tmp_path / "another")
+    (directory / "tokenizer_2" / "tokenizer_config.json").rename(tmp_path / "kept.json")
+    assert "has no tokenizer_2/tokenizer_config.json; expected a" in refusal(directory)  # which says what it pads with
+    (tmp_path / "kept.json").rename(directory / "tokenizer_2" / "tokenizer_config.json")
     (directory / "scheduler" / "scheduler_config.json").write_text("{")
     assert "scheduler/scheduler_config.json is no JSON" in refusal(directory)
     (directory / "model_index.json").unlink()

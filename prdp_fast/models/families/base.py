@@ -147,7 +147,7 @@ class Family(ABC):
                 continue
             encoder = name.replace("tokenizer", "text_encoder")
             takes = read_config(pretrained, f"{encoder}/config.json", TextConfig)[0].max_position_embeddings
-            length = read_config(pretrained, f"{name}/tokenizer_config.json", TokenizerConfig, optional=True)[0].model_max_length
+            length = read_config(pretrained, f"{name}/tokenizer_config.json", TokenizerConfig)[0].model_max_length
             if length is None or length > takes:
                 has = f"has model_max_length {length:.0f}" if length and length < UNLIMITED else "has no model_max_length"
                 notes.append(
