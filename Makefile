@@ -4,7 +4,7 @@ STAMP := $(VENV)/.stamp
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train test test-fast lint docs bench gpu-session gpu-check gpu-bench clean
+.PHONY: help venv train test test-fast lint docs bench gpu-session gpu-rehearsal gpu-check gpu-bench clean
 
 help:
 	@echo "make venv    the virtual environment in $(VENV), pinned by constraints.txt (PYTHON=$(PYTHON))"
@@ -15,6 +15,7 @@ help:
 	@echo "make docs    the documentation, built into site/"
 	@echo "make bench   the benchmarks; without a GPU, the plain torch references only"
 	@echo "make gpu-session  all that is worth knowing of this machine's GPU in 13 minutes, with $(PYTHON); ARGS='--parts kernels,engine'"
+	@echo "make gpu-rehearsal  its long parts on a CPU, with the embedded model, before they are taken to a GPU"
 	@echo "make gpu-check  its parts that say whether all is right: kernel tests, and the engine job by job"
 	@echo "make gpu-bench  an SD v1.4-shaped epoch on this machine's GPU, eager against the full path, with $(PYTHON)"
 	@echo "make clean   remove caches and build products, keep $(VENV) and runs"
@@ -39,11 +40,15 @@ train: $(STAMP)
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES= python -m pytest -q -n 2 --dist loadfile
 
 test: $(STAMP)
-	@. $(VENV)/bin/activate && $(PYTEST) $(ARGS)
+	@. $(VENV)/bin/activate && $(PYTEST) -m "not rehearsal" $(ARGS)
 
 # What takes no launched job, no compiler and no interpreter of kernels.
 test-fast: $(STAMP)
 	@. $(VENV)/bin/activate && $(PYTEST) -m "not slow and not distributed" --ignore tests/kernels $(ARGS)
+
+# The parts of gpu-session that take minutes on a CPU, before they are taken to a GPU.
+gpu-rehearsal: $(STAMP)
+	@. $(VENV)/bin/activate && $(PYTEST) -m rehearsal tests/benchmarks $(ARGS)
 
 lint: $(STAMP)
 	@$(VENV)/bin/ruff check .

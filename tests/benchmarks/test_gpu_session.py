@@ -63,8 +63,12 @@ def test_when_time_is_over_parts_are_not_reached_and_told(tmp_path: Path) -> Non
     assert page.count("not reached") >= 4
 
 
+# Jobs, compilers and the interpreter: minutes a part, for those who change it (make gpu-rehearsal).
+LONG = ("kernels", "engine", "unet", "epoch", "sdxl")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["kernels", "table", "engine", "unet", "epoch", "sdxl", "sanitizer"])
+@pytest.mark.parametrize("part", [*(pytest.param(part, marks=pytest.mark.rehearsal) for part in LONG), "table", "sanitizer"])
 def test_every_part_runs_on_a_cpu(part: str, tmp_path: Path) -> None:
     done, found, page = session(tmp_path / "out", "--parts", part)
     assert list(found["parts"]) == ["preflight", part] and found["rehearsal"] and "no number here is a result" in page
