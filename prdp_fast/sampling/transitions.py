@@ -53,29 +53,8 @@ class Transitions:
         Raises: UserError naming the setting to change, if a step is not such a linear Gaussian, or divides by zero.
         Source: DDPM (arXiv:2006.11239) eqs. 6, 7; DDIM (arXiv:2010.02502) eqs. 12, 16.
         """
-        name = type(scheduler).__name__
-        if not isinstance(scheduler, (DDPMScheduler, DDIMScheduler)):
-            raise UserError(
-                f"scheduler {name} has no Gaussian step that PRDP can train; "
-                "use DDPMScheduler or DDIMScheduler (both load from the same configuration)"
-            )
-        config = scheduler.config
-        for setting in ("clip_sample", "thresholding"):
-            if getattr(config, setting, False):
-                raise UserError(
-                    f"{name}: {setting}=True makes the step's mean non-linear in the model output; set {setting}=False "
-                    "in scheduler_config.json"
-                )
-        trained = config.num_train_timesteps
-        if not 1 <= num_inference_steps <= trained:
-            raise UserError(
-                f"sampler.num_inference_steps is {num_inference_steps}; expected 1 to {trained}, the model's training timesteps"
-            )
-        if not 0 < eta <= 1:
-            raise UserError(
-                f"sampler.eta is {eta}; expected 0 < eta <= 1: without noise a step has no density and nothing can be trained"
-            )
-
+        name, config = type(scheduler).__name__, scheduler.config
+        check_settings(scheduler, num_inference_steps, eta)
         scheduler = copy.deepcopy(scheduler)  # set_timesteps changes a scheduler; leave the caller's alone
         try:
             scheduler.set_timesteps(num_inference_steps)
@@ -88,59 +67,106 @@ class Transitions:
         alphas = scheduler.alphas_cumprod.to("cpu", torch.float64)
         check_timesteps(timesteps, config, name, num_inference_steps)
         alpha = alphas[timesteps]
-        beta = 1 - alpha
-
-        # x0 and epsilon as combinations (of x_t, of the model output).
-        root_alpha, root_beta = alpha.sqrt(), beta.sqrt()
-        zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
-        match config.prediction_type:
-            case "epsilon":
-                x0, epsilon = (1 / root_alpha, -root_beta / root_alpha), (zero, one)
-            case "v_prediction":
-                x0, epsilon = (root_alpha, -root_beta), (root_beta, root_alpha)
-            case "sample":
-                x0, epsilon = (zero, one), (1 / root_beta, -root_alpha / root_beta)
-            case other:
-                raise UserError(f"{name}: prediction_type is {other!r}; expected epsilon, v_prediction or sample")
-
         if isinstance(scheduler, DDPMScheduler):
-            if eta != 1:
-                raise UserError(f"sampler.eta is {eta}, but DDPMScheduler has no eta; leave it at 1 or use DDIMScheduler")
-            previous = torch.cat([timesteps[1:], torch.tensor([-1])])
-            alpha_prev = torch.where(previous >= 0, alphas[previous.clamp(min=0)], one)
-            step_alpha = alpha / alpha_prev
-            x0_coef = alpha_prev.sqrt() * (1 - step_alpha) / beta
-            sample_coef = step_alpha.sqrt() * (1 - alpha_prev) / beta + x0_coef * x0[0]
-            output_coef = x0_coef * x0[1]
-            match config.variance_type:
-                case "fixed_small" | "fixed_small_log":
-                    variance = (1 - alpha_prev) / beta * (1 - step_alpha)
-                case "fixed_large":
-                    variance = 1 - step_alpha
-                case other:
-                    raise UserError(
-                        f"DDPMScheduler: variance_type is {other!r}; expected fixed_small, fixed_small_log or fixed_large"
-                    )
-            std = variance.clamp(min=0).sqrt()
-            std[timesteps == 0] = 0  # diffusers adds no noise at t = 0
+            columns = ddpm_columns(config, timesteps, alphas)
         else:
-            previous = timesteps - trained // num_inference_steps
             final = scheduler.final_alpha_cumprod.to("cpu", torch.float64)
-            alpha_prev = torch.where(previous >= 0, alphas[previous.clamp(min=0)], final)
-            variance = (1 - alpha_prev) / beta * (1 - alpha / alpha_prev)
-            std = eta * variance.clamp(min=0).sqrt()
-            direction = (1 - alpha_prev - std.square()).clamp(min=0).sqrt()
-            sample_coef = alpha_prev.sqrt() * x0[0] + direction * epsilon[0]
-            output_coef = alpha_prev.sqrt() * x0[1] + direction * epsilon[1]
-
-        check_steps(timesteps, alpha, (sample_coef, output_coef, std), config, name)
-        std = torch.where(std > NO_NOISE, std, zero)
+            columns = ddim_columns(config, timesteps, alphas, final, num_inference_steps, eta)
+        sample_coef, output_coef, std = columns
+        check_steps(timesteps, alpha, columns, config, name)
+        std = torch.where(std > NO_NOISE, std, 0.0)
         if not bool((std > 0).any()):
             raise UserError(
                 f"{name} with {num_inference_steps} steps adds no noise at any step; raise sampler.num_inference_steps"
                 + (f", or sampler.eta, which is {eta}" if eta < 1 else "")
             )
         return cls(timesteps, sample_coef, output_coef, std, float(scheduler.init_noise_sigma))
+
+
+def check_settings(scheduler: SchedulerMixin, num_inference_steps: int, eta: float) -> None:
+    """Raises: UserError naming the setting that makes a step no Gaussian with a mean linear in the model output."""
+    name = type(scheduler).__name__
+    if not isinstance(scheduler, (DDPMScheduler, DDIMScheduler)):
+        raise UserError(
+            f"scheduler {name} has no Gaussian step that PRDP can train; "
+            "use DDPMScheduler or DDIMScheduler (both load from the same configuration)"
+        )
+    config = scheduler.config
+    for setting in ("clip_sample", "thresholding"):
+        if getattr(config, setting, False):
+            raise UserError(
+                f"{name}: {setting}=True makes the step's mean non-linear in the model output; set {setting}=False "
+                "in scheduler_config.json"
+            )
+    trained = config.num_train_timesteps
+    if not 1 <= num_inference_steps <= trained:
+        raise UserError(
+            f"sampler.num_inference_steps is {num_inference_steps}; expected 1 to {trained}, the model's training timesteps"
+        )
+    if not 0 < eta <= 1:
+        raise UserError(
+            f"sampler.eta is {eta}; expected 0 < eta <= 1: without noise a step has no density and nothing can be trained"
+        )
+    if isinstance(scheduler, DDPMScheduler) and eta != 1:
+        raise UserError(f"sampler.eta is {eta}, but DDPMScheduler has no eta; leave it at 1 or use DDIMScheduler")
+
+
+Pair = tuple[torch.Tensor, torch.Tensor]  # coefficients of (x_t, model output), (T,) float64 each
+Columns = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # sample_coef, output_coef and std, (T,) float64 each
+
+
+def x0_and_epsilon(config: Any, alpha: torch.Tensor) -> tuple[Pair, Pair]:
+    """What the model predicts, as combinations of (x_t, model output). alpha: (T,) alphas_cumprod at the timesteps."""
+    root_alpha, root_beta = alpha.sqrt(), (1 - alpha).sqrt()
+    zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
+    match config.prediction_type:
+        case "epsilon":
+            return (1 / root_alpha, -root_beta / root_alpha), (zero, one)
+        case "v_prediction":
+            return (root_alpha, -root_beta), (root_beta, root_alpha)
+        case "sample":
+            return (zero, one), (1 / root_beta, -root_alpha / root_beta)
+    raise UserError(f"the scheduler's prediction_type is {config.prediction_type!r}; expected epsilon, v_prediction or sample")
+
+
+def ddpm_columns(config: Any, timesteps: torch.Tensor, alphas: torch.Tensor) -> Columns:
+    """DDPM goes from each timestep to the next one of the schedule, eqs. 6 and 7. alphas: alphas_cumprod."""
+    alpha = alphas[timesteps]
+    beta = 1 - alpha
+    x0, _ = x0_and_epsilon(config, alpha)
+    previous = torch.cat([timesteps[1:], torch.tensor([-1])])
+    alpha_prev = torch.where(previous >= 0, alphas[previous.clamp(min=0)], 1.0)
+    step_alpha = alpha / alpha_prev
+    x0_coef = alpha_prev.sqrt() * (1 - step_alpha) / beta
+    sample_coef = step_alpha.sqrt() * (1 - alpha_prev) / beta + x0_coef * x0[0]
+    output_coef = x0_coef * x0[1]
+    match config.variance_type:
+        case "fixed_small" | "fixed_small_log":
+            variance = (1 - alpha_prev) / beta * (1 - step_alpha)
+        case "fixed_large":
+            variance = 1 - step_alpha
+        case other:
+            raise UserError(f"DDPMScheduler: variance_type is {other!r}; expected fixed_small, fixed_small_log or fixed_large")
+    std = variance.clamp(min=0).sqrt()
+    std[timesteps == 0] = 0  # diffusers adds no noise at t = 0
+    return sample_coef, output_coef, std
+
+
+def ddim_columns(
+    config: Any, timesteps: torch.Tensor, alphas: torch.Tensor, final: torch.Tensor, num_inference_steps: int, eta: float
+) -> Columns:
+    """DDIM counts back by num_train_timesteps // T, eqs. 12 and 16. final: alphas_cumprod beyond the last step."""
+    alpha = alphas[timesteps]
+    beta = 1 - alpha
+    x0, epsilon = x0_and_epsilon(config, alpha)
+    previous = timesteps - config.num_train_timesteps // num_inference_steps
+    alpha_prev = torch.where(previous >= 0, alphas[previous.clamp(min=0)], final)
+    variance = (1 - alpha_prev) / beta * (1 - alpha / alpha_prev)
+    std = eta * variance.clamp(min=0).sqrt()
+    direction = (1 - alpha_prev - std.square()).clamp(min=0).sqrt()
+    sample_coef = alpha_prev.sqrt() * x0[0] + direction * epsilon[0]
+    output_coef = alpha_prev.sqrt() * x0[1] + direction * epsilon[1]
+    return sample_coef, output_coef, std
 
 
 def check_timesteps(timesteps: torch.Tensor, config: Any, name: str, steps: int) -> None:
