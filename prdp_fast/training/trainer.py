@@ -580,5 +580,5 @@ def work_left(job: Job, state: TrainState) -> WorkLeft:
     per_role = {
         "trained": rows["update"].backward, "rollout": rows["rollout"].forward, "reference": rows["reference"].forward
     }  # fmt: skip
-    limit = None if schedule.time_limit_minutes is None else max(0.0, schedule.time_limit_minutes * 60 - state.wall_s)
+    limit = None if schedule.time_limit_minutes is None else schedule.time_limit_minutes * 60  # of this start
     return WorkLeft({role: left * count for role, count in per_role.items()}, limit)
