@@ -89,9 +89,15 @@ HUB_IDS = {
 }
 
 
+TOKENIZER = {"model_max_length": 77, "tokenizer_class": "CLIPTokenizer"}
+
+
 def write_configurations(preset: str, directory: Path) -> Path:
     """Write what `Job.prepare` reads of a pipeline directory: its configurations. Returns: the directory."""
-    for filename, config in PRESETS[preset].items():
+    tokenizers = {
+        f"{name}/tokenizer_config.json": TOKENIZER for name in PRESETS[preset]["model_index.json"] if "tokenizer" in name
+    }
+    for filename, config in (PRESETS[preset] | tokenizers).items():
         path = directory / filename
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(config))

@@ -105,7 +105,9 @@ def all_reduce(values: list[float], op: str = "sum") -> list[float]:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Every rank's picklable value, in rank order, on every rank."""
+    """Every rank's picklable value, in rank order, on every rank. Outside a process group there is one rank."""
+    if not dist.is_initialized():
+        return [value]
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values

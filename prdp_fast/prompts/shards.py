@@ -194,7 +194,7 @@ def unpack(data: bytes, count: int) -> bytes:
     while header := data[position : position + tarfile.BLOCKSIZE].rstrip(b"\0"):
         try:
             size = tarfile.nti(header[124:136])  # type: ignore[attr-defined]
-        except tarfile.HeaderError as error:
+        except (tarfile.HeaderError, IndexError) as error:  # the second of a header that is cut off
             raise ValueError(f"it is no tar ({error})") from error
         kind, end = header[156:157], position + tarfile.BLOCKSIZE + max(size, 0)
         if kind == b"S" or (kind in (b"x", b"g") and b"GNU.sparse" in data[position:end]):

@@ -37,6 +37,7 @@ def test_by_hand() -> None:
 @pytest.fixture
 def as_on_cuda(monkeypatch):
     """Plan as on CUDA, and compile nothing."""
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)  # where another test may have learnt how long it takes
     real, cuda = choosing.plan_compiling, torch.device("cuda")
     monkeypatch.setattr(choosing, "plan_compiling", lambda setting, device, *rest: real(setting, cuda, *rest))
     monkeypatch.setattr(torch, "compile", lambda forward, **options: forward)

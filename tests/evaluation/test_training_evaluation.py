@@ -168,7 +168,8 @@ def test_a_rank_without_prompts_and_one_without_scores_have_their_share(monkeypa
 
     def share(prompts: list[Prompt]) -> Evaluation:
         images = torch.zeros(len(prompts) * B, 3, 8, 8, dtype=torch.uint8)
-        monkeypatch.setattr(run, "sample_images", lambda *arguments, **options: images)
+        shown = torch.ones(len(images), dtype=torch.bool)
+        monkeypatch.setattr(run, "sample_images", lambda *arguments, **options: (images, shown))
         return evaluate(None, None, None, None, WeightedRewards([Silent()], [1.0]), prompts, images_per_prompt=B, batch=2, seed=0)
 
     merged = Evaluation.merge([share(PROMPTS[:1]), share(PROMPTS[1:2]), share([])], 2)

@@ -76,7 +76,7 @@ def test_resume_is_a_seek(small_directory: Path) -> None:
 def test_seeking_reads_only_the_shards_it_needs(small_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
     decode = stream._decode_shard
-    monkeypatch.setattr(stream, "_decode_shard", lambda path: read.append(path.name) or decode(path))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(stream, "_decode_shard", lambda path, count: read.append(path.name) or decode(path, count))  # type: ignore[func-returns-value]
     epochs = _stream(small_directory, prompts_per_epoch=1)
     epochs.epoch(1_000_000)
     assert len(read) == 1
