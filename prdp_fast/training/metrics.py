@@ -25,7 +25,7 @@ def epoch_metrics(experience: Experience, report: UpdateReport) -> dict[str, flo
 
     sums = [number for name in reward_names for number in moments.get(name, [0.0, 0.0, 0.0])]
     own = [number for name in own_names for number in ((report.metrics[name], 1.0) if name in report.metrics else (0.0, 0.0))]
-    reduced = distributed.all_reduce(sums + own, "sum")
+    *reduced, images = distributed.all_reduce([*sums, *own, float(len(scores.total))], "sum")
     metrics = {}
     for number, name in enumerate(reward_names):
         total, squares, count = reduced[3 * number : 3 * number + 3]
@@ -34,7 +34,7 @@ def epoch_metrics(experience: Experience, report: UpdateReport) -> dict[str, flo
             metrics["reward_std"] = max(squares / max(count, 1.0) - metrics[name] ** 2, 0.0) ** 0.5
     totals, counts = reduced[len(sums) :: 2], reduced[len(sums) + 1 :: 2]
     scored = reduced[3 * reward_names.index("reward") + 2]
-    if unscored := len(scores.total) * distributed.world_size() - round(scored):  # every rank has as many images
+    if unscored := round(images - scored):
         metrics["unscored"] = float(unscored)
     metrics |= {name: total / count for name, total, count in zip(own_names, totals, counts, strict=True)}
     metrics |= {f"reward_divisor/{name}": value for name, value in experience.divisors.items()}
