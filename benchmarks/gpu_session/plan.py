@@ -19,9 +19,8 @@ HERE = "benchmarks.gpu_session"
 TORCH, ENGINE = ("torch", "triton"), ("torch", "diffusers", "transformers", "deepspeed", "prdp_fast.training.trainer")
 SIGNS = "every_path_makes or does_not_depend_on_the_layout"
 ALONE = "tests/kernels/test_triton_gpu.py"  # what fills the device's memory
-UNET_GIB = (
-    45  # of an SD 1.x U-Net's task with gradients at 32 rows, weights, truth and activations: 33 beyond the weights were seen
-)
+# Of an SD 1.x U-Net's task with gradients: weights and truth, and activations a row (33 GiB at 32 rows were seen).
+UNET_GIB, ROW_GIB = 9.0, 1.1
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def kernels(at: Situation) -> Part:
         few = direct | {"PRDP_TEST_SHARE": "0/8"}
         tasks = [Task("share-0", tests=("tests/kernels/test_triton_philox.py",), env=few, seconds=120)]
         return Part("kernels", "kernel tests", 30, 120, (Stage(tuple(tasks)),))
-    shares = at.width()
+    shares = at.width(cores_each=1, most=12)
     every = ("tests/kernels", f"--ignore={ALONE}")
     signs = Task("signs", tests=("tests/kernels", "-k", SIGNS), env=direct, seconds=90)
     indirect = device | {"PRDP_KERNELS_DIRECT": "0", "PRDP_TEST_SHARE": "5/16"}
@@ -101,7 +100,7 @@ def kernels(at: Situation) -> Part:
 
 
 def table(at: Situation) -> Part:
-    target, ahead = f"{HERE}.kernels", at.width()
+    target, ahead = f"{HERE}.kernels", at.width(cores_each=1, most=12)
     if at.rehearse:
         task = Task("table", f"{target}:table", at.options(), TORCH, seconds=60)
         small = Task("one-program-4096", f"{target}:table", at.options(every=8), TORCH, env={"PRDP_KERNELS_ONE_PROGRAM": "4096"})
@@ -172,13 +171,19 @@ def slug(title: str) -> str:
 def unet(at: Situation) -> Part:
     from benchmarks.gpu_session.unet import Way
 
-    rows = 2 if at.rehearse else 32
-    width = 1 if at.rehearse else max(1, min(3, int(at.memory_gib // UNET_GIB), at.cores // 4))
+    def side_by_side(rows: int) -> int:
+        return max(1, min(3, int(at.memory_gib // (UNET_GIB + rows * ROW_GIB)), at.cores // 4))
+
+    # Compiling takes most of the time, so a card that cannot hold three tasks of 32 rows gets three of 16.
+    rows = 2 if at.rehearse else 32 if side_by_side(32) == 3 else 16
+    width = 1 if at.rehearse else side_by_side(rows)
     threads = str(max(1, at.cores // width))
 
     def task(name: str, *ways: Way) -> Task:
         env = {"TORCHINDUCTOR_COMPILE_THREADS": threads, "TORCHINDUCTOR_CACHE_DIR": str(at.folder / "work" / f"unet-{name}")}
         given = [asdict(way) | {"rows": rows * way.rows // 32} for way in ways]
+        for one, way in zip(given, ways, strict=True):
+            one["title"] += f", {one['rows']} rows" if way.rows != 32 else ""
         options = at.options(preset="sd14", rows=rows, ways=given, lock=str(at.folder / "work" / "unet.lock"))
         return Task(name, f"{HERE}.unet:measure", options, (*TORCH, "diffusers"), env=env, seconds=200)
 
@@ -199,9 +204,9 @@ def unet(at: Situation) -> Part:
         task("blocks-cudnn", Way("compiled blocks, cudnn", "blocks", "cudnn", **backward)),
         task("blocks-flash", Way("compiled blocks, flash", "blocks", "flash", **backward)),
     )
-    larger = task("larger", *(Way(f"eager, {count} rows", rows=count, **backward) for count in (64, 128)))
+    larger = task("larger", *(Way("eager", rows=count, **backward) for count in (64, 128)))
     late = (
-        task("blocks-64", Way("compiled blocks, 64 rows", "blocks", rows=64, **backward)),
+        task("blocks-64", Way("compiled blocks", "blocks", rows=64, **backward)),
         task("max-autotune", Way("max-autotune without graphs", "max-autotune", **forward)),
     )
     if at.rehearse:  # one process, whose imports are paid once
