@@ -314,15 +314,6 @@ def test_a_capture_is_for_its_rows_and_without_gradients():
     assert captured(torch.zeros(ROWS))[0] == "plain"
 
 
-def test_channels_last_on_the_reference():
-    denoiser, reference = small_unet(), small_unet().requires_grad_(False)
-    plain = outputs(reference, gradients=False)
-    assert choose(denoiser, reference, channels_last="on").decisions["channels_last"].value == "on"
-    assert reference.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-    assert denoiser.conv_in.weight.is_contiguous()
-    assert distance(outputs(reference, gradients=False), plain) < TOLERANCE
-
-
 def test_fused_adamw(monkeypatch):
     assert process.choose_fused_optimizer("auto", CPU, offload=False).value == "on"
     assert process.choose_fused_optimizer("off", CPU, offload=False).value == "off"

@@ -27,6 +27,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from prdp_kernels import launch as launching
 from prdp_kernels.denoise_step import kernel as denoise_step
 from prdp_kernels.gaussian_log_prob import kernel as gaussian_log_prob
+from prdp_kernels.group_norm import kernel as group_norm
 from prdp_kernels.philox import kernel as philox
 from prdp_kernels.prdp_loss import kernel as prdp_loss
 
@@ -220,6 +221,21 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
                     lp, lp.clone(), lp.clone(), rewards, 1e-4, 1e-5, want_grad=want_grad
                 ),
             )
+    for short, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
+        for channels, side in ((320, 64), (1920, 16)) if short == "bf16" else ((640, 32),):
+            x = torch.zeros(2, channels, side, side, dtype=dtype).to(memory_format=torch.channels_last)
+            of_channels, shift = torch.zeros(channels, dtype=dtype), torch.zeros(2, channels, dtype=dtype)
+            of_groups, means = torch.zeros(2, 32), torch.zeros(2, channels)
+            yield (
+                f"group_norm {short} {channels}x{side}x{side}",
+                lambda x=x, w=of_channels, s=shift: group_norm.forward(x, w, w.clone(), s, 32, 1e-5, True),
+            )
+            yield (
+                f"group_norm backward {short} {channels}x{side}x{side}",
+                lambda x=x, w=of_channels, s=shift, m=of_groups, c=means: group_norm.backward(
+                    x.clone(), x, w, w.clone(), s, m, m.clone(), c, 32, True
+                ),
+            )
 
 
 def report(capabilities: list[int]) -> Iterator[dict[str, Any]]:
@@ -227,13 +243,13 @@ def report(capabilities: list[int]) -> Iterator[dict[str, Any]]:
     for name, call in cases():
         recorder.launches.clear()
         call()
-        ((prepared, tensors, scalars),) = recorder.launches
-        fn = prepared.kernel
-        args, kwargs = (*tensors, *scalars, *prepared.numbers), prepared.constants | prepared.options
-        for capability in capabilities:
-            compiled = compile_for(GPUTarget("cuda", capability, 32), fn, args, kwargs)
-            row = {"case": name, "kernel": fn.__name__, "sm": capability, "warps": kwargs["num_warps"]}
-            yield row | resources(compiled.asm["cubin"]) | accesses(compiled.asm["ptx"]) | of_code(compiled.asm, kwargs)
+        for prepared, tensors, scalars in recorder.launches:
+            fn = prepared.kernel
+            args, kwargs = (*tensors, *scalars, *prepared.numbers), prepared.constants | prepared.options
+            for capability in capabilities:
+                compiled = compile_for(GPUTarget("cuda", capability, 32), fn, args, kwargs)
+                row = {"case": name, "kernel": fn.__name__, "sm": capability, "warps": kwargs["num_warps"]}
+                yield row | resources(compiled.asm["cubin"]) | accesses(compiled.asm["ptx"]) | of_code(compiled.asm, kwargs)
     for capability in capabilities:
         numbers, values = torch.zeros(256, dtype=torch.int32), torch.zeros(256)
         asm = compile_for(

@@ -61,6 +61,7 @@ def test_every_kernel_is_compiled_for_every_architecture(rows):
     cases = {row["case"] for row in rows}
     assert {(row["case"], row["sm"]) for row in rows} == {(case, sm) for case in cases for sm in CAPABILITIES}
     kernels = {"log_prob_kernel", "denoise_step_kernel", "philox_normal_kernel", "prdp_loss_kernel"}
+    kernels |= {"moments_kernel", "normalize_kernel", "sums_kernel", "gradient_kernel"}
     assert {row["kernel"] for row in rows} == kernels
     # 255 is what a thread may have; fewer than 16 would be no kernel of ours.
     fail_with(
@@ -118,7 +119,22 @@ def test_noise_costs_no_more_instructions_than_it_did(rows):
 
 
 def is_transition(row) -> bool:
-    return row["kernel"] != "prdp_loss_kernel"
+    return row["kernel"] != "prdp_loss_kernel" and not is_norm(row)
+
+
+def is_norm(row) -> bool:
+    return row["case"].startswith("group_norm")
+
+
+def test_group_norms_move_128_bits_at_a_time(rows):
+    some = [row for row in rows if is_norm(row)]
+    assert len(some) == 16 * len(CAPABILITIES)
+    for row in some:
+        tiles = row["loops"][0]  # the loop over tiles comes first
+        assert len(tiles["loads"]) >= 2 and set(tiles["loads"] + tiles["stores"]) == {128}, (
+            f"{row['case']} sm_{row['sm']}: {tiles}"
+        )
+        assert bool(tiles["stores"]) == (row["kernel"] in ("normalize_kernel", "gradient_kernel"))
 
 
 def test_contiguous_transitions_move_128_bits_at_a_time(rows):
