@@ -1,11 +1,11 @@
-"""A U-Net of diffusers kept in channels-last from its first convolution to its last, with the group norms of `prdp_kernels`.
+"""A U-Net of diffusers kept in channels-last from its first convolution to its last, with the norms and gates of `prdp_kernels`.
 
 Tensor-core convolutions want channels-last. Moving the weights there is not enough: torch's group norm returns NCHW, diffusers
 calls `contiguous()` in its transformers and shortcuts, and every convolution then converts back (measured on an H100: slower than
 NCHW). Here each of those places is rewritten, module by module, with the same arithmetic:
 
 - residual blocks: one kernel adds the time embedding and the first convolution's bias, normalises and applies SiLU;
-- transformers: tokens and pixels are then views of each other, so that nothing is copied;
+- transformers: tokens and pixels are then views of each other, so that nothing is copied; the gated activation is one kernel;
 - upsampling, `conv_in` and `conv_norm_out`, where diffusers would leave the layout.
 
 Parameters, state dicts, hooks and modules stay as they are: only the `forward` of single instances is replaced. While a compiler
@@ -18,13 +18,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from diffusers.models.activations import GEGLU
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 from torch.nn import functional
 
-from prdp_kernels import group_norm
+from prdp_kernels import geglu, group_norm
 
 CHANNELS_LAST = torch.channels_last
 
@@ -112,6 +113,11 @@ class OutputOfTokens:
         return residual + (hidden_states if module.use_linear_projection else module.proj_out(hidden_states))
 
 
+def gated(layer: GEGLU, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    """`GEGLU.forward`: projection, then activation and product in one kernel."""
+    return geglu(layer.proj(x))
+
+
 def upsample(layer: Upsample2D, x: torch.Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
     """`Upsample2D.forward` of a doubling, which torch does in NCHW for 64 rows and more."""
     if output_size is not None:
@@ -153,6 +159,8 @@ def rewrites(denoiser: nn.Module) -> Iterator[tuple[nn.Module, Callable[..., Any
             yield module, residual_block
         elif has_norm(module):
             yield module.norm, plain_norm
+        elif type(module) is GEGLU:
+            yield module, gated
         elif isinstance(module, Upsample2D) and doubles(module):
             yield module, upsample
 

@@ -172,9 +172,10 @@ def test_rank_zero_chooses_for_all():
     told = Decision("math", "faster there")
     denoiser = small_unet()
     # Another rank: what it hears first is what rank 0 remembers, and then what rank 0 decides.
-    answers = iter([[None, None], [(told, None), (None, None)]])
+    off = Decision("off", "slower there")
+    answers = iter([[None, None], [(told, None), (None, None)], [(off, None), (None, None)]])
     speed = choose(denoiser, ranks=Ranks(1, lambda value: next(answers, [value, value])), compile="off")
-    assert speed.decisions["attention"] == told
+    assert speed.decisions["attention"] == told and speed.decisions["channels_last"] == off
     assert all(isinstance(layer.processor, attention.DispatchedAttention) for layer in attention.attention_layers(denoiser))
     with pytest.raises(UserError, match="its line"):
         Ranks(1, lambda value: [(None, "its line"), value]).first(lambda: told)
