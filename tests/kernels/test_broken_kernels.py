@@ -162,6 +162,9 @@ BREAKS = {
         "radius * sine_at(n, sine, cosine), radius * sine_at(n + 1, sine, cosine)", NOISE,
     ),
     "the logarithm lacks a term": Break(PHILOX, "p = plus(p, f, 0.0833329953963)", "p = plus(p, f, 0.0)", NOISE),
+    "the logarithm of 2 has a wrong digit": Break(
+        PHILOX, "-1.652591659e-07", "-1.652590295e-07", ["test_triton_philox.py::test_box_muller_is_right_to_a_few_roundings"]
+    ),
     "the lower half of the circle has the wrong sign": Break(PHILOX, "((n << 30) & 0x80000000)", "((n << 30) & 0)", NOISE),
     "an odd plane's elements take the other half of their pair": Break(
         PHILOX, "sine_at(n + 1 - (word & 1), sine, cosine)", "sine_at(n + (word & 1), sine, cosine)", NOISE
