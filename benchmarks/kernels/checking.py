@@ -10,9 +10,9 @@ A tensor passes if two things hold against the float64 reference, NaN passing ne
    a residual, and rows with a small gradient are measured by the RMS of all of them. It covers the subnormals of fp16 (3e-8) too.
 
 A log-prob of a step is held to 1e-6 over its rows, though the answer is that of x' before it is rounded to float32. What rounding
-does to it averages out: an x' up to 4 is off by 1e-7 at random, over std >= 0.1 that is 1e-6 of a residual's unit, and the mean of
-its product with 120 and more independent normals (the smallest row here), in the worst case, is below 1e-7; at 16,384 elements it
-is 1e-8. So is the rounding of the mean, which both sides take from the same float32 inputs. What is left are errors of one sign:
+does to it averages out: an x' up to 4 is off by 1e-7 at random, over std >= 0.1 that is 1e-6 of a residual's unit. The mean of
+its product with 120 independent normals, the smallest row here, is below 1e-7; at 16,384 elements it is 1e-8. So is the rounding
+of the mean, which both sides take from the same float32 inputs. What is left are errors of one sign:
 1 / std and log std, each a rounding (6e-8 of a term near 1), and what the noise is off by in its mean square, 4 x 6e-8 at most,
 of which the log-prob has half. With log-probs of .4 RMS that is at most 5e-7. A row whose log-prob happens to be near 0 changes
 nothing, because the RMS is over all rows. More than 1e-6 is a fault, and once was one: a wrong digit in the noise's logarithm.

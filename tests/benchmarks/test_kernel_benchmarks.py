@@ -161,7 +161,7 @@ def test_a_wrong_result_is_refused_and_not_timed(op, mode, spoil, tensor, index)
 
 
 def test_noise_a_few_units_too_small_is_refused():
-    """As a wrong digit in its logarithm once made it: of a normal 1e-7 passes and 5e-7 does not, because all of a row's squares have it."""
+    """As a wrong digit in its logarithm once made it. 1e-7 of a normal passes, 5e-7 does not: all of a row's squares have it."""
     case = Case("denoise_step", "fwd", "SD", (8, 4, 64, 64), torch.bfloat16, 5.0)
     right = cases.operators("torch")
 

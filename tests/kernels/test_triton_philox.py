@@ -141,8 +141,8 @@ def test_box_muller_at_the_ends_of_its_range(device):
 
 
 def test_box_muller_is_right_to_a_few_roundings(device):
-    """Against float64, from the float32 u1 and angle that are the same everywhere. In u = 2^-24 of a normal: log 1.5, of which the
-    square root halves; the square root 2, as CUDA approximates it; cos and sin 2.2; the product 1. That is 6 u.
+    """Against float64, from the float32 u1 and angle that are the same everywhere. In u = 2^-24 of a normal: log 1.5, which
+    the square root halves; the square root 2, as CUDA approximates it; cos and sin 2.2; the product 1. That is 6 u.
 
     A log-prob is a mean over thousands of squares, in which errors of one sign do not cancel: a row's mean square may be off by
     4 u, which is .12e-6 of a log-prob. One wrong digit in the logarithm of 2 made it 13 u, and no normal off by more than 13.
