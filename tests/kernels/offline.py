@@ -211,15 +211,14 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     wide = transition(4, sd, torch.float64, True, torch.float64)
     yield "log_prob+grad fp64 guided", log_prob(wide, 5.0, **weights)
     yield "philox", lambda: philox.launch(torch.zeros(4, dtype=torch.int64), list(sd), None, 3)
-    for groups, images, steps in ((64, 8, 50), (32, 16, 50), (16, 64, 1000), (4, 128, 50)):
+    for groups, images, steps in ((64, 8, 50), (32, 16, 50), (32, 32, 50), (16, 64, 50), (16, 64, 1000), (4, 128, 50)):
         lp, rewards = torch.zeros(groups, images, steps), torch.zeros(groups, images)
-        for name, want_grad in ((f"loss {groups}x{images}x{steps}", False), (f"loss+grad {groups}x{images}x{steps}", True)):
-            yield (
-                name,
-                lambda lp=lp, rewards=rewards, want_grad=want_grad: prdp_loss.launch(
-                    lp, lp.clone(), lp.clone(), rewards, 1e-4, 1e-5, want_grad=want_grad
-                ),
-            )
+        args = (lp, lp.clone(), lp.clone(), rewards, 1e-4, 1e-5)
+        yield f"loss {groups}x{images}x{steps}", lambda args=args: prdp_loss.launch(*args, want="loss")
+        yield f"loss+grad {groups}x{images}x{steps}", lambda args=args: prdp_loss.launch(*args)
+    slopes, upstream = torch.zeros(16, 64, 2), torch.ones(())
+    lp = torch.zeros(16, 64, 1000)
+    yield "loss backward 16x64x1000", lambda: prdp_loss.launch_grad(lp, lp.clone(), slopes, upstream, 1e-4)
 
 
 def report(capabilities: list[int]) -> Iterator[dict[str, Any]]:
@@ -227,13 +226,13 @@ def report(capabilities: list[int]) -> Iterator[dict[str, Any]]:
     for name, call in cases():
         recorder.launches.clear()
         call()
-        ((prepared, tensors, scalars),) = recorder.launches
-        fn = prepared.kernel
-        args, kwargs = (*tensors, *scalars, *prepared.numbers), prepared.constants | prepared.options
-        for capability in capabilities:
-            compiled = compile_for(GPUTarget("cuda", capability, 32), fn, args, kwargs)
-            row = {"case": name, "kernel": fn.__name__, "sm": capability, "warps": kwargs["num_warps"]}
-            yield row | resources(compiled.asm["cubin"]) | accesses(compiled.asm["ptx"]) | of_code(compiled.asm, kwargs)
+        for prepared, tensors, scalars in list(recorder.launches):
+            fn = prepared.kernel
+            args, kwargs = (*tensors, *scalars, *prepared.numbers), prepared.constants | prepared.options
+            for capability in capabilities:
+                compiled = compile_for(GPUTarget("cuda", capability, 32), fn, args, kwargs)
+                row = {"case": name, "kernel": fn.__name__, "sm": capability, "warps": kwargs["num_warps"]}
+                yield row | resources(compiled.asm["cubin"]) | accesses(compiled.asm["ptx"]) | of_code(compiled.asm, kwargs)
     for capability in capabilities:
         numbers, values = torch.zeros(256, dtype=torch.int32), torch.zeros(256)
         asm = compile_for(
