@@ -113,6 +113,13 @@ def calls():
                         f"steps {where}",
                         lambda a=(m, x, *rows), s=seeds, t=steps, o=options: denoise_step(*a, seeds=s, step=t, **o),
                     )
+    for n in (1, 2, 16):
+        for shape in ((4, 8, 8), (5,), (70000,), (4, 64)):
+            yield f"philox {n} {shape}", lambda n=n, s=shape: philox_normal(torch.arange(n), s, step=7, backend="triton")
+            yield (
+                f"philox steps {n} {shape}",
+                lambda n=n, s=shape: philox_normal(torch.arange(2 * n)[::2], s, step=torch.arange(n), backend="triton"),
+            )
     for size in ((1, 4, 5), (2, 8, 50), (2, 16, 50), (2, 64, 1000), (4, 8, 50)):
         for dtype in (F32, BF16, F64):
             args = [torch.zeros(size, dtype=dtype) for _ in range(3)] + [torch.zeros(size[:2], dtype=dtype)]
@@ -126,13 +133,6 @@ def calls():
                 lambda a=leaves, o=options: torch.autograd.grad(prdp_loss(*a, **o), a[0]),
             )
             yield f"loss and grad, unaligned {size} {dtype}", lambda a=shifted, o=options: prdp_loss_and_grad(*a, **o)
-    for n in (1, 2, 16):
-        for shape in ((4, 8, 8), (5,), (70000,), (4, 64)):
-            yield f"philox {n} {shape}", lambda n=n, s=shape: philox_normal(torch.arange(n), s, step=7, backend="triton")
-            yield (
-                f"philox steps {n} {shape}",
-                lambda n=n, s=shape: philox_normal(torch.arange(2 * n)[::2], s, step=torch.arange(n), backend="triton"),
-            )
 
 
 def test_no_two_signatures_are_mixed_up(dry):
