@@ -136,7 +136,11 @@ def at_one_place(index: int, value: float):
     [
         ("denoise_step", "fwd", at_one_place(0, 3.0), "prev_sample", "[0, 0, 1, 2]"),
         ("denoise_step", "fwd", lambda out: (out[0], out[1] + 1e-5), "log_prob", "["),
+        ("denoise_step", "fwd", lambda out: (out[0], out[1] * (1 + 2e-6)), "log_prob", "["),
+        ("denoise_step", "fwd", lambda out: (out[0], out[1].roll(1)), "log_prob", "["),
         ("gaussian_log_prob", "fwd", lambda out: out * (1 + 1e-5), "log_prob", "["),
+        ("gaussian_log_prob", "fwd", lambda out: out[[1, 0, 2]], "log_prob", "["),
+        ("gaussian_log_prob_and_grad", "fused", lambda out: (out[0] * (1 + 1e-4), out[1]), "log_prob", "["),
         ("gaussian_log_prob", "fwd+bwd", lambda out: out * 1.0 + (out - out.detach()), "grad", "["),  # doubles the gradient
         ("gaussian_log_prob_and_grad", "fused", lambda out: (out[0], out[1] * 1.01), "grad", "["),
         ("gaussian_log_prob_and_grad", "fused", at_one_place(1, float("nan")), "grad", "[0, 0, 1, 2]"),
@@ -154,6 +158,23 @@ def test_a_wrong_result_is_refused_and_not_timed(op, mode, spoil, tensor, index)
     assert all(r.launch is None and r.graph is None for r in row.results) and row.gb_per_s is None
     assert [r.status for r in row.results] == ["wrong", "skipped"]
     assert "WRONG " + tensor in report.table([row], 10.0)
+
+
+def test_noise_a_few_units_too_small_is_refused():
+    """As a wrong digit in its logarithm once made it. 1e-7 of a normal passes, 5e-7 does not: all of a row's squares have it."""
+    case = Case("denoise_step", "fwd", "SD", (8, 4, 64, 64), torch.bfloat16, 5.0)
+    right = cases.operators("torch")
+
+    def with_noise(relative: float):
+        def step(*args, seeds, step, **kwargs):
+            noise = right["philox_normal"](seeds, case.shape[1:], step=step).double() * (1 + relative)
+            prev, log_prob = right["denoise_step"](*(a.double() for a in args), noise=noise, **kwargs)
+            return prev.float(), log_prob.float()
+
+        return measure.check(cases.build(case, "cpu", right | {"denoise_step": step}))["triton"]
+
+    assert with_noise(0.0).status == with_noise(-1e-7).status == "measured"
+    assert with_noise(-5e-7).status == "wrong" and with_noise(-5e-7).note.startswith("log_prob: ")
 
 
 def test_a_wrong_opponent_gets_no_time_and_shows(monkeypatch):
