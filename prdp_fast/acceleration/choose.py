@@ -180,20 +180,24 @@ def plan_compiling(setting: str, device: torch.device, stage: int, past: dict[st
 
 
 def keep_what_pays(
-    plan: dict[str, Decision], past: dict[str, str], work: WorkLeft, probes: Mapping[str, Probe], key: str
+    plan: dict[str, Decision], past: dict[str, str], work: WorkLeft, probes: Mapping[str, Probe], key: str, layout: Decision
 ) -> dict[str, Decision]:
     """The plan without what takes longer to compile than it saves in the rest of the job. What the run had stays.
 
-    Args: probes: of each role, few rows; timed plain.
+    Args:
+        probes: of each role, few rows; timed as they are.
+        layout: what was chosen for channels_last, with its times.
     """
     learnt, kept = learnt_seconds(key), dict(plan)
+    times = layout.milliseconds
+    gained = times["off"] / times["on"] if layout.value == "on" and {"off", "on"} <= times.keys() else 1.0
     for role, probe in probes.items():
         if plan[role].value == "off" or f"compile {role}" in past:
             continue
         inputs = probe.inputs()
         milliseconds = probe.time({"plain": lambda probe=probe, inputs=inputs: probe.run(inputs)})["plain"]  # type: ignore[misc]
         blocks = count_blocks(probe.denoiser, probe.shapes.repeated_blocks)
-        found = payback(role, work, milliseconds / 1000 / probe.rows, blocks, learnt)
+        found = payback(role, work, milliseconds / 1000 / probe.rows, blocks, learnt, gained)
         if not found.pays:
             kept[role] = Decision("off", str(found))
     return kept
@@ -465,7 +469,7 @@ def accelerate(
         probes = {"trained": chooser, "rollout": probe(denoisers.sampled, few_rows)}
         if denoisers.reference is not None:
             probes["reference"] = probe(denoisers.reference, few_rows)
-        plan = ranks.gather(keep_what_pays(plan, past, work, probes, key))[0]
+        plan = ranks.gather(keep_what_pays(plan, past, work, probes, key, decisions["channels_last"]))[0]
     made, rollout = compile_denoisers(
         denoisers, plan, past, performance.compile != "auto", probe, train_rows, sample_rows, ranks, shapes.repeated_blocks
     )
