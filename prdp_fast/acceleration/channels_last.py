@@ -132,6 +132,11 @@ def doubles(layer: Upsample2D) -> bool:
     return not layer.use_conv_transpose and layer.interpolate and layer.norm is None and getattr(layer, "name", "") == "conv"
 
 
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether something else has replaced it, as joined upsampling does in a decoder."""
+    return not isinstance(module.__dict__.get("forward", None), (ChannelsLastForward, type(None)))
+
+
 def has_weights(module: object) -> bool:
     return isinstance(module, nn.GroupNorm) and type(module) is nn.GroupNorm and module.affine
 
@@ -161,7 +166,7 @@ def rewrites(denoiser: nn.Module) -> Iterator[tuple[nn.Module, Callable[..., Any
             yield module.norm, plain_norm
         elif type(module) is GEGLU:
             yield module, gated
-        elif isinstance(module, Upsample2D) and doubles(module):
+        elif isinstance(module, Upsample2D) and doubles(module) and not has_own_forward(module):
             yield module, upsample
 
 

@@ -17,6 +17,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import nn
 
+from prdp_fast.acceleration import channels_last
 from prdp_fast.acceleration.choose import Acceleration, Denoisers, Ranks, accelerate
 from prdp_fast.acceleration.payback import WorkLeft
 from prdp_fast.acceleration.process import choose_fused_optimizer, prepare_process
@@ -119,6 +120,8 @@ class Trainer:
         )  # fmt: skip
         acceleration = speed_up(job, engine, reference, state, device, output)
         acceleration.decisions |= decisions | {"fused_optimizer": fused}
+        if acceleration.decisions["channels_last"].value == "on":
+            channels_last.enable(pipeline.vae.decoder)
 
         stream = PromptStream(
             job.train_prompts, seed=settings.seed, prompts_per_epoch=schedule.prompts_per_epoch, rank=distributed.rank(),

@@ -16,6 +16,7 @@ from prdp_fast.acceleration.probe import distance
 from prdp_fast.config.recipe import LoraSettings, PerformanceSettings
 from prdp_fast.core.errors import UserError
 from prdp_fast.models.lora import add_adapter
+from prdp_fast.models.upsampling import join_upsampling
 
 CPU = torch.device("cpu")
 SIZES = {
@@ -158,6 +159,13 @@ def test_the_decoder_of_a_vae():
     plain = vae.decode(latents).sample
     assert channels_last.enable(vae.decoder) > 0
     assert_equal([vae.decode(latents).sample], [plain])
+    channels_last.disable(vae.decoder)
+    assert join_upsampling(vae.decoder) == 1
+    channels_last.enable(vae.decoder)
+    assert_equal([vae.decode(latents).sample], [plain])
+    channels_last.disable(vae.decoder)
+    upsampling = next(module for module in vae.decoder.modules() if type(module).__name__ == "Upsample2D")
+    assert "forward" in upsampling.__dict__
 
 
 def test_what_it_does_not_know_stays_as_it_is():
