@@ -27,6 +27,8 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from prdp_kernels import launch as launching
 from prdp_kernels.denoise_step import kernel as denoise_step
 from prdp_kernels.gaussian_log_prob import kernel as gaussian_log_prob
+from prdp_kernels.geglu import kernel as geglu
+from prdp_kernels.group_norm import kernel as group_norm
 from prdp_kernels.philox import kernel as philox
 from prdp_kernels.prdp_loss import kernel as prdp_loss
 
@@ -223,6 +225,25 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     slopes, upstream = torch.zeros(16, 64, 2), torch.ones(())
     lp = torch.zeros(16, 64, 1000)
     yield "loss backward 16x64x1000", lambda: prdp_loss.launch_grad(lp, lp.clone(), slopes, upstream, 1e-4)
+    for short, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
+        for channels, side in ((320, 64), (1920, 16)) if short == "bf16" else ((640, 32),):
+            x = torch.zeros(2, channels, side, side, dtype=dtype).to(memory_format=torch.channels_last)
+            of_channels, shift = torch.zeros(channels, dtype=dtype), torch.zeros(2, channels, dtype=dtype)
+            of_groups, means = torch.zeros(2, 32), torch.zeros(2, channels)
+            yield (
+                f"group_norm {short} {channels}x{side}x{side}",
+                lambda x=x, w=of_channels, s=shift: group_norm.forward(x, w, w.clone(), s, 32, 1e-5, True),
+            )
+            yield (
+                f"group_norm backward {short} {channels}x{side}x{side}",
+                lambda x=x, w=of_channels, s=shift, m=of_groups, c=means: group_norm.backward(
+                    x.clone(), x, w, w.clone(), s, m, m.clone(), c, 32, True
+                ),
+            )
+    for width in (1280, 5120):
+        x, dy = torch.zeros(64, 2 * width, dtype=torch.bfloat16), torch.zeros(64, width, dtype=torch.bfloat16)
+        yield f"geglu bf16 {width}", lambda x=x: geglu.forward(x)
+        yield f"geglu backward bf16 {width}", lambda x=x, dy=dy: geglu.backward(dy, x)
 
 
 def report(capabilities: list[int]) -> Iterator[dict[str, Any]]:

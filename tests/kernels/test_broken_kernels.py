@@ -57,10 +57,19 @@ LOSS = [
 WRITTEN = "test_triton_memory.py::test_all_of_the_output_and_nothing_else_is_written"
 SEMAPHORES = [f"{WRITTEN}[loss (3, 5, 7)]", f"{WRITTEN}[loss (2, 100, 50)]", f"{WRITTEN}[log_prob (16385,) contiguous]"]
 
+NORM = [
+    "test_triton_group_norm.py::test_shapes[odd-True-True]",
+    "test_triton_group_norm.py::test_shapes[two blocks of channels, one short-False-True]",
+    "test_triton_group_norm.py::test_shapes[nine chunks of two tiles, one short-True-False]",
+    "test_triton_group_norm.py::test_a_mean_far_from_zero_costs_its_own_digits_only",
+]
+NORM_SEMAPHORES = [f"{WRITTEN}[group_norm (1, 64, 33, 33)]"]
+
 MIXED_UP = ["test_launch.py::test_no_two_signatures_are_mixed_up", "test_launch.py::test_kernels_of_a_plan_are_bounded"]
 
 TILE, LOG_PROB, DENOISE = "tile.py", "gaussian_log_prob/kernel.py", "denoise_step/kernel.py"
 PHILOX, PRDP, LAYOUT, LAUNCH = "philox/kernel.py", "prdp_loss/kernel.py", "layout.py", "launch.py"
+GROUP_NORM = "group_norm/kernel.py"
 
 
 class Break(NamedTuple):
@@ -73,6 +82,32 @@ class Break(NamedTuple):
 
 
 BREAKS = {
+    "the shift is left out of the mean": Break(GROUP_NORM, "modifier=\".cg\") + shift\n", "modifier=\".cg\")\n", NORM),
+    "the last chunk counts as a whole one": Break(
+        GROUP_NORM, "of_chunk = tl.minimum(chunk, pixels - number * chunk)", "of_chunk = (chunk + 0 * number)", NORM
+    ),
+    "squares are summed about zero": Break(
+        GROUP_NORM, "tl.where(inside, x - pivot[None, :], 0.0)", "tl.where(inside, x, 0.0)", NORM
+    ),
+    "pixels past the end of a chunk count": Break(
+        GROUP_NORM, "x = tl.where(inside, x - pivot[None, :], 0.0)", "x = x - pivot[None, :]", NORM
+    ),
+    "eps is left out": Break(GROUP_NORM, "tl.sqrt(variance + tl.full((), eps, tl.float64).to(COMPUTE))", "tl.sqrt(variance)",
+        ["test_triton_group_norm.py::test_constant_groups_are_finite"]),
+    "SiLU's gradient is its sigmoid": Break(GROUP_NORM, "dy * s * (1.0 + z * (1.0 - s))", "dy * s", NORM),
+    "the gradient forgets that the mean moves": Break(
+        GROUP_NORM, "(a[None, :] + xhat * b[None, :])", "(xhat * b[None, :])", NORM
+    ),
+    "the gradient forgets that the variance moves": Break(GROUP_NORM, "(a[None, :] + xhat * b[None, :])", "(a[None, :])", NORM),
+    "the shift's gradient forgets the variance": Break(GROUP_NORM, "(a[:, None] + mean_xhat * b[:, None])", "a[:, None]", NORM),
+    "the norm's semaphore is left as it is": Break(
+        GROUP_NORM, "        tl.store(semaphore_ptr + row, 0)\n        finish_moments", "        finish_moments", NORM_SEMAPHORES
+    ),
+    "the norm's rows are finished by the last program but one": Break(
+        GROUP_NORM, "    if arrived == slices * c_blocks - 1:\n        tl.store(semaphore_ptr + row, 0)\n        finish_sums",
+        "    if arrived == slices * c_blocks - 2:\n        tl.store(semaphore_ptr + row, 0)\n        finish_sums",
+        NORM + NORM_SEMAPHORES,
+    ),
     "the residual has the other sign": Break(LOG_PROB, "grad = r * slope", "grad = -r * slope", TRANSITION),
     "a coefficient has the other sign": Break(
         TILE, "fma(-sample_coef, sample, prev_sample)", "fma(sample_coef, sample, prev_sample)", TRANSITION

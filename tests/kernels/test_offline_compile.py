@@ -62,6 +62,7 @@ def test_every_kernel_is_compiled_for_every_architecture(rows):
     assert {(row["case"], row["sm"]) for row in rows} == {(case, sm) for case in cases for sm in CAPABILITIES}
     loss = {f"prdp_loss{part}_kernel" for part in ("", "_sums", "_pairs", "_grad")}
     kernels = {"log_prob_kernel", "denoise_step_kernel", "philox_normal_kernel", *loss}
+    kernels |= {"moments_kernel", "normalize_kernel", "sums_kernel", "gradient_kernel", "geglu_kernel", "geglu_gradient_kernel"}
     assert {row["kernel"] for row in rows} == kernels
     # 255 is what a thread may have; fewer than 16 would be no kernel of ours.
     fail_with(
@@ -119,7 +120,22 @@ def test_noise_costs_no_more_instructions_than_it_did(rows):
 
 
 def is_transition(row) -> bool:
-    return not row["kernel"].startswith("prdp_loss")
+    return not row["kernel"].startswith("prdp_loss") and not is_of_denoiser(row)
+
+
+def is_of_denoiser(row) -> bool:
+    return row["case"].startswith(("group_norm", "geglu"))
+
+
+def test_norms_and_gates_move_128_bits_at_a_time(rows):
+    some = [row for row in rows if is_of_denoiser(row)]
+    assert len(some) == 20 * len(CAPABILITIES)
+    for row in some:
+        tiles = row["loops"][0]  # over tiles, or all of the code
+        assert len(tiles["loads"]) >= 2 and set(tiles["loads"] + tiles["stores"]) == {128}, (
+            f"{row['case']} sm_{row['sm']}: {tiles}"
+        )
+        assert bool(tiles["stores"]) == (row["kernel"] not in ("moments_kernel", "sums_kernel"))
 
 
 def test_contiguous_transitions_move_128_bits_at_a_time(rows):
@@ -166,7 +182,7 @@ def test_the_loss_reads_and_writes_steps_in_pairs_and_fours(rows):
     """Log-probs are read, and the gradient written, as wide as rows of 50 or 1000 numbers allow: three log-probs a step, and two
     where the gradient looks again. The loop over pairs reads a number an image from the cache. Without the gradient nothing of
     that size is written."""
-    some = [row for row in rows if not is_transition(row)]
+    some = [row for row in rows if row["kernel"].startswith("prdp_loss")]
     assert len(some) >= 15 * len(CAPABILITIES)
     for row in some:
         where = f"{row['case']} {row['kernel']} sm_{row['sm']}"

@@ -13,6 +13,7 @@ from prdp_kernels import (
     denoise_step,
     gaussian_log_prob,
     gaussian_log_prob_and_grad,
+    group_norm,
     philox_normal,
     prdp_loss,
     prdp_loss_and_grad,
@@ -104,6 +105,17 @@ def calls():
             return value, grad, *stats.values(), prdp_loss(*args, **options), leaf.grad
 
         found[f"loss {size}"] = loss
+    for size in ((2, 40, 5, 7), (1, 64, 33, 33)):  # one chunk; nine, and a program that adds them up
+        g = torch.Generator().manual_seed(0)
+        shapes = (size, size[1:2], size[1:2], size[:2])
+        x, weight, bias, shift = (torch.randn(shape, generator=g).to(DEVICE) for shape in shapes)
+
+        def norm(x=x, weight=weight, bias=bias, shift=shift):
+            given = [t.detach().requires_grad_() for t in (x, weight, bias, shift)]
+            y = group_norm(*given[:3], 8, shift=given[3], silu=True, backend="triton")
+            return (y.detach(), *torch.autograd.grad(y, given, x))
+
+        found[f"group_norm {size}"] = norm
     return found
 
 
@@ -132,7 +144,12 @@ def test_the_calls_above_use_semaphores(monkeypatch):
     counted = []
     semaphores = workspace.semaphores
     monkeypatch.setattr(workspace, "semaphores", lambda *args: counted.append(args) or semaphores(*args))
-    for name in ("log_prob (16385,) contiguous", "step by seed (5, 33, 105) channels_last", "loss (2, 100, 50)"):
+    for name in (
+        "log_prob (16385,) contiguous",
+        "step by seed (5, 33, 105) channels_last",
+        "loss (2, 100, 50)",
+        "group_norm (1, 64, 33, 33)",
+    ):
         before = len(counted)
         CALLS[name]()
         assert len(counted) > before, name
