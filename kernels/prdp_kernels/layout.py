@@ -115,7 +115,7 @@ def is_dense(t: torch.Tensor) -> bool:
 # A row of up to ONE_PROGRAM elements, an SD latent of 4 x 64 x 64, is one program's, which needs no scratch and no semaphore. The
 # programs of a larger row leave their sums for the one that arrives last. A thread has 8 elements of a tile: one 16-byte load of
 # bf16, two of float32. A row of up to MEDIUM elements, an SDXL latent of 4 x 128 x 128, is cut finer than the largest ones: eight
-# such rows in programs of four tiles would leave half of a GPU idle and wait for memory four times in a row. The alternatives, and
+# such rows in programs of four tiles would leave half of a GPU idle and wait for memory four times over. The alternatives, and
 # the model of bytes and latencies behind the choice, are in kernels/README.md; which is faster only a GPU can say.
 # PRDP_KERNELS_SPREAD=2 or 4 is the number of tiles of a program of a medium row; PRDP_KERNELS_ONE_PROGRAM=4096 makes an SD latent
 # one, of eight programs. With 4 tiles, two programs an SD latent, a log-prob took 2 us more on an H100.
