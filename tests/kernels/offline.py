@@ -194,6 +194,10 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
             yield f"log_prob+grad {short}", log_prob(plain, None, **weights)
             yield f"step noise {short} guided", step(guided, 5.0, True)
             yield f"step philox {short}", step(plain, None, False)
+    sdxl = transition(4, (4, 128, 128), torch.bfloat16, True)  # several programs a row
+    yield "log_prob bf16 guided SDXL", log_prob(sdxl, 5.0)
+    yield "log_prob+grad bf16 guided SDXL", log_prob(sdxl, 5.0, **weights)
+    yield "step philox bf16 guided SDXL", step(sdxl, 5.0, False)
     small = transition(3, (4, 8, 8), torch.bfloat16, True)
     yield "log_prob bf16 guided 4x8x8", log_prob(small, 5.0)
     yield "step philox bf16 guided 4x8x8", step(small, 5.0, False)

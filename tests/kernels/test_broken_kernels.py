@@ -151,7 +151,7 @@ BREAKS = {
     ),
     "the last program writes its own sum": Break(
         TILE, "write_log_prob(total, std", "write_log_prob(squares.to(tl.float64), std",
-        ["test_triton_transition.py::test_contiguous[three programs, the last with one element-None-mean]"],
+        ["test_triton_transition.py::test_contiguous[nine programs, the last with one element-None-mean]"],
     ),
     "the last program but one finishes a row": Break(
         TILE, "if arrived == splits - 1:", "if arrived == splits - 2:", SEMAPHORES

@@ -264,9 +264,8 @@ def test_captures_take_semaphores_of_their_own(monkeypatch):
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *args, device=None, **kwargs: zeros(*args, **kwargs))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    monkeypatch.setattr(
-        torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=stream, synchronize=lambda: waited.append(1))
-    )
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(synchronize=lambda: waited.append(1)))
+    monkeypatch.setattr(workspace, "current_stream", lambda index: stream)
     monkeypatch.setattr(workspace, "_POOLS", {})
     monkeypatch.setattr(workspace, "_KEPT", {})
     monkeypatch.setattr(workspace, "POOL", 16)

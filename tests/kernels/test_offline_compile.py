@@ -153,7 +153,15 @@ def test_contiguous_transitions_move_128_bits_at_a_time(rows):
 
 def test_log_probs_of_the_same_row_add_up_in_the_same_order(rows):
     """That of a step, of its evaluation and of the evaluation with its gradient have the same bits only if their sums do."""
-    for what in ("bf16 guided", "bf16", "fp16 guided", "fp32 guided", "bf16 guided planes", "bf16 guided 4x8x8"):
+    for what in (
+        "bf16 guided",
+        "bf16",
+        "fp16 guided",
+        "fp32 guided",
+        "bf16 guided planes",
+        "bf16 guided 4x8x8",
+        "bf16 guided SDXL",
+    ):
         for sm in CAPABILITIES:
             cases = {f"{kind} {what}" for kind in ("log_prob", "log_prob+grad", "step philox", "step noise")}
             orders = {row["case"]: row["sum"] for row in rows if row["case"] in cases and row["sm"] == sm}

@@ -194,7 +194,7 @@ def test_a_loss_of_more_than_2_31_steps():
 
 def small_calls(seed: int) -> dict[str, Callable[[], tuple[torch.Tensor, ...]]]:
     """Every kernel, with several programs a row where it can have them."""
-    case = transition(7, (4, 64, 72), guidance_scale=5.0, output=BF16, seed=seed)  # 18,432 elements: three programs a row
+    case = transition(7, (4, 64, 72), guidance_scale=5.0, output=BF16, seed=seed)  # 18,432 elements: nine programs a row
     seeds, weights = torch.arange(7, device=DEVICE) + 100 * seed, torch.ones(7, device=DEVICE)
     g = torch.Generator().manual_seed(seed)
     args = [torch.randn(33, 16, 50, generator=g).to(DEVICE) for _ in range(3)] + [torch.randn(33, 16, generator=g).to(DEVICE)]

@@ -84,7 +84,7 @@ def of_transition(shape, layout):
 
 
 def calls():
-    """One tile with an edge, several programs with one (three, of one element the last); flat and in planes; every operator."""
+    """One tile with an edge, several programs with one (nine, of one element the last); flat and in planes; every operator."""
     found = {}
     for (*shape,), layout in (
         ((3, 5, 7), "contiguous"),

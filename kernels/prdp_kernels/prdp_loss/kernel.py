@@ -317,11 +317,10 @@ def sum_of_slices(partial_ptr, image, slices, B_BLOCK: tl.constexpr, S_BLOCK: tl
 @triton.jit(do_not_specialize=["groups", "images", "steps", "slices", "blocks"])
 def prdp_loss_pairs_kernel(
     reward_ptr,  # (groups, images) any float
-    partial_ptr,  # (groups, 3, slices, B_BLOCK) float64
+    partial_ptr,  # (groups, 3, slices, B_BLOCK) float64, and behind them scratch: sums (groups, blocks, COLUMNS)
     loss_ptr,  # out () float32 or float64
     slopes_ptr,  # out (groups, images, 2) in the dtype of the loss: the gradient of a step outside the clip, and inside
     stats_ptr,  # out (8,); unused without STATS
-    sums_ptr,  # scratch (groups, blocks, COLUMNS) float64
     semaphore_ptr,  # scratch (1,) int32 zero
     kl_weight: tl.float64,
     groups, images, steps, slices, blocks,
@@ -333,6 +332,7 @@ def prdp_loss_pairs_kernel(
     image, other = block * I_BLOCK + tl.arange(0, I_BLOCK), tl.arange(0, B_BLOCK)
     reward, kept = read_rewards(reward_ptr, group, images, image)
     other_reward, other_kept = read_rewards(reward_ptr, group, images, other)
+    sums_ptr = partial_ptr + groups.to(tl.int64) * 3 * slices * B_BLOCK
     partial_ptr += group.to(tl.int64) * 3 * slices * B_BLOCK
     count = tl.full((), steps, tl.float64)
     log_ratios = sum_of_slices(partial_ptr, other, slices, B_BLOCK, S_BLOCK)
@@ -408,8 +408,7 @@ class Plan(NamedTuple):
     """What `launch` needs of a call that depends on metadata alone."""
 
     prepared: tuple[launching.Prepared, ...]  # one launch, or sums, pairs and, if wanted, the gradient
-    partials: int  # float64 numbers between the first two launches
-    scratch: int  # and of the launch that adds up
+    scratch: int  # float64 numbers
     want_grad: bool  # and statistics
     dtype: torch.dtype
     device: torch.device
@@ -469,7 +468,7 @@ def make_plan(tensors: tuple[torch.Tensor, ...], want: str) -> Plan:
             options,
             device,
         )
-        return Plan((whole,), 0, groups * (COLUMNS.value + 2 * images), want != "loss", dtype, device, contiguous)
+        return Plan((whole,), groups * (COLUMNS.value + 2 * images), want != "loss", dtype, device, contiguous)
     of_slice = -(-tiles // SLICES)
     slices = -(-tiles // of_slice)
     sums = launching.Prepared(
@@ -494,8 +493,8 @@ def make_plan(tensors: tuple[torch.Tensor, ...], want: str) -> Plan:
         device,
     )  # fmt: skip
     gradient = (prepare_grad(tensors[0], scaled=False),) if want == "all" else ()
-    partials, scratch = groups * 3 * slices * b_block, groups * blocks * COLUMNS.value
-    return Plan((sums, pairs, *gradient), partials, scratch, want == "all", dtype, device, contiguous)
+    scratch = groups * (3 * slices * b_block + blocks * COLUMNS.value)
+    return Plan((sums, pairs, *gradient), scratch, want == "all", dtype, device, contiguous)
 
 
 def prepare_grad(log_probs: torch.Tensor, *, scaled: bool) -> launching.Prepared:
@@ -532,11 +531,10 @@ def run(plan: Plan, tensors: tuple[Any, ...], clip_range: float, kl_weight: floa
         )
         return loss, grad, stats, None
     log_probs, old, ref, rewards = tensors
-    partials = torch.empty(plan.partials, dtype=torch.float64, device=device)
     slopes = torch.empty((shape[0], shape[1], 2), dtype=dtype, device=device)
     sums, pairs, *gradient = plan.prepared
-    sums.launch((log_probs, old, ref, partials), (clip_range,))
-    pairs.launch((rewards, partials, loss, slopes, stats_or, scratch, semaphores), (kl_weight,))
+    sums.launch((log_probs, old, ref, scratch), (clip_range,))
+    pairs.launch((rewards, scratch, loss, slopes, stats_or, semaphores), (kl_weight,))
     for prepared in gradient:
         prepared.launch((log_probs, old, slopes, unused, grad), (clip_range,))
     return loss, grad, stats, slopes
