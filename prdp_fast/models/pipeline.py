@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import importlib
 import math
 from collections.abc import Callable
@@ -12,9 +13,11 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
+from safetensors import SafetensorError
 from torch import nn
 
 from prdp_fast.core.errors import UserError
+from prdp_fast.core.files import naming
 from prdp_fast.core.memory import smaller_on_oom
 from prdp_fast.core.records import TextEmbeddings
 from prdp_fast.models.configs import read_json
@@ -177,7 +180,15 @@ class Pipeline:
 
         Args: state: the trained weights: the denoiser's, or its adapter's.
         Returns: what the user should know, a line each.
+        Raises: OSError.
         """
+        try:
+            with naming(directory):
+                return self._export(directory, state)
+        except SafetensorError as error:  # what safetensors makes of a full disk
+            raise OSError(errno.EIO, " ".join(str(error).split())[:160], str(directory)) from error
+
+    def _export(self, directory: Path, state: dict[str, torch.Tensor]) -> list[str]:
         family = self.family
         if family.lora is not None:
             export_adapter(directory, family.denoiser_component, family.meta_denoiser(), state, family.pretrained)
