@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from prdp_fast.core.errors import UserError
@@ -139,6 +140,9 @@ def mutations(directory: Path) -> Iterator[Mutation]:
             yield from (
                 Mutation(name, key, value, alike=alike(value, old)) for value in VALUES if json.dumps(value) != json.dumps(old)
             )
+    for path in sorted(directory.rglob("merges.txt")):
+        for how in ("absent", "empty", "pointer", "half", "a page"):
+            yield Mutation(str(path.relative_to(directory)), None, how)
     for path in sorted(directory.rglob("*.safetensors")):
         yield from (Mutation(str(path.relative_to(directory)), None, how) for how in DAMAGES)
 
@@ -150,6 +154,19 @@ def places(content: Any, depth: int = 2) -> Iterator[tuple[tuple[str | int, ...]
         yield (key,), value
         if depth > 1 and isinstance(value, (dict, list)):
             yield from (((key, *inner), old) for inner, old in places(value, depth - 1))
+
+
+def as_on_the_hub(directory: Path) -> None:
+    """Files as the hub has them of models older than tokenizer.json: vocab.json and merges.txt, the U-Net in several files."""
+    for file in directory.glob("tokenizer*/tokenizer.json"):
+        model = json.loads(file.read_text())["model"]
+        (file.parent / "vocab.json").write_text(json.dumps(model["vocab"]))
+        lines = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+        (file.parent / "merges.txt").write_text("\n".join(["#version: 0.2", *lines, ""]))
+        file.unlink()
+    network = UNet2DConditionModel.from_pretrained(directory / "unet")
+    shutil.rmtree(directory / "unet")
+    network.save_pretrained(directory / "unet", max_shard_size="150KB")
 
 
 def alike(value: Any, old: Any) -> bool:
