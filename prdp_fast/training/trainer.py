@@ -305,14 +305,10 @@ class Trainer:
 
     def resume(self) -> None:
         """Continue after the newest checkpoint, if there is one: weights, optimizer, moving average; `state` is read already."""
-        latest = self.checkpoints.latest()
+        latest = self.checkpoints.load(self.engine.load)
         if latest is not None:
-            self.engine.load(latest)
             if fault := self.weight_fault():
-                raise UserError(
-                    f"checkpoint {latest}: {fault}; expected finite weights: remove this directory, to go on from the one before "
-                    "it or from the beginning"
-                )
+                raise UserError(self.checkpoints.damaged(latest, fault))
             self.telemetry.message(f"continuing after epoch {self.state.epoch} from {latest.name}")
         self.state.start_clock()
 
