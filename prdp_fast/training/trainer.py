@@ -102,8 +102,9 @@ class Trainer:
             dtype=dtype,
         )  # fmt: skip
 
-        checkpoints = Checkpoints(output, keep=settings.checkpoint.keep)
-        state = checkpoints.latest_state()
+        kept = settings.checkpoint
+        checkpoints = Checkpoints(output, keep=kept.keep, milestone=kept.keep_every and kept.every * kept.keep_every)
+        state = checkpoints.choose()
         state.follow(
             {"micro_batch": schedule.micro_batch, "reference": schedule.micro_batch, "rollout": settings.sampler.rollout_batch}
         )
@@ -304,17 +305,22 @@ class Trainer:
             write_json(path, record)
 
     def resume(self) -> None:
-        """Continue after the newest checkpoint, if there is one: weights, optimizer, moving average; `state` is read already."""
+        """Continue after the chosen checkpoint, if there is one: weights, optimizer, moving average; `state` is read already."""
         latest = self.checkpoints.load(self.engine.load)
         if latest is not None:
             if fault := self.weight_fault():
-                raise UserError(self.checkpoints.damaged(latest, fault))
+                raise UserError(self.checkpoints.damaged(fault))
             self.telemetry.message(f"continuing after epoch {self.state.epoch} from {latest.name}")
         self.state.start_clock()
 
     def finish(self, before: dict[str, Evaluation]) -> dict[str, Any]:
-        """Save, evaluate again, export. Returns: the summary. Raises: UserError if nothing was learnt."""
-        self.save()
+        """Save, evaluate again, export.
+
+        Returns: the summary.
+        Raises: UserError if nothing was learnt, or if the last checkpoint could not be saved.
+        """
+        if unsaved := self.save():
+            self.telemetry.message(f"WARNING: {unsaved}; evaluation and export follow all the same")
         if self.engine.updates == 0:
             reason = (
                 f"every one of them was skipped: {skipping_cause(self.job.config.dtype)}" if self.state.epoch
@@ -335,22 +341,36 @@ class Trainer:
         repository = self.job.settings.model.push_to_hub
         if distributed.is_main() and self.output is not None and repository is not None:  # the others do not wait for it
             self.telemetry.message(results.push(self.output / run_directory.EXPORT, repository))
+        if unsaved:
+            raise UserError(
+                f"the model is exported, but the run's last {unsaved}; make room, or lift a limit of file sizes, and go on with "
+                f"--resume {self.output} for the epochs after that one"
+            )
         return summary
 
-    def save(self) -> None:
-        """Raises: NotFiniteError, on every rank, rather than write weights that are not finite."""
+    def save(self) -> str | None:
+        """Returns: why the checkpoint could not be written, on every rank; the last whole one is as it was.
+
+        Raises: NotFiniteError, on every rank, rather than write weights that are not finite.
+        """
         if fault := self.weight_fault():
-            latest = self.checkpoints.latest()
             raise NotFiniteError(
                 f"after {self.state.epoch} epochs {fault}, and is not saved: training has driven it out of range; lower "
-                f"optimizer.learning_rate; the last good state is {latest or 'that of the beginning'}"
+                f"optimizer.learning_rate; the last good state is {self.checkpoints.newest or 'that of the beginning'}"
             )
-        self.checkpoints.save(self.state, self.engine.save)
+        return self.checkpoints.save(self.state, self.engine.save)
 
     def save_if_due(self) -> None:
-        if self.state.epoch % self.job.settings.checkpoint.every == 0:
-            with self.telemetry.phase("checkpoint", throughput=False):
-                self.save()
+        every = self.job.settings.checkpoint.every
+        if self.state.epoch % every:
+            return
+        with self.telemetry.phase("checkpoint", throughput=False):
+            unsaved = self.save()
+        if unsaved:
+            self.telemetry.message(
+                f"WARNING: {unsaved}; make room: training goes on, and tries again after epoch {self.state.epoch + every} or at "
+                "the end"
+            )
 
     # Evaluation.
 
@@ -507,10 +527,9 @@ class Trainer:
         if self.state.epoch and self.output is not None:
             fault = self.weight_fault()
             if fault is None:
-                self.save()
-                reason += f"; {self.state.epoch} finished epochs are saved in {self.output}"
+                reason += f"; {self.save() or f'{self.state.epoch} finished epochs are saved in {self.output}'}"
             else:
-                reason += f"; the weights ({fault}) are not saved, the last good state is {self.checkpoints.latest()}"
+                reason += f"; the weights ({fault}) are not saved, the last good state is {self.checkpoints.newest}"
         raise UserError(reason)
 
     @contextlib.contextmanager
@@ -531,11 +550,12 @@ class Trainer:
                 return run()
             except RewardError as error:  # on every rank, see `agree`
                 if repeat > repeats:
-                    if self.state.epoch:
-                        self.save()  # the weights are those after the last finished epoch: nothing computed is lost
+                    # The weights are those after the last finished epoch: nothing computed is lost.
+                    unsaved = self.save() if self.state.epoch else None
+                    saved = unsaved or f"{self.state.epoch} finished epochs are saved"
                     raise RewardError(
-                        f"{error}; stopped in {what}, {self.state.epoch} finished epochs are saved: mend the reward and give "
-                        f"the same command with --resume {self.output}"
+                        f"{error}; stopped in {what}, {saved}: mend the reward and give the same command with --resume "
+                        f"{self.output}"
                     ) from error
                 self.telemetry.message(f"{what}: {error}; repeating it, {repeat} of {repeats}")
         raise AssertionError("unreachable")
