@@ -529,7 +529,8 @@ class Trainer:
             if fault is None:
                 reason += f"; {self.save() or f'{self.state.epoch} finished epochs are saved in {self.output}'}"
             else:
-                reason += f"; the weights ({fault}) are not saved, the last good state is {self.checkpoints.newest}"
+                last = self.checkpoints.newest or "that of the beginning"
+                reason += f"; the weights ({fault}) are not saved, the last good state is {last}"
         raise UserError(reason)
 
     @contextlib.contextmanager
