@@ -1,17 +1,17 @@
 """One computation for both halves of a guided U-Net call, up to its first cross-attention.
 
 Classifier-free guidance evaluates N latents twice: told of the empty prompt, and of their own. Until the text is first looked at,
-both halves hold the same numbers: the first convolution, the time embedding, the residual blocks before the first transformer, and
-that transformer's norm, input projection and self-attention. An enabled U-Net therefore takes N latents and timesteps with 2N
-text embeddings, doubles the hidden states where the text comes in, and returns 2N rows. Autograd adds the two halves' gradients
-there, so that the gradient is exact too.
+both halves hold the same numbers. That is the first convolution, the time embedding, the residual blocks before the first
+transformer, and that transformer's norm, input projection and self-attention. An enabled U-Net takes N latents and timesteps
+with 2N text embeddings, doubles the hidden states where the text comes in, and returns 2N rows. Autograd adds the gradients of
+the two halves there, so the gradient is exact too.
 
-diffusers' own `forward` stays. What is told apart, is told by the number of rows, and locally, so that it holds in a recomputation
-under gradient checkpointing, in a trace and in a CUDA graph:
+The `forward` of diffusers' U-Net stays. What has to be doubled is told by its number of rows where it is used. So the same
+happens in a recomputation under gradient checkpointing, in a compiler's trace and in a CUDA graph.
 
-- the first transformer and its first block become the subclasses below, which double;
-- residual blocks behind them double the time embedding;
-- blocks of the way up double the skip tensors that were made before.
+- The first transformer and its first block become the subclasses below, which double.
+- The residual blocks behind them double the time embedding.
+- The blocks of the way up double the skip tensors that were made before.
 
 A call with as many latents as embeddings is computed as before: without guidance, or outside a guidance interval.
 """

@@ -238,7 +238,7 @@ class Family(ABC):
             timesteps: (N,) int64, the scheduler's timesteps.
             embeddings: N rows.
             guided: every row is, or none.
-            shared: the denoiser takes the latents and timesteps of a guided call once, for both halves: performance.shared_halves.
+            shared: the denoiser takes the latents and timesteps of a guided call once, for both of its halves.
         Returns: (2N, C, H, W) unconditional half first, or (N, C, H, W) if not guided; the denoiser's dtype.
         """
         model_input = latents.to(embeddings.prompt_embeds.dtype)
