@@ -41,6 +41,7 @@ def measure(emit: Any, options: dict[str, Any]) -> None:
         f"sampler.num_inference_steps={size['steps']}", f"sampler.guidance_scale={size['guidance']}",
     ]  # fmt: skip
     overrides += [EAGER] if options["path"] == "eager" else []
+    overrides += [EAGER if given == "EAGER" else given for given in options.get("overrides", [])]
     overrides += [f"performance.compile_cache={options['cache']}"] if options.get("cache") else []
     start = time.monotonic()
     workload = Workload.build(TINY if rehearse else "sd14", overrides)

@@ -5,18 +5,18 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-SMALL_ROWS = ("SD 8x", "SD 64x")
+COMPARED = ("SDXL 8x", "SDXL 64x")
 
 
 def chosen_cases(options: dict[str, Any]) -> list[Any]:
-    """The cases of a task: all, or the small rows of bf16, for which a setting of the kernels is compared with another."""
+    """The cases of a task: all, or the few of bf16 for which a setting of the kernels is compared with another."""
     from benchmarks.kernels.cases import cpu_cases, gpu_cases
 
     if options["rehearse"]:
         return cpu_cases()[:: options.get("every", 4)]
     cases = gpu_cases()
     if options.get("small"):
-        cases = [case for case in cases if case.label.startswith(SMALL_ROWS) and "cfg" in case.label and "bf16" in case.label]
+        cases = [case for case in cases if case.label.startswith(COMPARED) and "cfg" in case.label and "bf16" in case.label]
     return cases[options.get("share", 0) :: options.get("shares", 1)]
 
 

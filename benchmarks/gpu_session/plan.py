@@ -103,7 +103,7 @@ def table(at: Situation) -> Part:
     target, ahead = f"{HERE}.kernels", at.width(cores_each=1, most=12)
     if at.rehearse:
         task = Task("table", f"{target}:table", at.options(), TORCH, seconds=60)
-        small = Task("one-program-4096", f"{target}:table", at.options(every=8), TORCH, env={"PRDP_KERNELS_ONE_PROGRAM": "4096"})
+        small = Task("spread-2", f"{target}:table", at.options(every=8), TORCH, env={"PRDP_KERNELS_SPREAD": "2"})
         compiled = Task("ahead-0", f"{target}:compile_chains", at.options(), TORCH, seconds=60)
         return Part("table", "kernel table", 30, 120, (Stage((compiled,)), Stage((task,)), Stage((small,))))
     compiled = tuple(
@@ -111,8 +111,8 @@ def table(at: Situation) -> Part:
     )
     whole = Task("table", f"{target}:table", at.options(), TORCH, seconds=85)
     default = Task("default", f"{target}:table", at.options(small=True), TORCH, seconds=15)
-    other = {"PRDP_KERNELS_ONE_PROGRAM": "4096"}
-    small = Task("one-program-4096", f"{target}:table", at.options(small=True), TORCH, env=other, seconds=20)
+    other = {"PRDP_KERNELS_SPREAD": "2"}
+    small = Task("spread-2", f"{target}:table", at.options(small=True), TORCH, env=other, seconds=20)
     return Part("table", "kernel table", 60, 150, (Stage(compiled, ahead), Stage((whole,)), *alone(default, small)))
 
 

@@ -148,6 +148,7 @@ class Bench:
         """What to call for the forward alone and with gradients; the model as it was afterwards."""
         import torch
 
+        from prdp_fast.acceleration import channels_last
         from prdp_fast.acceleration import compile as compiling
         from prdp_fast.acceleration.attention import set_attention
         from prdp_fast.acceleration.cuda_graph import CudaGraphForward
@@ -158,7 +159,7 @@ class Bench:
         except (RuntimeError, ImportError) as error:
             raise NotHere(str(error)) from error
         if way.channels_last:
-            model.to(memory_format=torch.channels_last)
+            channels_last.enable(model)
         calls: dict[str, Callable[..., Any]] = {}
         if way.compile == "max-autotune":
             compiling.raise_recompile_limit()
@@ -180,8 +181,7 @@ class Bench:
         finally:
             compiling.uncompile(model)
             set_attention(model, "sdpa")
-            if way.channels_last:
-                model.to(memory_format=torch.contiguous_format)
+            channels_last.disable(model)
 
     def measure(self, emit: Any, way: Way, lock: str) -> None:
         """A row for the forward and one for forward and backward. What does not fit the memory is no fault."""
@@ -218,9 +218,6 @@ class Bench:
 
         both = what != "forward"
         inputs = self.inputs(way.rows)
-        if way.channels_last:
-            first = next(iter(inputs))
-            inputs[first] = inputs[first].contiguous(memory_format=torch.channels_last)
         start = time.perf_counter()
         result = self.results(call, inputs, self.few, gradients=both)
         if self.device.type == "cuda":

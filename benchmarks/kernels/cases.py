@@ -26,6 +26,7 @@ TRANSITIONS = (
     ("gaussian_log_prob_and_grad", "fused"),
 )
 LOSSES = (("prdp_loss", "fwd"), ("prdp_loss", "fwd+bwd"), ("prdp_loss_and_grad", "fused"))
+DENOISER = (("group_norm", "fwd"), ("group_norm", "fwd+bwd"), ("geglu", "fwd"), ("geglu", "fwd+bwd"))
 OPERATORS = (
     "philox_normal",
     "denoise_step",
@@ -33,11 +34,17 @@ OPERATORS = (
     "gaussian_log_prob_and_grad",
     "prdp_loss",
     "prdp_loss_and_grad",
+    "group_norm",
+    "geglu",
 )
 
 # Latents (C, H, W). Video is 21 latent frames of 60 x 104 with 16 channels, frames folded into the height.
 LATENTS = {"SD": (4, 64, 64), "SDXL": (4, 128, 128), "SD3": (16, 128, 128), "video": (16, 21 * 60, 104)}
 LOSS_SIZES = ((64, 8, 50), (32, 16, 50), (16, 64, 1000))
+# Of 32 rows of SD 1's U-Net and 8 of SDXL's: hidden states (N, C, H, W) of residual blocks, projections (N, tokens, 2 width).
+HIDDEN = {"group_norm": ((32, 320, 64, 64), (32, 1920, 32, 32), (32, 1280, 8, 8), (8, 320, 128, 128)),
+          "geglu": ((32, 4096, 2560), (32, 256, 10240))}  # fmt: skip
+NORM_GROUPS = 32
 STATS = 8  # numbers beside the loss that prdp_loss_and_grad reports
 
 GUIDANCE = 5.0
@@ -48,13 +55,13 @@ CLIP_RANGE, KL_WEIGHT = 0.1, 1.0
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table. shape: (N, C, H, W) of the latents, or (G, B, T) of the log-probs."""
+    """One row of the table. shape: (N, C, H, W) of latents or hidden states, (G, B, T) of log-probs, (N, tokens, 2 width)."""
 
     op: str
     mode: str  # fwd, fwd+bwd (through autograd), fused (value and gradient in one call)
     size: str
     shape: tuple[int, ...]
-    dtype: torch.dtype = torch.float32  # of the model output; everything else is float32
+    dtype: torch.dtype = torch.float32  # of the model output, everything else is float32; of all that a denoiser holds
     guidance_scale: float | None = None
     channels_last: bool = False
 
@@ -83,6 +90,9 @@ def gpu_cases() -> list[Case]:
     for op, mode in LOSSES:
         for shape in LOSS_SIZES:
             cases.append(Case(op, mode, "loss", shape))
+    for op, mode in DENOISER:
+        for shape in HIDDEN[op]:
+            cases.append(Case(op, mode, "hidden", shape, torch.bfloat16, channels_last=len(shape) == 4))
     for size, n in (("SD", 8), ("SD", 64), ("SDXL", 64), ("video", 16)):
         cases.append(Case("philox_normal", "fwd", size, (n, *LATENTS[size])))
     for op, mode in TRANSITIONS:
@@ -96,6 +106,8 @@ def cpu_cases() -> list[Case]:
     """Small ones, for the CPU references."""
     cases = [Case(op, mode, "SD", (2, *LATENTS["SD"]), torch.float32, GUIDANCE) for op, mode in TRANSITIONS]
     cases += [Case(op, mode, "loss", (8, 8, 50)) for op, mode in LOSSES]
+    shapes = {"group_norm": (2, 64, 16, 16), "geglu": (2, 64, 128)}
+    cases += [Case(op, mode, "hidden", shapes[op], channels_last=op == "group_norm") for op, mode in DENOISER]
     return [*cases, Case("philox_normal", "fwd", "SD", (2, *LATENTS["SD"]))]
 
 
@@ -112,6 +124,13 @@ def bytes_moved(case: Case) -> int:
         g, b, t = case.shape
         read, grad, loss = 4 * (3 * g * b * t + g * b), 4 * g * b * t, 4
         return {"fwd": read + loss, "fwd+bwd": 2 * (read + loss) + grad, "fused": read + loss + 4 * STATS + grad}[case.mode]
+    if case.op == "group_norm":
+        tensor, few = math.prod(case.shape) * case.dtype.itemsize, (case.shape[0] + 2) * case.shape[1] * case.dtype.itemsize
+        # A group is not normalised before all of it was seen, nor is its gradient: x, x, y; x, dy, x, dy, dx.
+        return {"fwd": 3 * tensor + few, "fwd+bwd": 8 * tensor + 3 * few}[case.mode]
+    if case.op == "geglu":
+        half = math.prod(case.shape) // 2 * case.dtype.itemsize
+        return {"fwd": 3 * half, "fwd+bwd": 8 * half}[case.mode]  # x, y; x, dy, dx
     n, d = case.shape[0], math.prod(case.shape[1:])
     model_output = (1 if case.guidance_scale is None else 2) * n * d * case.dtype.itemsize
     latent, coefficients, row = 4 * n * d, 3 * 4 * n, 4 * n
@@ -209,7 +228,7 @@ def operators(backend: str) -> Ops:
 def build(case: Case, device: torch.device | str, ops: Ops, *, name: str = "triton", compiled: bool = False) -> Built:
     """Inputs on `device`, and the contestants: `ops` under `name`, "eager", and "compiled" if asked for."""
     device = torch.device(device)
-    builder = {"philox_normal": _philox, "denoise_step": _denoise}.get(case.op)
+    builder = {"philox_normal": _philox, "denoise_step": _denoise, "group_norm": _of_denoiser, "geglu": _of_denoiser}.get(case.op)
     if builder is None:
         builder = _loss if case.op.startswith("prdp_loss") else _log_prob
     return builder(case, device, ops, name, _compile if compiled else None)
@@ -368,3 +387,56 @@ def _loss(case: Case, device: torch.device, ops: Ops, name: str, compile_: Compi
         run = wrap(chain)
         contestants.append(Contestant(label, run, run, keys))
     return Built(case, contestants, answer, {"loss": torch.float32, "grad": torch.float32})
+
+
+def denoiser_inputs(case: Case, device: torch.device) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """(what the operator is differentiated in, the gradient of its result). Made on the CPU, like the others."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    if case.op == "geglu":
+        found = [normal(*case.shape), normal(*case.shape[:-1], case.shape[-1] // 2)]
+    else:
+        n, channels = case.shape[:2]
+        x = 0.5 + normal(*case.shape)
+        # Sums over rows and pixels are compared by 1e-6 of themselves, so their terms do not cancel.
+        found = [x, 1 + 0.1 * normal(channels), normal(channels), normal(n, channels), 1 + x + normal(*case.shape)]
+    format_ = torch.channels_last if case.channels_last else torch.contiguous_format
+    *given, upstream = (
+        t.to(device, case.dtype, memory_format=format_ if t.ndim == 4 else torch.contiguous_format) for t in found
+    )
+    return given, upstream
+
+
+def _of_denoiser(case: Case, device: torch.device, ops: Ops, name: str, compile_: Compile) -> Built:
+    """The opponents round after every operation, as a model in half precision does: nothing is expected of them."""
+    given, upstream = denoiser_inputs(case, device)
+    keys = ("y",) if case.mode == "fwd" else ("y", "dx", "dweight", "dbias", "dshift")[: 1 + len(given)]
+
+    def operator(op: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        if case.op == "geglu":
+            return op
+        return lambda x, weight, bias, shift: op(x, weight, bias, NORM_GROUPS, shift=shift, silu=True)
+
+    def wrap(function: Callable[..., torch.Tensor], values: list[torch.Tensor], up: torch.Tensor) -> Callable[[], Outputs]:
+        leaves = [value.detach().requires_grad_(case.mode != "fwd") for value in values]
+
+        def run() -> Outputs:
+            y = function(*leaves)
+            return dict(zip(keys, [y.detach(), *(torch.autograd.grad(y, leaves, up) if case.mode != "fwd" else [])], strict=True))
+
+        return run
+
+    op = wrap(operator(ops[case.op]), given, upstream)
+    contestants = [Contestant(name, op, op, keys)]
+    for label, chain in _chains(getattr(chains, case.op), compile_):
+        run = wrap(chain, given, upstream)
+        contestants.append(Contestant(label, run, run, ()))
+
+    def answer() -> Outputs:
+        reference = partial(getattr(prdp_kernels, case.op), backend="torch")
+        return wrap(operator(reference), [value.double() for value in given], upstream.double())()
+
+    return Built(case, contestants, answer, dict.fromkeys(keys, case.dtype))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch.nn import functional
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
@@ -95,3 +96,13 @@ def prdp_loss(
     pair = dr > 0
     worst = torch.maximum(error**2, clipped_error**2) * pair
     return (worst.sum((1, 2)) / pair.sum((1, 2)).clamp(min=1)).mean()
+
+
+def group_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """As diffusers' ResnetBlock2D has it between its convolutions, 32 groups."""
+    return functional.silu(functional.group_norm(x + shift[:, :, None, None], 32, weight, bias))
+
+
+def geglu(x: torch.Tensor) -> torch.Tensor:
+    hidden, gate = x.chunk(2, dim=-1)
+    return hidden * functional.gelu(gate)

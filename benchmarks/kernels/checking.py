@@ -9,6 +9,14 @@ A tensor passes if two things hold against the float64 reference, NaN passing ne
    term is for float32's own cancellation in x' - mu: a few roundings of numbers up to 8 (6e-7 each), over std >= 0.1, is 1e-5 of
    a residual, and rows with a small gradient are measured by the RMS of all of them. It covers the subnormals of fp16 (3e-8) too.
 
+A log-prob of a step is held to 1e-6 over its rows, though the answer is that of x' before it is rounded to float32. What rounding
+does to it averages out: an x' up to 4 is off by 1e-7 at random, over std >= 0.1 that is 1e-6 of a residual's unit. The mean of
+its product with 120 independent normals, the smallest row here, is below 1e-7; at 16,384 elements it is 1e-8. So is the rounding
+of the mean, which both sides take from the same float32 inputs. What is left are errors of one sign:
+1 / std and log std, each a rounding (6e-8 of a term near 1), and what the noise is off by in its mean square, 4 x 6e-8 at most,
+of which the log-prob has half. With log-probs of .4 RMS that is at most 5e-7. A row whose log-prob happens to be near 0 changes
+nothing, because the RMS is over all rows. More than 1e-6 is a fault, and once was one: a wrong digit in the noise's logarithm.
+
 That is for the operators. The plain chains they are compared with get ten times the float32 terms (`slack`): they sum elementwise
 log-probs in float32, in the order torch chooses, which costs them a good half of 1e-6.
 """

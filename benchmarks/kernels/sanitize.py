@@ -27,6 +27,10 @@ def odd_cases() -> list[Case]:
             Case(op, mode, "long", (2, 4, 33, 65), torch.bfloat16, 5.0),
         ]
     found += [Case(op, mode, "odd", shape) for op, mode in LOSSES for shape in ((3, 5, 7), (2, 16, 130))]
+    for mode in ("fwd", "fwd+bwd"):
+        for shape in ((3, 96, 5, 7), (1, 64, 33, 33)):
+            found.append(Case("group_norm", mode, "odd", shape, torch.bfloat16, channels_last=True))
+        found += [Case("geglu", mode, "odd", shape, torch.bfloat16) for shape in ((3, 5, 26), (1, 1, 2))]
     return found + [Case("philox_normal", "fwd", "odd", shape) for shape in ((3, 3, 5, 7), (1, 1, 1, 1), (2, 4, 33, 65))]
 
 

@@ -114,9 +114,13 @@ def is_dense(t: torch.Tensor) -> bool:
 #
 # A row of up to ONE_PROGRAM elements, an SD latent of 4 x 64 x 64, is one program's, which needs no scratch and no semaphore. The
 # programs of a larger row leave their sums for the one that arrives last. A thread has 8 elements of a tile: one 16-byte load of
-# bf16, two of float32. The alternatives, and the model of bytes and latencies behind the choice, are in kernels/README.md; which
-# is faster only a GPU can say: PRDP_KERNELS_ONE_PROGRAM=4096 puts two programs of 8192 elements on an SD latent.
+# bf16, two of float32. A row of up to MEDIUM elements, an SDXL latent of 4 x 128 x 128, is cut finer than the largest ones: eight
+# such rows in programs of four tiles would leave half of a GPU idle and wait for memory four times over. The alternatives, and
+# the model of bytes and latencies behind the choice, are in kernels/README.md; which is faster only a GPU can say.
+# PRDP_KERNELS_SPREAD=2 or 4 is the number of tiles of a program of a medium row; PRDP_KERNELS_ONE_PROGRAM=4096 makes an SD latent
+# one, of eight programs. With 4 tiles, two programs an SD latent, a log-prob took 2 us more on an H100.
 ONE_PROGRAM = int(os.environ.get("PRDP_KERNELS_ONE_PROGRAM", "16384"))
+SPREAD = int(os.environ.get("PRDP_KERNELS_SPREAD", "1"))
 
 # (elements of a row up to, tile, tiles a program, warps)
 TABLE = (
@@ -129,6 +133,7 @@ TABLE = (
 LARGE = (8192, 2, 32)  # tile, tiles, warps of rows of up to ONE_PROGRAM elements
 LARGE_F64 = (4096, 4, 16)  # in float64, which needs more registers than a thread of 32 warps has
 TILE, TILES, WARPS = 2048, 4, 8  # of larger ones
+MEDIUM = 65536
 PLANE_TILE = 2048  # elements of a tile that spans all channels
 
 
@@ -139,14 +144,14 @@ def _flat_tile(size: int, double: bool = False) -> TileConfig:
     tile, tiles, warps = LARGE_F64 if double else LARGE
     if size <= min(ONE_PROGRAM, tile * tiles):
         return TileConfig(True, 1, size, 1, tile, tiles, warps)
-    return TileConfig(True, 1, size, 1, TILE, TILES, WARPS)
+    return TileConfig(True, 1, size, 1, TILE, SPREAD if size <= MEDIUM else TILES, WARPS)
 
 
 def elementwise_tile(size: int) -> TileConfig:
     """Of rows without a sum, noise alone and gradients alone: more programs than a row with a sum has."""
     if size <= 4096:
         return _flat_tile(size)
-    return TileConfig(True, 1, size, 1, TILE, 1 if size <= 65536 else TILES, WARPS)
+    return TileConfig(True, 1, size, 1, TILE, 1 if size <= MEDIUM else TILES, WARPS)
 
 
 def _plane_tile(channels: int, pixels: int) -> TileConfig:

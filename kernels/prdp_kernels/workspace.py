@@ -36,6 +36,11 @@ class Pool:
         return self.zeros[begin : begin + count]
 
 
+def current_stream(index: int) -> int:
+    """The stream's handle, without the Python object around it."""
+    return torch._C._cuda_getCurrentRawStream(index)
+
+
 def semaphores(count: int, device: torch.device) -> torch.Tensor:
     """At least `count` int32 zeros, for one launch on the current stream of `device`."""
     if device.type != "cuda":
@@ -49,7 +54,7 @@ def semaphores(count: int, device: torch.device) -> torch.Tensor:
         # Once a device. The stream is waited for: a graph that is captured later may be replayed on another.
         _POOLS[index] = Pool(POOL, device)
         torch.cuda.current_stream(device).synchronize()
-    key = (index, torch.cuda.current_stream(device).cuda_stream)
+    key = (index, current_stream(index))
     kept = _KEPT.get(key)
     if kept is None or len(kept) < count:
         kept = _KEPT[key] = torch.zeros(max(count, KEPT), dtype=torch.int32, device=device)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prdp_fast.acceleration import attention, shared_halves
+from prdp_fast.acceleration import attention, channels_last, shared_halves
 from prdp_fast.acceleration.compile import (
     CompiledForward,
     compile_blocks,
@@ -122,15 +122,15 @@ def try_attention(name: str, probe: Probe, variants: dict[str, Callable[[], None
 
 
 def choose_switch(
-    name: str, setting: str, probe: Probe, on: Callable[[], None], off: Callable[[], None], remembered: str | None
+    name: str, setting: str, probe: Probe, on: Callable[[], Any], off: Callable[[], Any], remembered: str | None
 ) -> Decision:
-    """A switch of the frozen reference, measured. Raises: UserError if `on` is set and it does not work."""
+    """A switch of the probe's denoiser, measured. Raises: UserError if `on` is set and it does not work."""
+    what = f"forward and backward, {probe.rows} rows" if probe.gradients else f"reference, forward of {probe.rows} rows"
     if setting == "auto" and remembered is None:
         chosen, times, faults = choose_variant(probe, {"off": off, "on": on}, "off")
-        return Decision(chosen, faults.get("on", f"reference, forward of {probe.rows} rows"), times)
-    value, reason = (
-        (remembered, "as this run chose when it started") if setting == "auto" else (setting, "as set; reference only")
-    )
+        return Decision(chosen, faults.get("on", what), times)
+    only = "" if probe.gradients else "; reference only"
+    value, reason = (remembered, "as this run chose when it started") if setting == "auto" else (setting, f"as set{only}")
     if value == "on":
         try:
             on()
@@ -156,18 +156,21 @@ def choose_fuse_qkv(setting: str, probe: Probe, kernel: str, remembered: str | N
     return decision
 
 
-def choose_channels_last(setting: str, probe: Probe, compiling: bool, remembered: str | None) -> Decision:
-    def on() -> None:
-        probe.denoiser.to(memory_format=torch.channels_last)
-
-    def off() -> None:
-        probe.denoiser.to(memory_format=torch.contiguous_format)
-
-    if setting == "auto" and probe.device.type == "cpu":
-        return Decision("off", "a CPU's convolutions reorder their inputs in any case")
-    if setting == "auto" and compiling:
-        return Decision("off", "the compiler chooses layouts itself")
-    return choose_switch("channels_last", setting, probe, on, off, remembered)
+def choose_channels_last(setting: str, probe: Probe, stage: int, remembered: str | None) -> Decision:
+    denoiser = probe.denoiser
+    reason = "a CPU's convolutions reorder their inputs in any case" if probe.device.type == "cpu" and setting == "auto" else ""
+    if stage == 3:
+        reason = "at ZeRO-3 weights are gathered in hooks of the layers that this goes past"
+    elif not any(run is channels_last.residual_block for _, run in channels_last.rewrites(denoiser)):
+        reason = "no residual blocks of the kind that it knows"
+    if not reason:
+        return choose_switch(
+            "channels_last", setting, probe, lambda: channels_last.enable(denoiser), lambda: channels_last.disable(denoiser),
+            remembered,
+        )  # fmt: skip
+    if setting == "on":
+        raise UserError(f"performance.channels_last is on, but {reason}; set auto or off")
+    return Decision("off", "as set" if setting == "off" else reason)
 
 
 def choose_shared_halves(setting: str, probe: Probe, guided: bool, remembered: str | None) -> Decision:
@@ -233,20 +236,24 @@ def plan_compiling(setting: str, device: torch.device, stage: int, past: dict[st
 
 
 def keep_what_pays(
-    plan: dict[str, Decision], past: dict[str, str], work: WorkLeft, probes: Mapping[str, Probe], key: str
+    plan: dict[str, Decision], past: dict[str, str], work: WorkLeft, probes: Mapping[str, Probe], key: str, layout: Decision
 ) -> dict[str, Decision]:
     """The plan without what takes longer to compile than it saves in the rest of the job. What the run had stays.
 
-    Args: probes: of each role, few rows; timed plain.
+    Args:
+        probes: of each role, few rows; timed as they are.
+        layout: what was chosen for channels_last, with its times.
     """
     learnt, kept = learnt_seconds(key), dict(plan)
+    times = layout.milliseconds
+    gained = times["off"] / times["on"] if layout.value == "on" and {"off", "on"} <= times.keys() else 1.0
     for role, probe in probes.items():
         if plan[role].value == "off" or f"compile {role}" in past:
             continue
         inputs = probe.inputs()
         milliseconds = probe.time({"plain": lambda probe=probe, inputs=inputs: probe.run(inputs)})["plain"]  # type: ignore[misc]
         blocks = count_blocks(probe.denoiser, probe.shapes.repeated_blocks)
-        found = payback(role, work, milliseconds / 1000 / probe.rows, blocks, learnt)
+        found = payback(role, work, milliseconds / 1000 / probe.rows, blocks, learnt, gained)
         if not found.pays:
             kept[role] = Decision("off", str(found))
     return kept
@@ -441,9 +448,10 @@ def choose_kernels(
     plan: dict[str, Decision],
     past: dict[str, str],
     chooser: Probe,
+    stage: int,
     ranks: Ranks,
 ) -> dict[str, Decision]:
-    """Attention, the same in every denoiser; layout and joined projections of the reference alone, which is never trained.
+    """Attention and layout, the same in every denoiser; joined projections of the reference alone, which is never trained.
 
     Args: chooser: of the sampled denoiser, few rows, forward and backward: most of the time goes into the update.
     """
@@ -456,14 +464,13 @@ def choose_kernels(
     kernel = decisions["attention"].value
     for denoiser in denoisers:
         attention.set_attention(denoiser, kernel)
+    decisions["channels_last"] = ranks.first(
+        lambda: choose_channels_last(performance.channels_last, chooser, stage, past.get("channels_last"))
+    )
+    for denoiser in denoisers:
+        (channels_last.enable if decisions["channels_last"].value == "on" else channels_last.disable)(denoiser)
     if denoisers.reference is not None:
         frozen = replace(chooser, denoiser=denoisers.reference, gradients=False)
-        optimizes = plan["reference"].value != "off"
-        decisions["channels_last"] = ranks.first(
-            lambda: choose_channels_last(performance.channels_last, frozen, optimizes, past.get("channels_last"))
-        )
-        if decisions["channels_last"].value == "on":  # on the ranks that measured otherwise
-            denoisers.reference.to(memory_format=torch.channels_last)
         decisions["fuse_qkv"] = ranks.first(lambda: choose_fuse_qkv(performance.fuse_qkv, frozen, kernel, past.get("fuse_qkv")))
         if decisions["fuse_qkv"].value == "on":
             attention.fuse_qkv(denoisers.reference)
@@ -515,7 +522,7 @@ def accelerate(
     decisions = result.decisions
     few_rows = min(PROBE_ROWS.get(device.type, PROBE_ROWS["cpu"]), train_rows)
     chooser = probe(denoisers.sampled, few_rows, gradients=True)
-    decisions |= choose_kernels(denoisers, performance, plan, past, chooser, ranks)
+    decisions |= choose_kernels(denoisers, performance, plan, past, chooser, stage, ranks)
     # A run that was started before there was a choice goes on as it was.
     had = past.get("shared_halves", "off" if past else None)
     decisions["shared_halves"] = ranks.first(
@@ -529,7 +536,7 @@ def accelerate(
         probes = {"trained": chooser, "rollout": probe(denoisers.sampled, few_rows)}
         if denoisers.reference is not None:
             probes["reference"] = probe(denoisers.reference, few_rows)
-        plan = ranks.gather(keep_what_pays(plan, past, work, probes, key))[0]
+        plan = ranks.gather(keep_what_pays(plan, past, work, probes, key, decisions["channels_last"]))[0]
     made, rollout = compile_denoisers(
         denoisers, plan, past, performance.compile != "auto", probe, train_rows, sample_rows, ranks, shapes.repeated_blocks
     )

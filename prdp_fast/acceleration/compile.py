@@ -24,9 +24,9 @@ class CompiledForward:
 
     enabled: ClassVar[bool] = True
 
-    def __init__(self, eager: Forward, rows: Iterable[int]) -> None:
-        self.eager, self.rows = eager, frozenset(rows)
-        self.compiled = torch.compile(eager, dynamic=False, backend=BACKEND)
+    def __init__(self, forward: Forward, rows: Iterable[int], eager: Forward | None = None) -> None:
+        self.eager, self.rows = eager or forward, frozenset(rows)
+        self.compiled = torch.compile(forward, dynamic=False, backend=BACKEND)
 
     def __call__(self, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         # Inside another compilation the plain forward is what is wanted.
@@ -82,7 +82,7 @@ def compile_blocks(denoiser: nn.Module, blocks: Collection[str], rows: Iterable[
     for module in denoiser.modules():
         if is_one_of(module, blocks):
             recurring = rows | {count // 2 for count in rows} if module in halved else rows
-            module.forward = CompiledForward(own_forward(module), recurring)  # type: ignore[method-assign]
+            module.forward = CompiledForward(own_forward(module), recurring, module.forward)  # type: ignore[method-assign]
 
 
 def is_one_of(module: nn.Module, names: Collection[str]) -> bool:
@@ -111,5 +111,11 @@ def compile_frozen(denoiser: nn.Module, mode: str, blocks: Collection[str], rows
 
 
 def uncompile(denoiser: nn.Module) -> None:
+    """Every forward as it was before it was compiled."""
     for module in denoiser.modules():
+        forward = module.__dict__.get("forward")
+        while isinstance(forward, (CompiledForward, TrainedForward)):
+            forward = forward.forward if isinstance(forward, TrainedForward) else forward.eager
         module.__dict__.pop("forward", None)
+        if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
+            module.forward = forward  # type: ignore[method-assign]

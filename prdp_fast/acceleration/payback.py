@@ -41,19 +41,25 @@ class Payback:
         return self.saves > self.costs
 
     def __str__(self) -> str:
+        if self.saves <= 0:
+            return "would be slower than the project's own kernels, by what compiling saved elsewhere"
         return f"saves about {self.saves:.0f} s of this job, costs about {self.costs:.0f} s"
 
 
-def payback(role: str, work: WorkLeft, seconds_per_row: float, blocks: int, learnt: Mapping[str, float]) -> Payback:
+def payback(
+    role: str, work: WorkLeft, seconds_per_row: float, blocks: int, learnt: Mapping[str, float], gained: float = 1.0
+) -> Payback:
     """Args:
-    seconds_per_row: of the plain call, forward and backward for the trained denoiser.
+    seconds_per_row: of the call that would be made instead, forward and backward for the trained denoiser.
     blocks: repeated blocks of the denoiser.
     learnt: seconds that compiling took here before, by role.
+    gained: how many times faster than diffusers' own that call is. What is compiled is diffusers' own.
     """
     spent = work.rows[role] * seconds_per_row
     if work.seconds is not None:
         spent = min(spent, work.seconds)
-    return Payback(SAVED[role] * spent, learnt.get(role, SECONDS[role] * blocks / BLOCKS))
+    saved = 1 - (1 - SAVED[role]) * gained
+    return Payback(saved * spent, learnt.get(role, SECONDS[role] * blocks / BLOCKS))
 
 
 def count_blocks(denoiser: nn.Module, names: tuple[str, ...]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -20,12 +21,24 @@ def whole(path: Path) -> Iterator[Path]:
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
     try:
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        with naming(path):
+            yield partial
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError of the block has `path` for its file if it has none: once a file is open, a full disk is without a name."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = os.fspath(path)
         raise
 
 
@@ -49,11 +62,17 @@ def read_json(path: Path) -> Any:
 
 
 def write_tensors(path: Path, value: Any) -> None:
-    """torch.save of plain containers of tensors, numbers and texts: what `torch.load(weights_only=True)` reads."""
+    """torch.save of plain containers of tensors, numbers and texts: what `torch.load(weights_only=True)` reads.
+
+    Raises: OSError.
+    """
     import torch
 
     with whole(path) as partial:
-        torch.save(value, partial)
+        try:
+            torch.save(value, partial)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(errno.EIO, f"torch could not write it ({' '.join(str(error).split())[:100]})") from error
 
 
 def _strict(value: Any) -> Any:

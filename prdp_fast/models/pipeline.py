@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import importlib
 import math
 from collections.abc import Callable
@@ -12,9 +13,11 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
+from safetensors import SafetensorError
 from torch import nn
 
 from prdp_fast.core.errors import UserError
+from prdp_fast.core.files import naming
 from prdp_fast.core.memory import smaller_on_oom
 from prdp_fast.core.records import TextEmbeddings
 from prdp_fast.models.configs import read_json
@@ -23,6 +26,7 @@ from prdp_fast.models.families.base import Family
 from prdp_fast.models.files import INDEX, quiet_loading, resolve
 from prdp_fast.models.finite import first_nonfinite, wider
 from prdp_fast.models.lora import export_adapter
+from prdp_fast.models.tokenizers import check_tokenizers
 from prdp_fast.models.upsampling import join_upsampling
 from prdp_fast.models.weights import check_weights, find_weights
 
@@ -81,7 +85,7 @@ class Pipeline:
         vae.to(device, vae_dtype, memory_format=torch.channels_last)
         for module in text_encoders:
             module.to(device, frozen_dtype)
-        check_tokenizers(family, whole)
+        check_tokenizers(family, whole, directory)
         pipeline = cls(family, denoiser.to(device), vae, sampled_with, whole, directory)
         pipeline.check_weights()
         return pipeline
@@ -177,7 +181,15 @@ class Pipeline:
 
         Args: state: the trained weights: the denoiser's, or its adapter's.
         Returns: what the user should know, a line each.
+        Raises: OSError.
         """
+        try:
+            with naming(directory):
+                return self._export(directory, state)
+        except SafetensorError as error:  # what safetensors makes of a full disk
+            raise OSError(errno.EIO, " ".join(str(error).split())[:160], str(directory)) from error
+
+    def _export(self, directory: Path, state: dict[str, torch.Tensor]) -> list[str]:
         family = self.family
         if family.lora is not None:
             export_adapter(directory, family.denoiser_component, family.meta_denoiser(), state, family.pretrained)
@@ -280,28 +292,3 @@ def load_network(family: Family, directory: Path, name: str) -> nn.Module:
 def does_not_load(family: Family, what: str, error: Exception) -> str:
     reason = " ".join(str(error).split())[:300] or type(error).__name__
     return f"model.pretrained {family.pretrained!r} did not load as {what}: {reason}"
-
-
-def check_tokenizers(family: Family, whole: DiffusionPipeline) -> None:
-    """Cut prompts where the text encoders end, and try them.
-
-    Raises: UserError if a tokenizer has no words or other words than its encoder, or a prompt cannot be encoded.
-    """
-    what = f"model.pretrained {family.pretrained!r}"
-    for name in (name for name in family.components if name.startswith("tokenizer")):
-        tokenizer, config = getattr(whole, name), getattr(whole, name.replace("tokenizer", "text_encoder")).config
-        longest, words = config.max_position_embeddings, len(tokenizer)
-        if not isinstance(tokenizer.model_max_length, (int, float)) or tokenizer.model_max_length > longest:
-            tokenizer.model_max_length = longest
-        if words <= len(tokenizer.all_special_ids):  # what transformers makes where the vocabulary's file is missing
-            raise UserError(f"{what}: {name} has no words; expected tokenizer.json, or vocab.json and merges.txt; fetch them")
-        if words > config.vocab_size:
-            raise UserError(
-                f"{what}: {name} knows {words} words and its text encoder {config.vocab_size}; they are of two models"
-            )
-    try:
-        with torch.no_grad():
-            family.encode(whole, ["a prompt"], negative=False)
-    except Exception as error:  # of tokenizers and text encoders, by the setting that is wrong
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{what}: a prompt cannot be encoded with its tokenizer and text encoder: {reason}") from None

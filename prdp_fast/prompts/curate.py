@@ -73,6 +73,9 @@ class _Tally:
             note = ascii(text[:EXAMPLE_CHARS])[1:-1]  # control characters are seen, halves of surrogate pairs can be written
             shown.append(f"{row.file}:{row.number}: {note}" if row else note)
 
+    def report(self, kept: int) -> dict[str, Any]:
+        return {"rows": self.rows, "kept": kept, "dropped": dict(self.dropped.most_common()), "examples": self.examples}
+
 
 def curate(
     source: Source,
@@ -101,6 +104,34 @@ def curate(
     Raises: UserError if nothing can be read, every row is dropped, or there are too few prompts for the sets.
     """
     output = Path(output)
+    _refuse_request(output, limits, evaluation, seed)
+    train, unseen = _Tally(), _Tally()
+    parts: list[str] = []
+    with _workshop(output) as work:
+        _deal(
+            [(train, source), *([(unseen, held_out)] if held_out else [])],
+            work, parts, limits=limits, max_tokens=max_tokens, count_tokens=count_tokens, seed=seed,
+        )  # fmt: skip
+        kept, unseen_kept = _sort(work, train, unseen)
+        _refuse_nothing(kept, train, source)
+        if held_out:
+            _refuse_nothing(unseen_kept, unseen, held_out)
+        sizes = _sizes(kept, unseen_kept, evaluation, held_out is not None)
+        report = {
+            "source": source.kind, "split": source.split, "seed": seed,
+            "limits": {**limits._asdict(), "max_tokens": max_tokens},
+            **train.report(kept), "metadata": sorted(train.metadata),
+        }  # fmt: skip
+        if held_out:
+            report["unseen"] = {"source": held_out.kind, "split": held_out.split, **unseen.report(unseen_kept)}
+        report["sets"] = _write_sets(work / "new", _sets(work, parts, sizes, held_out is not None), shard_size)
+        write_json(work / "new" / REPORT, report)
+        _publish(work / "new", output)
+    return report
+
+
+def _refuse_request(output: Path, limits: clean.Limits, evaluation: int | None, seed: int) -> None:
+    """Raises: UserError about what can be known before anything is read."""
     if not 0 <= seed < 2**63:
         raise UserError(f"seed is {seed}; expected an integer from 0 that fits 63 bits")
     if evaluation is not None and evaluation < 0:
@@ -109,63 +140,41 @@ def curate(
         raise UserError(f"lengths of {limits.min_chars} to {limits.max_chars} characters do not fit; expected 1 <= min <= max")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output} exists and is not empty; choose another directory or remove it first")
+
+
+@contextlib.contextmanager
+def _workshop(output: Path) -> Iterator[Path]:
+    """A hidden directory beside `output`, on the same disk, that is gone after the block. Raises: UserError for any OSError."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     except OSError as error:
         raise UserError(f"--output {output} cannot be written ({error.strerror}); choose a directory that can") from error
     try:
-        tallies = {"train": _Tally(), "unseen": _Tally()}
-        parts: list[str] = []
-        _deal(
-            [(tallies["train"], source), *([(tallies["unseen"], held_out)] if held_out else [])],
-            work, parts, limits=limits, max_tokens=max_tokens, count_tokens=count_tokens, seed=seed,
-        )  # fmt: skip
-        kept, unseen_kept = _sort(work, tallies["train"], tallies["unseen"])
-        _refuse_nothing(kept, tallies["train"], source)
-        if held_out:
-            _refuse_nothing(unseen_kept, tallies["unseen"], held_out)
-        sizes = _sizes(kept, unseen_kept, evaluation, held_out is not None)
-        report = {
-            "source": source.kind,
-            "split": source.split,
-            "seed": seed,
-            "limits": {**limits._asdict(), "max_tokens": max_tokens},
-            "rows": tallies["train"].rows,
-            "kept": kept,
-            "dropped": dict(tallies["train"].dropped.most_common()),
-            "examples": tallies["train"].examples,
-            "metadata": sorted(tallies["train"].metadata),
-        }
-        if held_out:
-            report["unseen"] = {
-                "source": held_out.kind,
-                "split": held_out.split,
-                "rows": tallies["unseen"].rows,
-                "kept": unseen_kept,
-                "dropped": dict(tallies["unseen"].dropped.most_common()),
-                "examples": tallies["unseen"].examples,
-            }
-        written = {
-            name: write_shards(prompts, work / "new", name, shard_size=shard_size)
-            for name, prompts in _sets(work, parts, sizes, held_out is not None)
-        }
-        entries = {name: entry for name, entry in written.items() if entry.total}
-        report["sets"] = {name: entry.total for name, entry in entries.items()}
-        hashes = [shard.sha256 for entry in entries.values() for shard in entry.shards]
-        write_index(work / "new", entries, f"{FORMAT}-{hashlib.sha256(' '.join(hashes).encode()).hexdigest()[:16]}")
-        write_json(work / "new" / REPORT, report)
-        with contextlib.suppress(OSError):
-            output.rmdir()  # it is empty, or was never there
-        try:
-            os.rename(work / "new", output)
-        except OSError as error:
-            raise UserError(f"--output {output} came into being meanwhile ({error.strerror}); choose another one") from error
-        return report
+        yield work
     except OSError as error:
         raise UserError(f"building {output} failed ({error}); see that the disk has room for the texts twice") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _write_sets(directory: Path, sets: Iterable[tuple[str, Iterable[Prompt]]], shard_size: int) -> dict[str, int]:
+    """The shards of every set that has prompts, and their index. Returns: how many prompts are in each."""
+    written = {name: write_shards(prompts, directory, name, shard_size=shard_size) for name, prompts in sets}
+    entries = {name: entry for name, entry in written.items() if entry.total}
+    hashes = [shard.sha256 for entry in entries.values() for shard in entry.shards]
+    write_index(directory, entries, f"{FORMAT}-{hashlib.sha256(' '.join(hashes).encode()).hexdigest()[:16]}")
+    return {name: entry.total for name, entry in entries.items()}
+
+
+def _publish(built: Path, output: Path) -> None:
+    """Give the whole directory its name. Raises: UserError if the name is taken by now."""
+    with contextlib.suppress(OSError):
+        output.rmdir()  # it is empty, or was never there
+    try:
+        os.rename(built, output)
+    except OSError as error:
+        raise UserError(f"--output {output} came into being meanwhile ({error.strerror}); choose another one") from error
 
 
 def _refuse_nothing(kept: int, tally: _Tally, source: Source) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from prdp_fast.core.files import write_text
+from prdp_fast.core.files import naming, write_text
 from prdp_fast.core.run_directory import METRICS, TENSORBOARD
 
 PLAIN_INTERVAL = 10.0  # seconds between progress lines where there is no terminal to draw a bar on
@@ -98,8 +98,10 @@ class Telemetry:
         self._epoch_seconds, self._epoch_start, self._outside = {}, None, 0.0
         if self._metrics_file is None:
             return
-        self._metrics_file.write(json.dumps({"epoch": epoch} | {k: strict(v) for k, v in row.items() if k != "epoch"}) + "\n")
-        self._metrics_file.flush()
+        assert self.directory is not None
+        with naming(self.directory / METRICS):
+            self._metrics_file.write(json.dumps({"epoch": epoch} | {k: strict(v) for k, v in row.items() if k != "epoch"}) + "\n")
+            self._metrics_file.flush()
         self.log_scalars(epoch, row)
         if self._display:
             done = epoch + 1 - self.first_epoch
@@ -109,15 +111,16 @@ class Telemetry:
     def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Scalars for TensorBoard alone."""
         if self.directory is not None:
-            for name, value in values.items():
-                self._tensorboard().add_scalar(name, plain_number(value), step)
+            with naming(self.directory / TENSORBOARD):
+                for name, value in values.items():
+                    self._tensorboard().add_scalar(name, plain_number(value), step)
 
     def log_image(self, tag: str, path_to_png: Path, step: int) -> None:
         if self.directory is not None:
             import numpy as np
             from PIL import Image
 
-            with Image.open(path_to_png) as image:
+            with Image.open(path_to_png) as image, naming(self.directory / TENSORBOARD):
                 self._tensorboard().add_image(tag, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
     def message(self, text: str) -> None:
@@ -133,7 +136,9 @@ class Telemetry:
             display.close()
         writer, self._writer = self._writer, None
         if writer is not None:
-            writer.close()
+            assert self.directory is not None
+            with naming(self.directory / TENSORBOARD):
+                writer.close()
         if self._metrics_file is not None:
             self._metrics_file.close()
 

@@ -17,6 +17,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import nn
 
+from prdp_fast.acceleration import channels_last
 from prdp_fast.acceleration.choose import Acceleration, Denoisers, Ranks, accelerate
 from prdp_fast.acceleration.payback import WorkLeft
 from prdp_fast.acceleration.process import choose_fused_optimizer, prepare_process
@@ -119,6 +120,8 @@ class Trainer:
         )  # fmt: skip
         acceleration = speed_up(job, engine, reference, state, device, output)
         acceleration.decisions |= decisions | {"fused_optimizer": fused}
+        if acceleration.decisions["channels_last"].value == "on":
+            channels_last.enable(pipeline.vae.decoder)
         if acceleration.shares_halves:  # in every pass alike, so that log-probs that are compared round alike
             job = replace(job, policy=replace(job.policy, predict=partial(job.policy.predict, shared=True)))
 
@@ -304,14 +307,10 @@ class Trainer:
 
     def resume(self) -> None:
         """Continue after the newest checkpoint, if there is one: weights, optimizer, moving average; `state` is read already."""
-        latest = self.checkpoints.latest()
+        latest = self.checkpoints.load(self.engine.load)
         if latest is not None:
-            self.engine.load(latest)
             if fault := self.weight_fault():
-                raise UserError(
-                    f"checkpoint {latest}: {fault}; expected finite weights: remove this directory, to go on from the one before "
-                    "it or from the beginning"
-                )
+                raise UserError(self.checkpoints.damaged(latest, fault))
             self.telemetry.message(f"continuing after epoch {self.state.epoch} from {latest.name}")
         self.state.start_clock()
 

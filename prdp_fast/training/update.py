@@ -75,6 +75,12 @@ class UpdateReport:
     scale: float = 1.0  # of the loss in the last update
     micro_batch: int = 0  # what it was in the end: half of what was asked for, if that was too much for the memory
 
+    def count(self, applied: bool, scale: float) -> None:
+        """An update, taken or skipped."""
+        self.skipped_updates += not applied
+        self.skipped_in_row = 0 if applied else self.skipped_in_row + 1
+        self.scale = scale
+
     @property
     def drift(self) -> float:
         return 0.0 if self.drift_by_step is None else float(self.drift_by_step.nan_to_num().max())
@@ -180,8 +186,11 @@ def run_updates(
         skipped_in_row: updates before this epoch's that were skipped, since the last one that was not.
         say: tells the user a line: that a micro-batch was too large for the memory, say.
     """
-    report, sampled, stochastic = UpdateReport(), trajectories.log_probs, policy.transitions.stochastic
-    report.skipped_in_row = skipped_in_row
+    report, sampled, stochastic = (
+        UpdateReport(skipped_in_row=skipped_in_row),
+        trajectories.log_probs,
+        policy.transitions.stochastic,
+    )
     every_row = len(sampled) * policy.evaluations(stochastic)
     inputs = EpochInputs(objective, trajectories, rewards, reference, reduce)
     chosen, strata_sizes = draw_steps(trajectories, timesteps)
@@ -196,25 +205,11 @@ def run_updates(
             log_probs = sampled
         else:  # pass (1)
             report.free_first_pass &= old is not None
-            evaluate = partial(log_prob_pass, policy, engine.denoiser, trajectories, geometry)
-            # Not where ranks communicate in a forward: the others would be one forward ahead.
-            log_probs = again_after_release(evaluate) if engine.passes_are_local else evaluate()
+            log_probs = current_log_probs(policy, engine, trajectories, geometry)
             report.denoiser_rows += every_row
         output = objective(inputs.of(log_probs, log_probs if old is None else old))
         weights = output.weights.reshape(sampled.shape) * strata_sizes
-        engine.set_scale(reduce([float(weights.abs().max())], "max")[0])
-        attempt = partial(
-            gradient_pass, policy, engine.denoiser, trajectories, weights, backward=engine.backward, loss_scale=engine.scale,
-            chosen=chosen,
-        )  # fmt: skip
-        with engine.accumulating():
-            # A halved micro-batch stays. If `old` is there already, log-probs keep its geometry to the end of the epoch: the
-            # weights that it was computed with are gone, and the pass that makes them needs less memory than this one.
-            trained, micro_batch = halve_on_oom(
-                attempt, micro_batch, clear=engine.discard_gradients, recoverable=engine.passes_are_local, say=say,
-                any_rank=lambda failed: reduce([float(failed)], "max")[0] > 0,
-            )  # fmt: skip
-        trained = trained.masked_fill(sampled.isnan(), math.nan)  # of a trajectory that was lost there are none
+        trained, micro_batch = backpropagate(policy, engine, trajectories, weights, chosen, micro_batch, reduce, say)
         report.denoiser_rows += trained_rows
         if old is None:
             # From here on old log-probs come from the training path: same code, dtype and batch geometry as the new ones.
@@ -224,15 +219,11 @@ def run_updates(
             if inputs.policy_is_reference:
                 inputs.ref_log_probs = trained
         result = engine.step()
-        report.skipped_updates += not result.applied
-        report.skipped_in_row = 0 if result.applied else report.skipped_in_row + 1
-        report.scale = engine.scale
+        report.count(result.applied, engine.scale)
         numbers = output.metrics | {"loss": output.loss, "first_ratio_error": first_error, "log_prob": trained.nanmean()}
         if inputs.ref_log_probs is not None:
             numbers["kl_to_reference"] = (trained - inputs.ref_log_probs).nanmean()
-        # One wait an update, after everything else has been asked for.
-        values = torch.stack([value.detach().double() for value in numbers.values()]).tolist()
-        told.append(dict(zip(numbers, values, strict=True)) | {"grad_norm": result.grad_norm})
+        told.append(as_numbers(numbers) | {"grad_norm": result.grad_norm})
 
     report.micro_batch = micro_batch
     report.metrics = {name: sum(one[name] for one in told) / updates for name in told[0]}
@@ -242,6 +233,44 @@ def run_updates(
     report.metrics["drift"] = report.drift
     report.metrics["skipped_updates"] = float(report.skipped_updates)
     return report
+
+
+def current_log_probs(policy: Policy, engine: TrainingEngine, trajectories: Trajectories, micro_batch: int) -> torch.Tensor:
+    """Pass (1): (N, S) log-probs of the stored steps under the current weights."""
+    evaluate = partial(log_prob_pass, policy, engine.denoiser, trajectories, micro_batch)
+    # Not where ranks communicate in a forward: the others would be one forward ahead.
+    return again_after_release(evaluate) if engine.passes_are_local else evaluate()
+
+
+def backpropagate(
+    policy: Policy, engine: TrainingEngine, trajectories: Trajectories, weights: torch.Tensor, chosen: torch.Tensor | None,
+    micro_batch: int, reduce: AllReduce, say: Callable[[str], None],
+) -> tuple[torch.Tensor, int]:  # fmt: skip
+    """Pass (3): the gradient of sum(weights * log_prob), in the engine, over all ranks.
+
+    Args: weights: (N, S) dL/dlog_prob. chosen: (N, m) the steps to go through, None for all.
+    Returns: (N, S) the log-probs on the way, NaN where a trajectory was lost; and the micro-batch, halved if the memory was too
+        small for it.
+    """
+    engine.set_scale(reduce([float(weights.abs().max())], "max")[0])
+    attempt = partial(
+        gradient_pass, policy, engine.denoiser, trajectories, weights, backward=engine.backward, loss_scale=engine.scale,
+        chosen=chosen,
+    )  # fmt: skip
+    with engine.accumulating():
+        # A halved micro-batch stays. If `old` is there already, log-probs keep its geometry to the end of the epoch: the weights
+        # that it was computed with are gone, and the pass that makes them needs less memory than this one.
+        trained, micro_batch = halve_on_oom(
+            attempt, micro_batch, clear=engine.discard_gradients, recoverable=engine.passes_are_local, say=say,
+            any_rank=lambda failed: reduce([float(failed)], "max")[0] > 0,
+        )  # fmt: skip
+    return trained.masked_fill(trajectories.log_probs.isnan(), math.nan), micro_batch
+
+
+def as_numbers(values: dict[str, torch.Tensor]) -> dict[str, float]:
+    """With one wait for the device, after everything else has been asked for."""
+    numbers = torch.stack([value.detach().double() for value in values.values()]).tolist()
+    return dict(zip(values, numbers, strict=True))
 
 
 def again_after_release(run: Callable[[], torch.Tensor]) -> torch.Tensor:

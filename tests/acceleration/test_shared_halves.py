@@ -20,8 +20,8 @@ from small_model import small_policy, small_trajectories, small_unet
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.lib.published import UNETS
+from prdp_fast.acceleration import channels_last, shared_halves
 from prdp_fast.acceleration import choose as acceleration
-from prdp_fast.acceleration import shared_halves
 from prdp_fast.acceleration.choose import Denoisers, accelerate, choose_shared_halves
 from prdp_fast.acceleration.compile import CompiledForward, uncompile
 from prdp_fast.acceleration.cuda_graph import CudaGraphForward
@@ -353,6 +353,18 @@ def test_compiled(mode: str, monkeypatch) -> None:
             assert distance([one(latents, time, encoder_hidden_states=text, return_dict=False)[0]], [expected]) < 1e-5
     uncompile(denoiser)
     assert distance(results(denoiser, shared=True), plain) < 1e-5
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_in_channels_last(name: str) -> None:
+    """In whatever order the two are turned on."""
+    plain = results(build(MODELS[name]), shared=False)
+    for order in ((shared_halves.enable, channels_last.enable), (channels_last.enable, shared_halves.enable)):
+        denoiser = build(MODELS[name])
+        for enable in order:
+            enable(denoiser)
+        found = results(denoiser, shared=True)
+        assert distance(found[:1], plain[:1]) < EXACT and distance(found[1:], plain[1:]) < EXACT
 
 
 def test_a_capture_is_for_the_rows_of_the_result() -> None:

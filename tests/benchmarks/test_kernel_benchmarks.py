@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks.kernels import cases, chains, checking, gpu_check, measure, report, sanitize
-from benchmarks.kernels.cases import LOSSES, TRANSITIONS, Case
+from benchmarks.kernels.cases import DENOISER, LOSSES, TRANSITIONS, Case
 from benchmarks.kernels.report import Result, Row
 from benchmarks.lib import command, timing
 from benchmarks.lib.command import ROOT
@@ -23,6 +23,9 @@ from benchmarks.lib.timing import CpuStopwatch, Timing
 
 SMALL = [Case(op, mode, "SD", (3, 4, 6, 5), torch.bfloat16, 5.0) for op, mode in TRANSITIONS]
 SMALL += [Case(op, mode, "loss", (3, 5, 7)) for op, mode in LOSSES] + [Case("philox_normal", "fwd", "SD", (3, 4, 6, 5))]
+HIDDEN = [Case("group_norm", mode, "hidden", (2, 64, 6, 5), torch.bfloat16, None, True) for mode in ("fwd", "fwd+bwd")]
+HIDDEN += [Case("geglu", mode, "hidden", (2, 3, 26), torch.bfloat16) for mode in ("fwd", "fwd+bwd")]
+NORMS = [(mode, dtype) for mode in ("fwd", "fwd+bwd") for dtype in (torch.bfloat16, torch.float32)]
 
 
 def name_of(value):
@@ -49,6 +52,12 @@ def name_of(value):
         (Case("prdp_loss", "fwd", "", (2, 3, 5)), 384 + 4),
         (Case("prdp_loss", "fwd+bwd", "", (2, 3, 5)), 384 + 4 + 384 + 4 + 120),
         (Case("prdp_loss_and_grad", "fused", "", (2, 3, 5)), 384 + 4 + 32 + 120),
+        # N, C, H, W = 2, 32, 4, 5, bf16: a tensor 2560, shift 128, weight and bias 64 each. x, x, y, then x, dy, x, dy, dx.
+        (Case("group_norm", "fwd", "", (2, 32, 4, 5), torch.bfloat16), 3 * 2560 + 256),
+        (Case("group_norm", "fwd+bwd", "", (2, 32, 4, 5), torch.bfloat16), 8 * 2560 + 3 * 256),
+        # 2 x 3 tokens of two halves of 5, bf16: half 60; both and y, then both, dy and both gradients.
+        (Case("geglu", "fwd", "", (2, 3, 10), torch.bfloat16), 180),
+        (Case("geglu", "fwd+bwd", "", (2, 3, 10), torch.bfloat16), 180 + 300),
     ],
     ids=name_of,
 )
@@ -66,6 +75,8 @@ def test_the_cases_cover_what_is_claimed():
         assert any(case.channels_last for case in mine)
         assert any(cases.bytes_moved(case) > report.LARGE for case in mine)
     assert {case.shape for case in listed if case.op == "prdp_loss"} == {(64, 8, 50), (32, 16, 50), (16, 64, 1000)}
+    for op, mode in DENOISER:
+        assert any(cases.bytes_moved(case) > report.LARGE for case in listed if (case.op, case.mode) == (op, mode))
     assert any(case.op == "philox_normal" and cases.bytes_moved(case) > report.LARGE for case in listed)
 
 
@@ -79,6 +90,8 @@ def test_the_cases_cover_what_is_claimed():
         *(Case(op, mode, "SD", (3, 4, 6, 5), torch.float16, None, True) for op, mode in TRANSITIONS),
         *(Case(op, mode, "SD", (2, 4, 32, 32), torch.float32, 5.0) for op, mode in TRANSITIONS),
         *(Case(op, mode, "loss", (16, 64, 100)) for op, mode in LOSSES),
+        *(Case("group_norm", mode, "hidden", (2, 64, 6, 5), dtype, channels_last=True) for mode, dtype in NORMS),
+        *(Case("geglu", mode, "hidden", (2, 3, 26), dtype) for mode, dtype in NORMS),
     ],
     ids=name_of,
 )
@@ -136,7 +149,11 @@ def at_one_place(index: int, value: float):
     [
         ("denoise_step", "fwd", at_one_place(0, 3.0), "prev_sample", "[0, 0, 1, 2]"),
         ("denoise_step", "fwd", lambda out: (out[0], out[1] + 1e-5), "log_prob", "["),
+        ("denoise_step", "fwd", lambda out: (out[0], out[1] * (1 + 2e-6)), "log_prob", "["),
+        ("denoise_step", "fwd", lambda out: (out[0], out[1].roll(1)), "log_prob", "["),
         ("gaussian_log_prob", "fwd", lambda out: out * (1 + 1e-5), "log_prob", "["),
+        ("gaussian_log_prob", "fwd", lambda out: out[[1, 0, 2]], "log_prob", "["),
+        ("gaussian_log_prob_and_grad", "fused", lambda out: (out[0] * (1 + 1e-4), out[1]), "log_prob", "["),
         ("gaussian_log_prob", "fwd+bwd", lambda out: out * 1.0 + (out - out.detach()), "grad", "["),  # doubles the gradient
         ("gaussian_log_prob_and_grad", "fused", lambda out: (out[0], out[1] * 1.01), "grad", "["),
         ("gaussian_log_prob_and_grad", "fused", at_one_place(1, float("nan")), "grad", "[0, 0, 1, 2]"),
@@ -145,15 +162,35 @@ def at_one_place(index: int, value: float):
         ("prdp_loss_and_grad", "fused", lambda out: (out[0], out[1].roll(1, 0), out[2]), "grad", "["),
         ("prdp_loss_and_grad", "fused", lambda out: (*out[:2], out[2] | {"pairs": out[2]["pairs"] + 1}), "pairs", "[]"),
         ("philox_normal", "fwd", lambda out: out.roll(1), "noise", "["),
+        ("group_norm", "fwd", lambda out: out * 1.02, "y", "["),
+        ("group_norm", "fwd+bwd", lambda out: out * 1.0 + (out - out.detach()), "dx", "["),
+        ("geglu", "fwd", lambda out: out.roll(1), "y", "["),
     ],
 )
 def test_a_wrong_result_is_refused_and_not_timed(op, mode, spoil, tensor, index):
-    case = next(case for case in SMALL if (case.op, case.mode) == (op, mode))
+    case = next(case for case in SMALL + HIDDEN if (case.op, case.mode) == (op, mode))
     row = measure.measure(case, CpuStopwatch(), spoilt(op, spoil), rounds=2, copy_gb_per_s=10.0)
     assert row.status == "wrong" and row.note.startswith(f"{tensor}: ") and index in row.note
     assert all(r.launch is None and r.graph is None for r in row.results) and row.gb_per_s is None
     assert [r.status for r in row.results] == ["wrong", "skipped"]
     assert "WRONG " + tensor in report.table([row], 10.0)
+
+
+def test_noise_a_few_units_too_small_is_refused():
+    """As a wrong digit in its logarithm once made it. 1e-7 of a normal passes, 5e-7 does not: all of a row's squares have it."""
+    case = Case("denoise_step", "fwd", "SD", (8, 4, 64, 64), torch.bfloat16, 5.0)
+    right = cases.operators("torch")
+
+    def with_noise(relative: float):
+        def step(*args, seeds, step, **kwargs):
+            noise = right["philox_normal"](seeds, case.shape[1:], step=step).double() * (1 + relative)
+            prev, log_prob = right["denoise_step"](*(a.double() for a in args), noise=noise, **kwargs)
+            return prev.float(), log_prob.float()
+
+        return measure.check(cases.build(case, "cpu", right | {"denoise_step": step}))["triton"]
+
+    assert with_noise(0.0).status == with_noise(-1e-7).status == "measured"
+    assert with_noise(-5e-7).status == "wrong" and with_noise(-5e-7).note.startswith("log_prob: ")
 
 
 def test_a_wrong_opponent_gets_no_time_and_shows(monkeypatch):

@@ -27,6 +27,8 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from prdp_kernels import launch as launching
 from prdp_kernels.denoise_step import kernel as denoise_step
 from prdp_kernels.gaussian_log_prob import kernel as gaussian_log_prob
+from prdp_kernels.geglu import kernel as geglu
+from prdp_kernels.group_norm import kernel as group_norm
 from prdp_kernels.philox import kernel as philox
 from prdp_kernels.prdp_loss import kernel as prdp_loss
 
@@ -192,6 +194,10 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
             yield f"log_prob+grad {short}", log_prob(plain, None, **weights)
             yield f"step noise {short} guided", step(guided, 5.0, True)
             yield f"step philox {short}", step(plain, None, False)
+    sdxl = transition(4, (4, 128, 128), torch.bfloat16, True)  # several programs a row
+    yield "log_prob bf16 guided SDXL", log_prob(sdxl, 5.0)
+    yield "log_prob+grad bf16 guided SDXL", log_prob(sdxl, 5.0, **weights)
+    yield "step philox bf16 guided SDXL", step(sdxl, 5.0, False)
     small = transition(3, (4, 8, 8), torch.bfloat16, True)
     yield "log_prob bf16 guided 4x8x8", log_prob(small, 5.0)
     yield "step philox bf16 guided 4x8x8", step(small, 5.0, False)
@@ -211,15 +217,33 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     wide = transition(4, sd, torch.float64, True, torch.float64)
     yield "log_prob+grad fp64 guided", log_prob(wide, 5.0, **weights)
     yield "philox", lambda: philox.launch(torch.zeros(4, dtype=torch.int64), list(sd), None, 3)
-    for groups, images, steps in ((64, 8, 50), (32, 16, 50), (16, 64, 1000), (4, 128, 50)):
+    for groups, images, steps in ((64, 8, 50), (32, 16, 50), (32, 32, 50), (16, 64, 50), (16, 64, 1000), (4, 128, 50)):
         lp, rewards = torch.zeros(groups, images, steps), torch.zeros(groups, images)
-        for name, want_grad in ((f"loss {groups}x{images}x{steps}", False), (f"loss+grad {groups}x{images}x{steps}", True)):
+        args = (lp, lp.clone(), lp.clone(), rewards, 1e-4, 1e-5)
+        yield f"loss {groups}x{images}x{steps}", lambda args=args: prdp_loss.launch(*args, want="loss")
+        yield f"loss+grad {groups}x{images}x{steps}", lambda args=args: prdp_loss.launch(*args)
+    slopes, upstream = torch.zeros(16, 64, 2), torch.ones(())
+    lp = torch.zeros(16, 64, 1000)
+    yield "loss backward 16x64x1000", lambda: prdp_loss.launch_grad(lp, lp.clone(), slopes, upstream, 1e-4)
+    for short, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
+        for channels, side in ((320, 64), (1920, 16)) if short == "bf16" else ((640, 32),):
+            x = torch.zeros(2, channels, side, side, dtype=dtype).to(memory_format=torch.channels_last)
+            of_channels, shift = torch.zeros(channels, dtype=dtype), torch.zeros(2, channels, dtype=dtype)
+            of_groups, means = torch.zeros(2, 32), torch.zeros(2, channels)
             yield (
-                name,
-                lambda lp=lp, rewards=rewards, want_grad=want_grad: prdp_loss.launch(
-                    lp, lp.clone(), lp.clone(), rewards, 1e-4, 1e-5, want_grad=want_grad
+                f"group_norm {short} {channels}x{side}x{side}",
+                lambda x=x, w=of_channels, s=shift: group_norm.forward(x, w, w.clone(), s, 32, 1e-5, True),
+            )
+            yield (
+                f"group_norm backward {short} {channels}x{side}x{side}",
+                lambda x=x, w=of_channels, s=shift, m=of_groups, c=means: group_norm.backward(
+                    x.clone(), x, w, w.clone(), s, m, m.clone(), c, 32, True
                 ),
             )
+    for width in (1280, 5120):
+        x, dy = torch.zeros(64, 2 * width, dtype=torch.bfloat16), torch.zeros(64, width, dtype=torch.bfloat16)
+        yield f"geglu bf16 {width}", lambda x=x: geglu.forward(x)
+        yield f"geglu backward bf16 {width}", lambda x=x, dy=dy: geglu.backward(dy, x)
 
 
 def report(capabilities: list[int]) -> Iterator[dict[str, Any]]:
@@ -227,13 +251,13 @@ def report(capabilities: list[int]) -> Iterator[dict[str, Any]]:
     for name, call in cases():
         recorder.launches.clear()
         call()
-        ((prepared, tensors, scalars),) = recorder.launches
-        fn = prepared.kernel
-        args, kwargs = (*tensors, *scalars, *prepared.numbers), prepared.constants | prepared.options
-        for capability in capabilities:
-            compiled = compile_for(GPUTarget("cuda", capability, 32), fn, args, kwargs)
-            row = {"case": name, "kernel": fn.__name__, "sm": capability, "warps": kwargs["num_warps"]}
-            yield row | resources(compiled.asm["cubin"]) | accesses(compiled.asm["ptx"]) | of_code(compiled.asm, kwargs)
+        for prepared, tensors, scalars in list(recorder.launches):
+            fn = prepared.kernel
+            args, kwargs = (*tensors, *scalars, *prepared.numbers), prepared.constants | prepared.options
+            for capability in capabilities:
+                compiled = compile_for(GPUTarget("cuda", capability, 32), fn, args, kwargs)
+                row = {"case": name, "kernel": fn.__name__, "sm": capability, "warps": kwargs["num_warps"]}
+                yield row | resources(compiled.asm["cubin"]) | accesses(compiled.asm["ptx"]) | of_code(compiled.asm, kwargs)
     for capability in capabilities:
         numbers, values = torch.zeros(256, dtype=torch.int32), torch.zeros(256)
         asm = compile_for(

@@ -60,7 +60,9 @@ def fail_with(faults: list[str]) -> None:
 def test_every_kernel_is_compiled_for_every_architecture(rows):
     cases = {row["case"] for row in rows}
     assert {(row["case"], row["sm"]) for row in rows} == {(case, sm) for case in cases for sm in CAPABILITIES}
-    kernels = {"log_prob_kernel", "denoise_step_kernel", "philox_normal_kernel", "prdp_loss_kernel"}
+    loss = {f"prdp_loss{part}_kernel" for part in ("", "_sums", "_pairs", "_grad")}
+    kernels = {"log_prob_kernel", "denoise_step_kernel", "philox_normal_kernel", *loss}
+    kernels |= {"moments_kernel", "normalize_kernel", "sums_kernel", "gradient_kernel", "geglu_kernel", "geglu_gradient_kernel"}
     assert {row["kernel"] for row in rows} == kernels
     # 255 is what a thread may have; fewer than 16 would be no kernel of ours.
     fail_with(
@@ -118,7 +120,22 @@ def test_noise_costs_no_more_instructions_than_it_did(rows):
 
 
 def is_transition(row) -> bool:
-    return row["kernel"] != "prdp_loss_kernel"
+    return not row["kernel"].startswith("prdp_loss") and not is_of_denoiser(row)
+
+
+def is_of_denoiser(row) -> bool:
+    return row["case"].startswith(("group_norm", "geglu"))
+
+
+def test_norms_and_gates_move_128_bits_at_a_time(rows):
+    some = [row for row in rows if is_of_denoiser(row)]
+    assert len(some) == 20 * len(CAPABILITIES)
+    for row in some:
+        tiles = row["loops"][0]  # over tiles, or all of the code
+        assert len(tiles["loads"]) >= 2 and set(tiles["loads"] + tiles["stores"]) == {128}, (
+            f"{row['case']} sm_{row['sm']}: {tiles}"
+        )
+        assert bool(tiles["stores"]) == (row["kernel"] not in ("moments_kernel", "sums_kernel"))
 
 
 def test_contiguous_transitions_move_128_bits_at_a_time(rows):
@@ -136,7 +153,15 @@ def test_contiguous_transitions_move_128_bits_at_a_time(rows):
 
 def test_log_probs_of_the_same_row_add_up_in_the_same_order(rows):
     """That of a step, of its evaluation and of the evaluation with its gradient have the same bits only if their sums do."""
-    for what in ("bf16 guided", "bf16", "fp16 guided", "fp32 guided", "bf16 guided planes", "bf16 guided 4x8x8"):
+    for what in (
+        "bf16 guided",
+        "bf16",
+        "fp16 guided",
+        "fp32 guided",
+        "bf16 guided planes",
+        "bf16 guided 4x8x8",
+        "bf16 guided SDXL",
+    ):
         for sm in CAPABILITIES:
             cases = {f"{kind} {what}" for kind in ("log_prob", "log_prob+grad", "step philox", "step noise")}
             orders = {row["case"]: row["sum"] for row in rows if row["case"] in cases and row["sm"] == sm}
@@ -154,16 +179,31 @@ def test_mixed_layouts_move_at_least_64_bits_at_a_time(rows):
 
 
 def test_the_loss_reads_and_writes_steps_in_pairs_and_fours(rows):
-    """Three log-probs a step are read, and the gradient written, as wide as rows of 50 or 1000 numbers allow; the loop over pairs
-    reads a number an image from the cache. Without the gradient nothing of that size is written."""
-    some = [row for row in rows if row["kernel"] == "prdp_loss_kernel"]
-    assert len(some) >= 6 * len(CAPABILITIES)
+    """Log-probs are read, and the gradient written, as wide as rows of 50 or 1000 numbers allow: three log-probs a step, and two
+    where the gradient looks again. The loop over pairs reads a number an image from the cache. Without the gradient nothing of
+    that size is written."""
+    some = [row for row in rows if row["kernel"].startswith("prdp_loss")]
+    assert len(some) >= 15 * len(CAPABILITIES)
     for row in some:
-        where = f"{row['case']} sm_{row['sm']}"
+        where = f"{row['case']} {row['kernel']} sm_{row['sm']}"
         steps, *_ = row["loops"]
         wanted = 128 if row["case"].endswith("1000") else 64  # 50 steps: rows begin at multiples of two numbers
-        assert len(steps["loads"]) >= 3 and set(steps["loads"]) == {wanted}, f"{where}: loads of {steps['loads']} bits"
         stores = {width for width in row["stores"] if width}
-        several = row["case"].split()[1] in ("16x64x1000", "4x128x50")  # tiles: flags are written in the loop over steps
-        expected = {wanted} if row["case"].startswith("loss+grad") and several else set()
-        assert stores == expected, f"{where}: stores of {sorted(stores)} bits in loops, expected {sorted(expected)}"
+        if row["kernel"] == "prdp_loss_pairs_kernel":
+            assert not stores, f"{where}: stores of {sorted(stores)} bits in loops"
+        elif row["kernel"] == "prdp_loss_grad_kernel":  # without a loop: beside the steps, two numbers an image and the upstream
+            assert set(steps["loads"]) == {wanted, 32} and steps["loads"].count(32) == 2 + row["case"].startswith("loss backward")
+            assert stores == {wanted}, f"{where}: stores of {sorted(stores)} bits"
+        else:
+            assert len(steps["loads"]) >= 3 and set(steps["loads"]) == {wanted}, f"{where}: loads of {steps['loads']} bits"
+            two_tiles = row["kernel"] == "prdp_loss_kernel" and row["case"] == "loss+grad 16x64x50"
+            expected = {wanted} if two_tiles else set()
+            assert stores == expected, f"{where}: stores of {sorted(stores)} bits in loops, expected {sorted(expected)}"
+
+
+def test_many_programs_of_a_large_group_fit_a_multiprocessor(rows):
+    """Two of the programs that add up steps, of 256 threads, have 128 registers a thread. They keep 48 KiB of loads in flight,
+    which is more than a multiprocessor's share of the bandwidth (some 25 GB/s) times the latency (1 us)."""
+    some = [row for row in rows if row["kernel"] == "prdp_loss_sums_kernel"]
+    assert len(some) >= 4 * len(CAPABILITIES)
+    fail_with([f"{row['case']} sm_{row['sm']}: {row['registers']} registers" for row in some if row["registers"] > 128])

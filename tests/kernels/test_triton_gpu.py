@@ -194,7 +194,7 @@ def test_a_loss_of_more_than_2_31_steps():
 
 def small_calls(seed: int) -> dict[str, Callable[[], tuple[torch.Tensor, ...]]]:
     """Every kernel, with several programs a row where it can have them."""
-    case = transition(7, (4, 64, 72), guidance_scale=5.0, output=BF16, seed=seed)  # 18,432 elements: three programs a row
+    case = transition(7, (4, 64, 72), guidance_scale=5.0, output=BF16, seed=seed)  # 18,432 elements: nine programs a row
     seeds, weights = torch.arange(7, device=DEVICE) + 100 * seed, torch.ones(7, device=DEVICE)
     g = torch.Generator().manual_seed(seed)
     args = [torch.randn(33, 16, 50, generator=g).to(DEVICE) for _ in range(3)] + [torch.randn(33, 16, generator=g).to(DEVICE)]
@@ -215,7 +215,7 @@ def small_calls(seed: int) -> dict[str, Callable[[], tuple[torch.Tensor, ...]]]:
         "step": lambda: denoise_step(*case.step_tensors, seeds=seeds, **options),
         "noise": lambda: (philox_normal(seeds, (4, 64, 64), backend="triton"),),
         "loss": loss,
-        "loss of groups in three programs": split_loss,
+        "loss of groups in three launches": split_loss,
     }
 
 
@@ -255,7 +255,7 @@ def test_the_same_bits_under_load():
         check_results(name, got, expected[name])
 
 
-@pytest.mark.parametrize("name", ["log_prob_and_grad", "log_prob", "step", "noise", "loss", "loss of groups in three programs"])
+@pytest.mark.parametrize("name", ["log_prob_and_grad", "log_prob", "step", "noise", "loss", "loss of groups in three launches"])
 def test_replays_from_cuda_graphs_on_any_stream(name):
     calls = [small_calls(seed)[name] for seed in range(2)]
     expected = [call() for call in calls]  # compiled here: a capture could not

@@ -1,4 +1,5 @@
-"""What prdp_loss by Triton has of its own: sizes, launches, statistics. The maths is in test_prdp_loss.py, for every backend.
+"""What prdp_loss by Triton has of its own: sizes, launches, statistics. Groups of more than two tiles take three launches, whose
+gradient waits for the backward. The maths is in test_prdp_loss.py, for every backend.
 
 The reference and the kernel compute in float64 from the same inputs. They differ by the order of sums, which is some 1e-15 of the
 largest term; in float32 by one rounding of the result, 2^-24 = 6e-8 relative.
@@ -49,13 +50,15 @@ def check(args: list[torch.Tensor], options: dict[str, float], dtype: torch.dtyp
     )
     assert loss.dtype == grad.dtype == dtype and grad.is_contiguous()
     one_rounding, sums = unit_roundoff(dtype), 1e-13  # 128 x 128 pairs of 1000 steps, in random walks of 2^-53
-    assert_close("loss", loss, expected_loss, (one_rounding + sums) * expected_loss)
+    for name, value in (("loss", loss), ("the loss alone", prdp_loss(*args, **options, backend="triton"))):
+        assert_close(name, value, expected_loss, (one_rounding + sums) * expected_loss)
     assert_close("grad", grad, expected_grad, one_rounding * expected_grad.abs() + sums * expected_grad.abs().max())
     assert tuple(stats) == STATS
     # mean_abs_target is a mean of positive numbers of 1e5 and more, so that an absolute 1e-13 says nothing of it. Its roundings,
     # each at most 2^-53 of what it adds up to: 2 of a target (difference, quotient); of the kernel's sum 4 levels over 16 images,
-    # 8 blocks of them, 7 levels over 128 images, 1 a group; 1 of the last quotient. As many of the reference, whose order is
-    # another. With 20 groups at most: 2 (2 + 19 + 20 + 1) = 84.
+    # 8 blocks of them, 7 levels over 128 images, 1 a group; 1 of the last quotient. Of a large group: 7 levels over 128 images, 3
+    # over 8, 6 over 64 programs, 1 for every 64. As many of the reference, whose order is another. With 20 groups at most:
+    # 2 (2 + 19 + 20 + 1) = 84.
     positive = 84 * unit_roundoff(F64)
     for name, value in stats.items():
         assert value.shape == () and value.dtype == dtype and value.device.type == DEVICE.type, name
@@ -69,6 +72,7 @@ def check(args: list[torch.Tensor], options: dict[str, float], dtype: torch.dtyp
     [
         (1, 1, 1), (2, 1, 50), (1, 2, 3), (3, 3, 7), (2, 5, 8), (1, 8, 50), (2, 13, 9), (1, 16, 130), (1, 17, 50), (1, 31, 33),
         (1, 33, 65), (1, 64, 34), (1, 65, 20), (1, 100, 16), (1, 127, 3), (1, 128, 50), (1, 2, 1000), (1, 100, 1000), (20, 4, 6),
+        (3, 64, 100), (2, 7, 2100), (9, 33, 70), (1, 1, 5000), (2, 128, 33),
     ],
 )  # fmt: skip
 def test_sizes(groups, images, steps):
@@ -142,9 +146,10 @@ def test_groups_without_a_pair():
 
 @pytest.mark.parametrize("which", [0, 1, 2])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_non_finite_log_prob_of_a_kept_image_shows(which, bad):
-    args = problem(2, 5, 9)
-    args[3][1] = torch.arange(5.0)
+@pytest.mark.parametrize("size", [(2, 5, 9), (2, 33, 100)], ids=str)
+def test_non_finite_log_prob_of_a_kept_image_shows(which, bad, size):
+    args = problem(*size)
+    args[3][:] = torch.arange(float(size[1]))
     args[which][1, 3, 8] = bad
     loss, grad, stats = prdp_loss_and_grad(*args, **OPTIONS, backend="triton")
     assert not loss.isfinite() and not grad[1, 3].isfinite().all() and grad[0].isfinite().all()
@@ -174,6 +179,70 @@ def test_upstream_gradient(upstream):
     log_probs = args[0].clone().requires_grad_()
     (upstream * prdp_loss(log_probs, *args[1:], **OPTIONS, backend="triton")).backward()
     assert_close("grad", log_probs.grad, upstream * grad.double(), unit_roundoff(F32) * (upstream * grad).abs().double())
+
+
+# In slices of one tile, of several, of rows that begin at odd numbers, one image.
+@pytest.mark.parametrize("size", [(2, 64, 100), (1, 100, 1000), (2, 7, 2101), (1, 1, 5000)], ids=lambda s: "-".join(map(str, s)))
+@pytest.mark.parametrize("dtype", [F32, BF16, F64], ids=str)
+def test_backward_of_a_large_group_has_the_bits_of_the_scaled_gradient(size, dtype):
+    """It is written in the backward, from the slopes that the forward left: rounded as a gradient that is there and then scaled.
+
+    In float64 the compiler may fuse a product and a sum of one forward and not of the other, which is one rounding."""
+    args = problem(*size, dtype=dtype, spread=0.05)
+    expected_loss, grad, _ = prdp_loss_and_grad(*args, **OPTIONS, backend="triton")
+    for upstream in (1.0, -2.0, 1e-3, 2.0**14):
+        log_probs = args[0].clone().requires_grad_()
+        loss = prdp_loss(log_probs, *args[1:], **OPTIONS, backend="triton")
+        assert_close("loss", loss.detach(), expected_loss, 1e-13 * expected_loss.double())
+        (upstream * loss).backward()
+        assert log_probs.grad.is_contiguous() and log_probs.grad.dtype == dtype
+        scaled = torch.tensor(upstream, dtype=grad.dtype) * grad
+        if dtype == F32:
+            assert_same_bits(f"grad, {upstream}", log_probs.grad, scaled)
+        assert_close(f"grad, {upstream}", log_probs.grad, scaled, 2 * unit_roundoff(F64) * scaled.abs().double())
+
+
+def test_backward_of_a_large_group_in_any_layout():
+    args = problem(2, 64, 100)
+    expected = prdp_loss_and_grad(*args, **OPTIONS, backend="triton")[1]
+    leaf = args[0].clone().requires_grad_()
+    strided = leaf.transpose(0, 2).contiguous().transpose(0, 2)
+    old = torch.stack([args[1], args[1]], -1)[..., 0]
+    prdp_loss(strided, old, *args[2:], **OPTIONS, backend="triton").backward()
+    assert_same_bits("grad", leaf.grad, expected)
+
+
+def test_a_large_group_changed_before_its_backward_is_refused():
+    """The backward reads the log-probs again."""
+    args = problem(2, 64, 100)
+    loss = prdp_loss(args[0].requires_grad_(), *args[1:], **OPTIONS, backend="triton")
+    args[1].add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_equal_images_of_a_large_group_tie():
+    """Their d is 0 exactly, which counts half: an image has the same mean on both sides of a pair."""
+    args = problem(1, 48, 100, spread=0.05)
+    for x in args[:3]:
+        x[:] = x[:, :1]
+    args[3] = torch.arange(48.0, device=DEVICE).reshape(1, 48)
+    check(args, OPTIONS)
+    assert prdp_loss_and_grad(*args, **OPTIONS, backend="triton")[2]["pair_accuracy"] == 0.5
+
+
+def test_large_groups_without_a_pair_and_removed_images():
+    args = problem(3, 40, 100)
+    args[3][1] = 0.5
+    args[3][2, [0, 7, 8, 39]] = torch.tensor([math.nan, math.inf, -math.inf, math.nan], device=DEVICE)
+    for x in args[:3]:
+        x[2, [0, 7, 8, 39]] = math.nan
+    check(args, OPTIONS)
+    _, grad, stats = prdp_loss_and_grad(*args, **OPTIONS, backend="triton")
+    assert stats["groups_without_pair"] == 1 and (grad[1] == 0).all() and (grad[2, [0, 7, 8, 39]] == 0).all()
+    args[3][:] = math.nan
+    loss, grad, stats = prdp_loss_and_grad(*args, **OPTIONS, backend="triton")
+    assert loss == 0 and (grad == 0).all() and stats["groups_without_pair"] == 3 and all(v.isfinite() for v in stats.values())
 
 
 def test_only_log_probs_get_a_gradient():
@@ -206,8 +275,9 @@ def test_strided_inputs_and_inputs_left_alone():
     check(expanded, OPTIONS)
 
 
-def test_same_bits_twice_and_groups_do_not_see_each_other():
-    args = problem(4, 7, 9)
+@pytest.mark.parametrize("size", [(4, 7, 9), (4, 33, 100)], ids=str)
+def test_same_bits_twice_and_groups_do_not_see_each_other(size):
+    args = problem(*size)
     results = [prdp_loss_and_grad(*args, **OPTIONS, backend="triton") for _ in range(2)]
     for name, first, second in zip(("loss", "grad"), *results, strict=False):
         assert_same_bits(name, second, first)

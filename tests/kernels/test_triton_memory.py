@@ -13,6 +13,7 @@ from prdp_kernels import (
     denoise_step,
     gaussian_log_prob,
     gaussian_log_prob_and_grad,
+    group_norm,
     philox_normal,
     prdp_loss,
     prdp_loss_and_grad,
@@ -83,7 +84,7 @@ def of_transition(shape, layout):
 
 
 def calls():
-    """One tile with an edge, several programs with one (three, of one element the last); flat and in planes; every operator."""
+    """One tile with an edge, several programs with one (nine, of one element the last); flat and in planes; every operator."""
     found = {}
     for (*shape,), layout in (
         ((3, 5, 7), "contiguous"),
@@ -92,16 +93,29 @@ def calls():
         ((5, 33, 105), "channels_last"),
     ):
         found |= {f"{name} {tuple(shape)} {layout}": call for name, call in of_transition(tuple(shape), layout).items()}
-    for size in ((3, 5, 7), (1, 17, 130), (2, 100, 50)):  # one tile; one program of two; two programs a group
+    for size in ((3, 5, 7), (1, 17, 100), (2, 100, 50)):  # one tile; two; three launches
         g = torch.Generator().manual_seed(0)
         args = [torch.randn(size, generator=g).to(DEVICE) for _ in range(3)] + [torch.randn(size[:2], generator=g).to(DEVICE)]
         options = {"clip_range": 0.1, "kl_weight": 0.5, "backend": "triton"}
 
         def loss(args=args, options=options):
             value, grad, stats = prdp_loss_and_grad(*args, **options)
-            return value, grad, *stats.values(), prdp_loss(*args, **options)
+            leaf = args[0].clone().requires_grad_()
+            prdp_loss(leaf, *args[1:], **options).backward()
+            return value, grad, *stats.values(), prdp_loss(*args, **options), leaf.grad
 
         found[f"loss {size}"] = loss
+    for size in ((2, 40, 5, 7), (1, 64, 33, 33)):  # one chunk; nine, and a program that adds them up
+        g = torch.Generator().manual_seed(0)
+        shapes = (size, size[1:2], size[1:2], size[:2])
+        x, weight, bias, shift = (torch.randn(shape, generator=g).to(DEVICE) for shape in shapes)
+
+        def norm(x=x, weight=weight, bias=bias, shift=shift):
+            given = [t.detach().requires_grad_() for t in (x, weight, bias, shift)]
+            y = group_norm(*given[:3], 8, shift=given[3], silu=True, backend="triton")
+            return (y.detach(), *torch.autograd.grad(y, given, x))
+
+        found[f"group_norm {size}"] = norm
     return found
 
 
@@ -130,7 +144,12 @@ def test_the_calls_above_use_semaphores(monkeypatch):
     counted = []
     semaphores = workspace.semaphores
     monkeypatch.setattr(workspace, "semaphores", lambda *args: counted.append(args) or semaphores(*args))
-    for name in ("log_prob (16385,) contiguous", "step by seed (5, 33, 105) channels_last", "loss (2, 100, 50)"):
+    for name in (
+        "log_prob (16385,) contiguous",
+        "step by seed (5, 33, 105) channels_last",
+        "loss (2, 100, 50)",
+        "group_norm (1, 64, 33, 33)",
+    ):
         before = len(counted)
         CALLS[name]()
         assert len(counted) > before, name

@@ -47,7 +47,8 @@ FLAT = {
     "a tile of 128": (4, 4, 8),
     "four tiles, one short": (1031, 3),
     "one program of a large row": (8, 41, 25),
-    "three programs, the last with one element": (16385,),
+    "nine programs, the last with one element": (16385,),
+    "nine programs of four tiles, the last with one element": (65537,),
     "video": (2, 3, 5, 7),
 }
 PLANES = {
@@ -223,7 +224,7 @@ def test_seeds_are_philox_noise(shape):
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("latents", [F32, F64], ids=str)
 def test_deterministic_rows(latents, reduction):
-    """std 0: x_{t-1} is the mean, the log-prob a placeholder; rows beside it do not notice. In one program a row and in three."""
+    """std 0: x_{t-1} is the mean, the log-prob a placeholder; rows beside it do not notice. In one program a row and in nine."""
     for shape in ((3, 5, 7), (17000,)):
         case = transition(3, shape, guidance_scale=2.0, latents=latents, reduction=reduction)
         noise, hole = noise_like(case.sample, latents), case.std.clone()

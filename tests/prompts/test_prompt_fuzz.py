@@ -1,6 +1,6 @@
 """Damaged prompt files: whatever is done to the bytes, there is no traceback, and what is missing was counted.
 
-`PRDP_FUZZ=1000` runs so many mutations; the suite runs a few.
+`PRDP_FUZZ=1000` runs so many mutations, `PRDP_FUZZ_SEED=1` others than usual; the suite runs a few.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from prdp_fast.prompts import PromptSet, build_text_shards
 from prdp_fast.prompts.curate import curate
 from prdp_fast.prompts.sources import Source
 
-COUNT = int(os.environ.get("PRDP_FUZZ", "120"))
+COUNT, SEED = int(os.environ.get("PRDP_FUZZ", "120")), os.environ.get("PRDP_FUZZ_SEED", "")
 ROWS = 30
 WORDS = ("red lighthouse", "Bär, sitting", "two; cats | dogs", "大きな猫", 'the "big" one', "tab\there")
 
@@ -85,7 +85,7 @@ def one_line(error: UserError) -> bool:
 def test_no_traceback_and_no_quiet_loss(tmp_path: Path, kind: str) -> None:
     refused = kept = 0
     for number in range(COUNT // 4):
-        rng = random.Random(f"{kind} {number}")
+        rng = random.Random(f"{kind} {number}{SEED and f' {SEED}'}")
         texts = prompts(rng)
         end, encoding = rng.choice(["\n", "\r\n", "\r"]), rng.choice(["utf-8", "utf-8", "utf-8", "utf-8-sig", "utf-16"])
         data = bytearray(written(kind, texts, rng, end).encode(encoding))

@@ -69,7 +69,7 @@ def radius_of(x):
     p = plus(p, f, 0.0833329953963)
     p = plus(p, f, 0.249999680403)
     square = fma(f * f, p, f)
-    return tl.sqrt(fma(exponent.to(tl.float32), tl.full(f.shape, -1.652590295e-07, tl.float32), square))  # -2 log(2) 2^-23
+    return tl.sqrt(fma(exponent.to(tl.float32), tl.full(f.shape, -1.652591659e-07, tl.float32), square))  # -2 log(2) 2^-23
 
 
 @triton.jit

@@ -41,11 +41,11 @@ def prdp_loss(
     args = (log_probs, old_log_probs, ref_log_probs, rewards)
     if _in_range(clip_range, kl_weight):
         want_grad = torch.is_grad_enabled() and getattr(log_probs, "requires_grad", False)
-        plan = launching.known("prdp_loss", backend, (want_grad,), args)
+        plan = launching.known("prdp_loss", backend, ("backward" if want_grad else "loss",), args)
         if plan is not None:
             if want_grad:
                 return _Loss.apply(*args, clip_range, kl_weight)
-            return _kernel().run(plan, args, clip_range, kl_weight, False)[0]
+            return _kernel().run(plan, args, clip_range, kl_weight)[0]
     _check("prdp_loss", *args, clip_range, kl_weight)
     backend = _backend("prdp_loss", backend, log_probs)
     run = dispatch.choose("prdp_loss", backend, *args, reference=reference.prdp_loss, triton=_triton_loss)
@@ -75,9 +75,9 @@ def prdp_loss_and_grad(
     """
     args = (log_probs, old_log_probs, ref_log_probs, rewards)
     if _in_range(clip_range, kl_weight):
-        plan = launching.known("prdp_loss", backend, (True,), args)
+        plan = launching.known("prdp_loss", backend, ("all",), args)
         if plan is not None:
-            return _named(_kernel().run(plan, args, clip_range, kl_weight, True))
+            return _named(_kernel().run(plan, args, clip_range, kl_weight)[:3])
     _check("prdp_loss_and_grad", *args, clip_range, kl_weight)
     backend = _backend("prdp_loss_and_grad", backend, log_probs)
     run = dispatch.choose(
@@ -133,8 +133,8 @@ def _kernel() -> Any:
     return kernel
 
 
-def _launch(*args: Any, **kwargs: Any) -> Any:
-    return _kernel().launch(*args, **kwargs)
+def _launch(*args: Any) -> Any:
+    return _kernel().launch(*args)[:3]
 
 
 def _fake(*args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -152,18 +152,22 @@ _op = dispatch.define(
 
 
 class _Loss(torch.autograd.Function):
-    """The eager road to the kernel; what torch.ops registers below, without its two layers of Python."""
+    """The eager road to the kernel; what torch.ops registers below, without its two layers of Python.
+
+    Where the gradient is a launch of its own it is left to the backward, which writes it with `upstream` in it: the same bits."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> torch.Tensor:
-        loss, grad, _ = _launch(*args)
-        ctx.save_for_backward(grad)
-        ctx.dtype = args[0].dtype
+        loss, grad, _, slopes = _kernel().launch(*args, want="backward")
+        ctx.waits, ctx.clip_range, ctx.dtype = grad is None, args[4], args[0].dtype
+        ctx.save_for_backward(*((args[0], args[1], slopes) if ctx.waits else (grad,)))
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if ctx.waits:
+            return _kernel().launch_grad(*ctx.saved_tensors, upstream, ctx.clip_range), *[None] * 5
         return _backward(ctx, upstream)
 
 
@@ -173,7 +177,7 @@ def _triton_loss(*args: Any) -> torch.Tensor:
         return _op(log_probs, *(t.detach() for t in others), clip_range, kl_weight)[0]
     if torch.is_grad_enabled() and log_probs.requires_grad:
         return _Loss.apply(*args)
-    return _launch(*args, want_grad=False)[0]
+    return _kernel().launch(*args, want="loss")[0]
 
 
 def _triton_loss_and_grad(*args: Any) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
