@@ -205,6 +205,9 @@ class PerformanceSettings(Section):
     cuda_graphs: Switch = Field("auto", description="capture the rollout's fixed shapes")
     channels_last: Switch = "auto"
     fuse_qkv: Switch = Field("auto", description="one matrix product for query, key and value of the frozen denoisers")
+    shared_halves: Switch = Field(
+        "auto", description="compute once what both halves of a guided call have in common: all before the first cross-attention"
+    )
     tf32: Switch = Field("auto", description="float32 matrix products of CUDA on tensor cores")
     fused_optimizer: Switch = Field("auto", description="AdamW in one kernel")
     activation_checkpointing: bool = Field(

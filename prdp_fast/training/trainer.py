@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -122,6 +122,8 @@ class Trainer:
         acceleration.decisions |= decisions | {"fused_optimizer": fused}
         if acceleration.decisions["channels_last"].value == "on":
             channels_last.enable(pipeline.vae.decoder)
+        if acceleration.shares_halves:  # in every pass alike, so that log-probs that are compared round alike
+            job = replace(job, policy=replace(job.policy, predict=partial(job.policy.predict, shared=True)))
 
         stream = PromptStream(
             job.train_prompts, seed=settings.seed, prompts_per_epoch=schedule.prompts_per_epoch, rank=distributed.rank(),
@@ -564,7 +566,7 @@ def speed_up(
         Denoisers(engine.engine.module, engine.gathered, reference, engine.has_adapter), job.settings.performance, job.family,
         train_rows=min(state.micro_batch or 1, job.rows_per_update) * job.evaluations,
         sample_rows=min(job.settings.sampler.rollout_batch, job.images_per_rank) * job.evaluations,
-        stage=job.config.stage, device=device, dtype=job.config.dtype, remembered=remembered,
+        stage=job.config.stage, device=device, dtype=job.config.dtype, guided=job.evaluations == 2, remembered=remembered,
         ranks=Ranks(distributed.rank(), distributed.gather_objects), work=work_left(job, state),
     )  # fmt: skip
     engine.sampling_view = acceleration.sampling_view
