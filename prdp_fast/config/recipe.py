@@ -159,7 +159,7 @@ class ScheduleSettings(Section):
         None, ge=2, description="K = 1: evaluate the reference at this many steps of a trajectory, drawn likewise; unbiased"
     )
     time_limit_minutes: float | None = Field(
-        None, gt=0, description="of one start: stop after the epoch that passes this, then evaluate; the same command goes on"
+        None, gt=0, description="of each start: stop after the epoch that passes this, then evaluate; the same command goes on"
     )
     on_failure: Literal["stop", "repeat"] = Field(
         "stop",
