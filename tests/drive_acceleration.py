@@ -2,6 +2,8 @@
 
     deepspeed --num_gpus 1 tests/drive_acceleration.py RESULT.json
 
+The rows are two halves of the same latents, as of a guided job.
+
 torch's aot_eager stands in for the compiler: the same capture and the same partition of forward and backward, without C++.
 """
 
@@ -26,6 +28,7 @@ def run_case(name: str, mode: str, device, fast: bool) -> dict:
     from small_model import SHAPE, small_family, small_unet
 
     from prdp_fast.acceleration.choose import Denoisers, accelerate
+    from prdp_fast.acceleration.shared_halves import doubling
     from prdp_fast.config.deepspeed import resolve_config
     from prdp_fast.config.load import load_recipe
     from prdp_fast.config.recipe import OptimizerSettings, PerformanceSettings
@@ -40,20 +43,24 @@ def run_case(name: str, mode: str, device, fast: bool) -> dict:
     if fast:
         speed = accelerate(
             Denoisers(denoiser, engine.gathered, reference if config.stage < 2 else None),
-            PerformanceSettings(compile=mode, attention="auto", fuse_qkv="on"),
+            PerformanceSettings(compile=mode, attention="auto", fuse_qkv="on", shared_halves="on"),
             small_family(), train_rows=ROWS, sample_rows=ROWS, stage=config.stage, device=device, dtype=config.dtype,
+            guided=True,
         )  # fmt: skip
         engine.sampling_view = speed.sampling_view
     generator = torch.Generator().manual_seed(5)
-    sample = torch.randn(ROWS, *SHAPE, generator=generator)
+    sample = torch.randn(ROWS // 2, *SHAPE, generator=generator)
     inputs = {"encoder_hidden_states": torch.randn(ROWS, 6, 16, generator=generator), "return_dict": False}
-    time = torch.arange(ROWS) * 100
+    time = torch.arange(ROWS // 2) * 100
+
+    def call(denoiser, shared: bool = fast):
+        return (denoiser if shared else doubling(denoiser))(sample, time, **inputs)[0]
 
     def update() -> float:
         engine.set_scale(1.0)
         with engine.accumulating():
             for last in (False, True):
-                engine.backward(engine.denoiser(sample, time, **inputs)[0].square().mean(), last=last)
+                engine.backward(call(engine.denoiser).square().mean(), last=last)
         return engine.step().grad_norm
 
     norms = [update()]
@@ -63,9 +70,9 @@ def run_case(name: str, mode: str, device, fast: bool) -> dict:
         engine.load(Path(folder))
     norms.append(update())
     with torch.no_grad(), engine.sampling_denoiser() as sampled:
-        rollout = sampled(sample, time, **inputs)[0]
-        trained = engine.denoiser(sample, time, **inputs)[0]
-        frozen = reference(sample, time, **inputs)[0]
+        rollout = call(sampled)
+        trained = call(engine.denoiser)
+        frozen = call(reference, shared=fast and config.stage < 2)
     state = engine.full_state_dict()
     return {
         "norms": norms, "rollout": rollout, "trained": trained, "reference": frozen, "state": state,

@@ -91,9 +91,7 @@ def measure(directory: Path, parameters: int, shards: int) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     parser = command.parser_of(__doc__)
     parser.add_argument("--directory", type=Path, default=Path("runs"), help="on the disk that is meant (default: %(default)s)")
-    parser.add_argument(
-        "--parameters", type=int, default=PARAMETERS["sd14"], metavar="N", help="of the model (default: %(default)s, SD v1.4)"
-    )
+    parser.add_argument("--parameters", type=int, default=PARAMETERS["sd14"], metavar="N", help="default: SD v1.4's, %(default)s")
     parser.add_argument("--shards", type=int, default=8, metavar="N", help="files of optimizer states (default: %(default)s)")
     command.add_output(parser)
     args = parser.parse_args(arguments)

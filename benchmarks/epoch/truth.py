@@ -15,6 +15,7 @@ from torch import nn
 from benchmarks.lib import truth
 from prdp_fast.acceleration.attention import set_attention
 from prdp_fast.models.lora import trained_parameters
+from prdp_fast.sampling.policy import Policy
 from prdp_fast.sampling.rows import MicroBatch, micro_batches
 
 ROWS = 4  # of a micro-batch, that the truth is made of; guidance doubles them
@@ -65,10 +66,9 @@ def plain_copy(workload: Any, dtype: torch.dtype) -> nn.Module:
     return module.train()
 
 
-def results(workload: Any, denoiser: Any, part: MicroBatch, rows: int, *, weights_of: nn.Module | None = None) -> list[Any]:
+def results(policy: Policy, denoiser: Any, part: MicroBatch, rows: int, *, weights_of: nn.Module | None = None) -> list[Any]:
     """The model's output and log-probs of the first rows of a micro-batch, which is called as the job calls it; and the gradient
     of sum(+-log_prob) over these rows by the weights of `weights_of`, if one is given."""
-    policy = workload.policy
     with torch.set_grad_enabled(weights_of is not None):
         output = policy.predict(
             denoiser, part.latents, policy.coefficients(part.steps, part.latents.dtype)[0], part.embeddings, guided=part.guided
@@ -107,24 +107,25 @@ def only(part: MicroBatch, rows: int, dtype: torch.dtype) -> MicroBatch:
 
 def compare(workload: Any, trajectories: Any, rows: int = ROWS) -> Agreement:
     """Before the job has been trained."""
-    trainer = workload.trainer
-    part = next(micro_batches(workload.policy, trajectories, trainer.micro_batch))
+    trainer, policy = workload.trainer, workload.policy
+    plainly = replace(policy, predict=trainer.job.family.predict)  # with both halves' latents, whatever the job's denoisers take
+    part = next(micro_batches(policy, trajectories, trainer.micro_batch))
     rows = min(rows, len(part.rows))
 
     def plain(dtype: torch.dtype) -> list[Any]:
         module = plain_copy(workload, dtype)
-        return results(workload, module, only(part, rows, dtype), rows, weights_of=module)
+        return results(plainly, module, only(part, rows, dtype), rows, weights_of=module)
 
     with truth.without_tf32():
         right = plain(torch.float32)
     eager = plain(workload.dtype)
     module = trainer.engine.engine.module
-    own: dict[str, list[Any]] = {"update": results(workload, module, part, rows, weights_of=module)}
+    own: dict[str, list[Any]] = {"update": results(policy, module, part, rows, weights_of=module)}
     with trainer.engine.sampling_denoiser() as denoiser:
-        own["rollout"] = results(workload, denoiser, part, rows)
+        own["rollout"] = results(policy, denoiser, part, rows)
     if workload.needs_reference:
         with trainer.reference_denoiser() as frozen:
-            own["reference"] = results(workload, frozen, part, rows)
+            own["reference"] = results(policy, frozen, part, rows)
     distance = truth.relative_distance
     return Agreement(
         rows,

@@ -37,8 +37,8 @@ TINY = "tiny"
 NAMES = (TINY, *PRESETS)
 # Everything under `performance` off, and PyTorch's own attention.
 EAGER = (
-    "performance={attention: sdpa, compile: 'off', cuda_graphs: 'off', channels_last: 'off', fuse_qkv: 'off', tf32: 'off', "
-    "fused_optimizer: 'off', coalesce_gradients: 'off', background_rewards: 'off'}"
+    "performance={attention: sdpa, compile: 'off', cuda_graphs: 'off', channels_last: 'off', fuse_qkv: 'off', "
+    "shared_halves: 'off', tf32: 'off', fused_optimizer: 'off', coalesce_gradients: 'off', background_rewards: 'off'}"
 )
 
 
@@ -110,7 +110,7 @@ class Workload:
         if steps is not None and steps != len(policy.transitions):
             sampler = sampler.model_copy(update={"num_inference_steps": steps})
             transitions = Transitions.from_scheduler(self.trainer.pipeline.scheduler, steps, sampler.eta)
-            policy = build_policy(sampler, transitions, job.family.predict, settings.kernels)
+            policy = build_policy(sampler, transitions, policy.predict, settings.kernels)
         settings = settings.model_copy(update={"schedule": schedule, "sampler": sampler})
         trainer = replace(self.trainer, job=replace(job, settings=settings, policy=policy))
         return replace(self, trainer=trainer, prompts=kept, embeddings=self.embeddings.rows(slice(prompts)))

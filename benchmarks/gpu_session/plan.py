@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_session.processes import Stage, Task
+from benchmarks.gpu_session.ways import Way
 
 HERE = "benchmarks.gpu_session"
 TORCH, ENGINE = ("torch", "triton"), ("torch", "diffusers", "transformers", "deepspeed", "prdp_fast.training.trainer")
@@ -124,14 +125,14 @@ def engine(at: Situation) -> Part:
         {"title": "ZeRO 3, offload", "config": "zero3_offload"},  # builds DeepSpeed's CPU Adam, so it comes first
         {"title": "ZeRO 2, blocks compiled, graphs", "config": "zero2", "overrides": compiled, "wanted": fast},
         {"title": "ZeRO 0", "config": "zero0"},
-        {"title": "ZeRO 1", "config": "zero1"},
+        {"title": "ZeRO 1, channels-last", "config": "zero1", "overrides": ["performance.channels_last=on"],
+         "wanted": {"channels_last": "on"}},
         {"title": "ZeRO 2", "config": "zero2"},
         {"title": "ZeRO 3", "config": "zero3"},
         {"title": "ZeRO 2, fp16", "config": "zero2", "precision": "float16"},
         {"title": "ZeRO 2, LoRA", "config": "zero2", "overrides": ["model.lora={rank: 4}"]},
         {"title": "ZeRO 0, blocks compiled, graphs", "config": "zero0", "overrides": compiled, "wanted": fast},
-        {"title": "ZeRO 1, blocks compiled, graphs", "config": "zero1", "overrides": compiled, "wanted": fast},
-    ]
+    ]  # fmt: skip
     if at.rehearse:  # one; the suite tests the stages on a CPU
         jobs = [job | {"overrides": [*compiled, "model.lora={rank: 4}"]} for job in jobs if job["config"] == "zero2"][:1]
     env = {"OMP_NUM_THREADS": "1" if at.rehearse else "2", "TORCHINDUCTOR_COMPILE_THREADS": "4"}
@@ -141,7 +142,7 @@ def engine(at: Situation) -> Part:
 
     smokes = [
         Task(slug(job["title"]), f"{target}:smoke", at.options(**job) | {"folder": work(slug(job["title"]))}, ENGINE, env=env,
-             seconds=110)
+             seconds=150)
         for job in jobs
     ]  # fmt: skip
     sides = {"folder": str(at.folder / "work" / "float32"), "threads": max(1, at.cores // 4), "wait": 60.0}
@@ -155,7 +156,7 @@ def engine(at: Situation) -> Part:
     smokes.sort(key=lambda task: "compiled" not in task.name and "offload" not in task.name)
     tasks = (*smokes[:4], cpu, cuda, resume, *smokes[4:])
     return Part(
-        "engine", "the engine, job by job", 60, 400 if at.rehearse else 140, (Stage(tasks, at.width(cores_each=1, most=13)),)
+        "engine", "the engine, job by job", 60, 400 if at.rehearse else 160, (Stage(tasks, at.width(cores_each=1, most=13)),)
     )
 
 
@@ -168,73 +169,102 @@ def slug(title: str) -> str:
     return title.lower().replace(",", "").replace(" ", "-")
 
 
-def unet(at: Situation) -> Part:
-    from benchmarks.gpu_session.unet import Way
+def rows_and_width(at: Situation) -> tuple[int, int]:
+    """(denoiser rows of a call, tasks that fit beside each other): compiling takes most of the time of those that compile, so a
+    card that cannot hold three tasks of 32 rows gets three of 16."""
 
     def side_by_side(rows: int) -> int:
         return max(1, min(3, int(at.memory_gib // (UNET_GIB + rows * ROW_GIB)), at.cores // 4))
 
-    # Compiling takes most of the time, so a card that cannot hold three tasks of 32 rows gets three of 16.
-    rows = 2 if at.rehearse else 32 if side_by_side(32) == 3 else 16
-    width = 1 if at.rehearse else side_by_side(rows)
-    threads = str(max(1, at.cores // width))
+    if at.rehearse:
+        return 2, 1
+    return (32, 3) if side_by_side(32) == 3 else (16, side_by_side(16))
+
+
+def of_unet(at: Situation, name: str, rows: int, *ways: Way, width: int = 1, target: str = "measure") -> Task:
+    """Ways of calling the U-Net of SD 1.x, in a process of their own."""
+    threads = {"TORCHINDUCTOR_COMPILE_THREADS": str(max(1, at.cores // width))}
+    env = threads | {"TORCHINDUCTOR_CACHE_DIR": str(at.folder / "work" / f"unet-{name}")}
+    given = [asdict(way) | {"rows": max(2, rows * way.rows // 32)} for way in ways]
+    for one, way in zip(given, ways, strict=True):
+        one["title"] += f", {one['rows']} rows" if way.rows != 32 else ""
+    options = at.options(preset="sd14", rows=rows, ways=given, lock=str(at.folder / "work" / "unet.lock"))
+    return Task(name, f"{HERE}.unet:{target}", options, (*TORCH, "diffusers"), env=env, seconds=200)
+
+
+BACKWARD, FORWARD = {"forward": False}, {"gradients": False}
+
+
+def unet(at: Situation) -> Part:
+    rows = 2 if at.rehearse else 32
+    tasks = (
+        of_unet(
+            at, "eager", rows, Way("channels-last", channels_last=True), Way("eager"),
+            Way("channels-last, CUDA graph", channels_last=True, graph=True, gradients=False),
+        ),
+        of_unet(
+            at, "where-the-time-goes", rows, Way("channels-last", channels_last=True), Way("eager"), target="where_the_time_goes"
+        ),
+        of_unet(at, "rows", rows, *(Way("channels-last", channels_last=True, rows=count, **BACKWARD) for count in (16, 64))),
+    )  # fmt: skip
+    return Part("unet", "the U-Net of SD 1.x", 45, 120, alone(*tasks))
+
+
+def compiled(at: Situation) -> Part:
+    rows, width = rows_and_width(at)
 
     def task(name: str, *ways: Way) -> Task:
-        env = {"TORCHINDUCTOR_COMPILE_THREADS": threads, "TORCHINDUCTOR_CACHE_DIR": str(at.folder / "work" / f"unet-{name}")}
-        given = [asdict(way) | {"rows": rows * way.rows // 32} for way in ways]
-        for one, way in zip(given, ways, strict=True):
-            one["title"] += f", {one['rows']} rows" if way.rows != 32 else ""
-        options = at.options(preset="sd14", rows=rows, ways=given, lock=str(at.folder / "work" / "unet.lock"))
-        return Task(name, f"{HERE}.unet:measure", options, (*TORCH, "diffusers"), env=env, seconds=200)
+        return of_unet(at, name, rows, *ways, width=width)
 
-    backward, forward = {"forward": False}, {"gradients": False}
-    eager = task(
-        "eager", Way("eager"), Way("channels-last", channels_last=True), Way("CUDA graph of eager", graph=True, gradients=False)
-    )
-    compiled = (
-        task("blocks", Way("compiled blocks", "blocks", **backward)),
+    tasks = (
         task(
             "full-forward",
-            Way("compiled full", "full", **forward),
-            Way("compiled full, CUDA graph", "full", graph=True, **forward),
+            Way("compiled full", "full", **FORWARD),
+            Way("compiled full, CUDA graph", "full", graph=True, **FORWARD),
         ),
-        task("blocks-channels-last", Way("compiled blocks, channels-last", "blocks", channels_last=True, **backward)),
-        task("full-forward-channels-last", Way("compiled full, channels-last", "full", channels_last=True, **forward)),
-        task("full", Way("compiled full", "full", **backward)),
-        task("blocks-cudnn", Way("compiled blocks, cudnn", "blocks", "cudnn", **backward)),
-        task("blocks-flash", Way("compiled blocks, flash", "blocks", "flash", **backward)),
-    )
-    larger = task("larger", *(Way("eager", rows=count, **backward) for count in (64, 128)))
-    late = (
-        task("blocks-64", Way("compiled blocks", "blocks", rows=64, **backward)),
-        task("max-autotune", Way("max-autotune without graphs", "max-autotune", **forward)),
+        task("full-forward-channels-last", Way("compiled full, channels-last", "full", channels_last=True, **FORWARD)),
+        task("blocks", Way("compiled blocks", "blocks", **BACKWARD)),
+        task("full", Way("compiled full", "full", **BACKWARD)),
+        task("blocks-channels-last", Way("compiled blocks, channels-last", "blocks", channels_last=True, **BACKWARD)),
+        task("blocks-cudnn", Way("compiled blocks, cudnn", "blocks", "cudnn", **BACKWARD)),
+        task("max-autotune", Way("max-autotune without graphs", "max-autotune", **FORWARD)),
     )
     if at.rehearse:  # one process, whose imports are paid once
-        ways = [Way(**way) for task in (eager, larger, *compiled[:2], late[1]) for way in task.options["ways"]]
-        return Part("unet", "the U-Net of SD 1.x", 30, 260, alone(task("all", *(replace(way, rows=32) for way in ways))))
-    return Part("unet", "the U-Net of SD 1.x", 150, 260, (*alone(eager, larger), Stage(compiled, width), *alone(*late)))
+        ways = [Way(**way) for one in (tasks[0], tasks[2], tasks[6]) for way in one.options["ways"]]
+        tasks = (task("all", *(replace(way, rows=32) for way in ways)),)
+    return Part("compiled", "the U-Net of SD 1.x, compiled", 90, 260, (Stage(tasks, width),))
 
 
 def epoch(at: Situation) -> Part:
-    target, cache = f"{HERE}.epoch:measure", str(at.folder / "work" / "epoch-cache")
+    target = f"{HERE}.epoch:measure"
 
     def task(name: str, title: str, seconds: float, **more: Any) -> Task:
         options = at.options(title=title, rounds=3, **more)
         return Task(name, target, options, ENGINE, env={"OMP_NUM_THREADS": "1" if at.rehearse else "8"}, seconds=seconds)
 
     tasks = (
-        task("eager", "eager", 90, path="eager"),
-        task("auto-cold", "auto, cold", 240, path="auto", cache=cache),
-        task("auto-warm", "auto, warm", 60, path="auto", cache=cache, start_only=True),
+        task("auto-uncompiled", "auto without compiling", 80, path="auto", overrides=["performance.compile=off"]),
+        task("eager", "eager", 80, path="eager"),
     )
-    return Part("epoch", "an epoch of SD 1.x's shapes", 120, 300, alone(*tasks))
+    return Part("epoch", "an epoch of SD 1.x's shapes", 70, 150, alone(*tasks))
+
+
+def start(at: Situation) -> Part:
+    """Of a job that never ends, so that `auto` compiles what is faster, whatever it costs: cold, and from the cache."""
+    target, cache = f"{HERE}.epoch:measure", str(at.folder / "work" / "epoch-cache")
+    env = {"OMP_NUM_THREADS": "1" if at.rehearse else "8"}
+    tasks = [
+        Task(name, target, at.options(title=title, rounds=3, path="auto", cache=cache, **more), ENGINE, env=env, seconds=seconds)
+        for name, title, seconds, more in (
+            ("auto-cold", "auto, cold", 240, {}), ("auto-warm", "auto, warm", 60, {"start_only": True}),
+        )
+    ]  # fmt: skip
+    return Part("start", "a compiled epoch, cold and warm", 0, 300, alone(*tasks))
 
 
 def sdxl(at: Situation) -> Part:
-    from benchmarks.gpu_session.unet import Way
-
     rows = 2 if at.rehearse else 8
-    ways = [Way("eager", rows=rows), Way("channels-last", channels_last=True, rows=rows)]
+    ways = [Way("channels-last", channels_last=True, rows=rows), Way("eager", rows=rows)]
     options = at.options(preset="sdxl", rows=rows, ways=[asdict(way) for way in ways], lock=str(at.folder / "work" / "unet.lock"))
     task = Task("sdxl", f"{HERE}.unet:measure", options, (*TORCH, "diffusers"), seconds=90)
     return Part("sdxl", "the U-Net of SDXL", 30, 90, (Stage((task,)),))
@@ -249,6 +279,6 @@ def sanitizer(at: Situation) -> Part:
 
 
 PARTS: dict[str, Callable[[Situation], Part]] = {
-    "preflight": preflight, "kernels": kernels, "table": table, "engine": engine, "unet": unet, "epoch": epoch, "sdxl": sdxl,
-    "sanitizer": sanitizer,
+    "preflight": preflight, "kernels": kernels, "unet": unet, "epoch": epoch, "table": table, "engine": engine, "sdxl": sdxl,
+    "compiled": compiled, "sanitizer": sanitizer, "start": start,
 }  # fmt: skip

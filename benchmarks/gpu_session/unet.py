@@ -14,9 +14,11 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from benchmarks.gpu_session.ways import Way
 
 FEW = 4  # rows of the truth
 ROUNDS = 7
@@ -34,20 +36,6 @@ SMALL: dict[str, dict[str, Any]] = {
         "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"], "transformer_layers_per_block": [1, 1],
     },
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Way:
-    """How a U-Net is called."""
-
-    title: str
-    compile: str = "off"  # off, blocks, full, max-autotune
-    attention: str = "sdpa"
-    channels_last: bool = False
-    graph: bool = False  # the forward as a CUDA graph
-    rows: int = 32
-    gradients: bool = True  # time forward and backward too
-    forward: bool = True
 
 
 class NotHere(RuntimeError):
@@ -263,3 +251,51 @@ def measure(emit: Any, options: dict[str, Any]) -> None:
     )  # fmt: skip
     for way in options["ways"]:
         bench.measure(emit, Way(**way), options["lock"])
+
+
+MOST = 30  # kernels that are told of each way
+
+
+def where_the_time_goes(emit: Any, options: dict[str, Any]) -> None:
+    """A task: of forward and backward of each way, the host's time, the wall's, and the kernels that take most of it."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    bench = Bench(options)
+    cuda = bench.device.type == "cuda"
+    activity = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
+    weights = list(bench.model.parameters())
+    for given in options["ways"]:
+        way = Way(**given)
+        inputs = bench.inputs(way.rows)
+        upstream = torch.randn(way.rows, *bench.family.latent_shape, device=bench.device, dtype=bench.dtype)
+        with bench.prepared(way) as calls:
+            call = calls["forward and backward"]
+
+            def run(call: Callable[..., Any] = call, inputs: dict[str, Any] = inputs, upstream: Any = upstream) -> None:
+                torch.autograd.grad(bench.call(call, inputs), weights, upstream, allow_unused=True)
+
+            run()
+            if cuda:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            run()
+            host = time.perf_counter() - start
+            if cuda:
+                torch.cuda.synchronize()
+            wall = time.perf_counter() - start
+            with profile(activities=[activity]) as found:
+                run()
+                if cuda:
+                    torch.cuda.synchronize()
+        kernels = [
+            (event.self_device_time_total if cuda else event.self_cpu_time_total, event.count, event.key)
+            for event in found.key_averages()
+        ]
+        kernels = sorted((one for one in kernels if one[0] > 0), reverse=True)
+        emit(
+            way.title, host_ms=1e3 * host, wall_ms=1e3 * wall, kernels_ms=sum(time_us for time_us, _, _ in kernels) / 1e3,
+            kernel_launches=sum(count for _, count, _ in kernels),
+        )  # fmt: skip
+        for time_us, count, name in kernels[:MOST]:
+            emit(f"{way.title}: {name[:120]}", "told", "", ms=time_us / 1e3, count=count)

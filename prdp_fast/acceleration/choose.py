@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prdp_fast.acceleration import attention, channels_last
+from prdp_fast.acceleration import attention, channels_last, shared_halves
 from prdp_fast.acceleration.compile import (
     CompiledForward,
     compile_blocks,
@@ -29,7 +29,16 @@ from prdp_fast.acceleration.compile import (
 )
 from prdp_fast.acceleration.cuda_graph import CudaGraphForward
 from prdp_fast.acceleration.payback import WorkLeft, count_blocks, key_of, learn_seconds, learnt_seconds, payback
-from prdp_fast.acceleration.probe import Decision, DenoiserShapes, Probe, choose_variant, first_line, quiet
+from prdp_fast.acceleration.probe import (
+    MARGIN,
+    Decision,
+    DenoiserShapes,
+    Probe,
+    choose_variant,
+    fastest,
+    first_line,
+    quiet,
+)
 from prdp_fast.config.recipe import PerformanceSettings
 from prdp_fast.core.errors import UserError
 from prdp_fast.core.format import format_bytes
@@ -50,6 +59,12 @@ class Acceleration:
 
     def __str__(self) -> str:
         return "\n".join(["performance", *(f"  {name:16} {decision}" for name, decision in self.decisions.items())])
+
+    @property
+    def shares_halves(self) -> bool:
+        """Whether guided calls are to give latents and timesteps once: `Family.predict` with shared=True."""
+        decision = self.decisions.get("shared_halves")
+        return decision is not None and decision.value == "on"
 
     def record(self) -> dict[str, Any]:
         return {name: asdict(decision) for name, decision in self.decisions.items()}
@@ -156,6 +171,47 @@ def choose_channels_last(setting: str, probe: Probe, stage: int, remembered: str
     if setting == "on":
         raise UserError(f"performance.channels_last is on, but {reason}; set auto or off")
     return Decision("off", "as set" if setting == "off" else reason)
+
+
+def choose_shared_halves(setting: str, probe: Probe, guided: bool, remembered: str | None) -> Decision:
+    """Whether guided calls compute once what both halves have in common. Raises: UserError if it is set and does not work.
+
+    Args: probe: of the denoiser that is enabled, or left as it was.
+    """
+    if setting == "off":
+        return Decision("off", "as set")
+    reason = shared_halves.fault(probe.denoiser) if guided else "sampling is without guidance"
+    if reason is None and setting == "auto":
+        if remembered == "off":
+            return Decision("off", "as this run chose when it started")
+        if remembered is None and probe.device.type != "cuda":
+            return Decision("off", "auto on a CPU, where results stay the bits of plain calls")
+    times: dict[str, float] = {}
+    if reason is None:
+        insists = setting == "on" or remembered == "on"
+        try:
+            times = try_shared_halves(replace(probe, shared=True))
+            # It is part of the plain call's work, so a difference that noise makes is no reason against it.
+            if insists or fastest(times, "on", MARGIN[probe.device.type]) == "on":
+                why = "what both halves have in common is computed once" if remembered is None else "as when this run started"
+                return Decision("on", "as set" if setting == "on" else why, times)
+            reason = NO_FASTER
+        except Exception as error:  # of a U-Net that is less plain than it looks
+            reason = first_line(error)
+        shared_halves.disable(probe.denoiser)
+    if setting == "on":
+        raise UserError(f"performance.shared_halves is on, but {reason}; set auto or off")
+    return Decision("off", reason, times)
+
+
+def try_shared_halves(probe: Probe) -> dict[str, float]:
+    """Enable the probe's denoiser, compare it with plain calls, and time both. Raises: whatever goes wrong."""
+    inputs, plain = probe.inputs(), shared_halves.doubling(probe.denoiser)
+    expected = probe.run(inputs, plain)
+    with quiet():
+        shared_halves.enable(probe.denoiser)
+        probe.check(probe.run(inputs), expected)
+        return probe.time({"off": partial(probe.run, inputs, plain), "on": partial(probe.run, inputs)})
 
 
 ROLES = ("trained", "rollout", "reference")
@@ -440,6 +496,7 @@ def accelerate(
     stage: int,
     device: torch.device,
     dtype: torch.dtype,
+    guided: bool = False,
     ranks: Ranks = Ranks(),
     remembered: dict[str, Any] | None = None,
     work: WorkLeft | None = None,
@@ -448,6 +505,7 @@ def accelerate(
 
     Args:
         train_rows, sample_rows: denoiser rows of a micro-batch of the update (and the reference pass) and of a rollout step.
+        guided: whether these are two halves of the same latents, for classifier-free guidance.
         remembered: on rank 0, the `record` of the run that is resumed, whose measured choices it keeps: others would round
             differently.
         work: what is left of the job: `auto` compiles only what pays in it. None: as if there were no end.
@@ -456,14 +514,23 @@ def accelerate(
     past = {name: decision["value"] for name, decision in (ranks.gather(remembered)[0] or {}).items()}
     plan = plan_compiling(performance.compile, device, stage, past)
 
-    def probe(denoiser: nn.Module, rows: int, gradients: bool = False) -> Probe:
-        return Probe(denoiser, shapes, rows, device, dtype, gradients)
-
     result = Acceleration()
+
+    def probe(denoiser: nn.Module, rows: int, gradients: bool = False) -> Probe:
+        return Probe(denoiser, shapes, rows, device, dtype, gradients, result.shares_halves)
+
     decisions = result.decisions
     few_rows = min(PROBE_ROWS.get(device.type, PROBE_ROWS["cpu"]), train_rows)
     chooser = probe(denoisers.sampled, few_rows, gradients=True)
     decisions |= choose_kernels(denoisers, performance, plan, past, chooser, stage, ranks)
+    # A run that was started before there was a choice goes on as it was.
+    had = past.get("shared_halves", "off" if past else None)
+    decisions["shared_halves"] = ranks.first(
+        lambda: choose_shared_halves(performance.shared_halves, chooser, guided, had)
+    )  # fmt: skip
+    for denoiser in denoisers:
+        (shared_halves.enable if result.shares_halves else shared_halves.disable)(denoiser)
+    chooser = replace(chooser, shared=result.shares_halves)
     key = key_of(denoisers.trained, train_rows, device)
     if performance.compile == "auto" and work is not None and any(decision.value != "off" for decision in plan.values()):
         probes = {"trained": chooser, "rollout": probe(denoisers.sampled, few_rows)}

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from prdp_fast.acceleration.shared_halves import halved_blocks, rows_of
+
 # All instances of a block share one code object, and each width and resolution is compiled once.
 RECOMPILE_LIMIT = 256
 BACKEND = "inductor"
@@ -28,7 +30,7 @@ class CompiledForward:
 
     def __call__(self, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         # Inside another compilation the plain forward is what is wanted.
-        here = len(sample) in self.rows and self.enabled and not torch.compiler.is_compiling()
+        here = self.enabled and not torch.compiler.is_compiling() and rows_of(sample, *args, **kwargs) in self.rows
         return (self.compiled if here else self.eager)(sample, *args, **kwargs)
 
 
@@ -76,9 +78,16 @@ def raise_recompile_limit() -> None:
 
 def compile_blocks(denoiser: nn.Module, blocks: Collection[str], rows: Iterable[int]) -> None:
     """Args: blocks: class names of the repeated blocks."""
+    rows, halved = frozenset(rows), halved_blocks(denoiser)
     for module in denoiser.modules():
-        if type(module).__name__ in blocks:
-            module.forward = CompiledForward(own_forward(module), rows, module.forward)  # type: ignore[method-assign]
+        if is_one_of(module, blocks):
+            recurring = rows | {count // 2 for count in rows} if module in halved else rows
+            module.forward = CompiledForward(own_forward(module), recurring, module.forward)  # type: ignore[method-assign]
+
+
+def is_one_of(module: nn.Module, names: Collection[str]) -> bool:
+    """Whether its class or one that it was made from has one of these names."""
+    return any(base.__name__ in names for base in type(module).__mro__)
 
 
 def compile_trained(denoiser: nn.Module, mode: str, blocks: Collection[str], rows: Iterable[int]) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from prdp_fast.acceleration.shared_halves import rows_of
+
 Forward = Callable[..., Any]
 
 
@@ -25,7 +27,7 @@ class CudaGraphForward:
         self.graphs: dict[Any, tuple[torch.cuda.CUDAGraph, list[torch.Tensor], Any]] = {}
 
     def __call__(self, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if len(sample) not in self.rows or torch.is_grad_enabled():
+        if torch.is_grad_enabled() or rows_of(sample, *args, **kwargs) not in self.rows:
             return self.forward(sample, *args, **kwargs)
         leaves, tree = pytree.tree_flatten(((sample, *args), kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]

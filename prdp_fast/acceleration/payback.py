@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from prdp_fast.acceleration.compile import is_one_of
 from prdp_fast.acceleration.probe import Decision
 from prdp_fast.core.files import read_json, write_json
 
@@ -62,7 +63,7 @@ def payback(
 
 
 def count_blocks(denoiser: nn.Module, names: tuple[str, ...]) -> int:
-    return sum(type(module).__name__ in names for module in denoiser.modules())
+    return sum(is_one_of(module, names) for module in denoiser.modules())
 
 
 def cache_directory() -> Path | None:

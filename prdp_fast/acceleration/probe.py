@@ -64,6 +64,7 @@ class Probe:
     device: torch.device
     dtype: torch.dtype
     gradients: bool
+    shared: bool = False  # latents and timesteps are given once for both halves of the rows
 
     def inputs(self) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(0)
@@ -77,7 +78,9 @@ class Probe:
                 return torch.randn(value.shape, generator=generator).to(value)
             return torch.randint(0, 1000, value.shape, generator=generator).to(value)
 
-        return fill(self.shapes.denoiser_inputs(self.rows, self.device, self.dtype))
+        inputs = fill(self.shapes.denoiser_inputs(self.rows, self.device, self.dtype))
+        once = [name for name, _ in zip(inputs, range(2))] if self.shared else []  # the latents and the timesteps
+        return inputs | {name: inputs[name][: self.rows // 2] for name in once}
 
     def run(self, inputs: dict[str, Any], call: Callable[..., Any] | None = None) -> list[torch.Tensor]:
         """Output, and gradients of its sum of squares: by weights, or for a frozen denoiser by its input.

@@ -159,7 +159,7 @@ class ScheduleSettings(Section):
         None, ge=2, description="K = 1: evaluate the reference at this many steps of a trajectory, drawn likewise; unbiased"
     )
     time_limit_minutes: float | None = Field(
-        None, gt=0, description="of one start: stop after the epoch that passes this, then evaluate; the same command goes on"
+        None, gt=0, description="of each start: stop after the epoch that passes this, then evaluate; the same command goes on"
     )
     on_failure: Literal["stop", "repeat"] = Field(
         "stop",
@@ -205,6 +205,9 @@ class PerformanceSettings(Section):
     cuda_graphs: Switch = Field("auto", description="capture the rollout's fixed shapes")
     channels_last: Switch = "auto"
     fuse_qkv: Switch = Field("auto", description="one matrix product for query, key and value of the frozen denoisers")
+    shared_halves: Switch = Field(
+        "auto", description="compute once what both halves of a guided call have in common: all before the first cross-attention"
+    )
     tf32: Switch = Field("auto", description="float32 matrix products of CUDA on tensor cores")
     fused_optimizer: Switch = Field("auto", description="AdamW in one kernel")
     activation_checkpointing: bool = Field(

@@ -23,7 +23,8 @@ from prdp_fast.core.format import format_bytes
 from prdp_fast.models.families import Family
 
 Place = Literal["device", "host"]
-When = Literal["always", "rollout", "update"]
+When = Literal["always", "start", "rollout", "update"]  # start: until the optimizer has its masters
+MOMENTS: tuple[When, ...] = ("start", "rollout", "update")
 T = TypeVar("T")
 
 FLOAT32 = 4
@@ -165,6 +166,7 @@ class Footprint:
     max_live: int = LIVE
     adapter_parameters: int | None = None  # what is trained of the denoiser; None: all of it
     averaged: bool = False  # a moving average of what is trained
+    on_cpu: bool = False  # the device is the host
 
     @property
     def trained_parameters(self) -> int:
@@ -200,6 +202,7 @@ class Footprint:
             max_live=int(zero.get("stage3_max_live_parameters", LIVE)),
             adapter_parameters=None if shapes.lora is None else shapes.trained_parameters,
             averaged=settings.model.ema_decay is not None,
+            on_cpu=not cuda,
         )
 
 
@@ -211,7 +214,7 @@ class MemoryPlan:
         """Bytes at the worst moment, or of the items of one moment."""
         if when is not None:
             return sum(item.size for item in self.items if item.place == place and item.when == when)
-        return self.total(place, "always") + max(self.total(place, "rollout"), self.total(place, "update"))
+        return self.total(place, "always") + max(self.total(place, moment) for moment in MOMENTS)
 
     def fits(self, available: float, host: float | None = None, *, usable: float = USABLE) -> bool:
         """Whether the worst moment leaves a margin of 1 - `usable` of the free bytes."""
@@ -236,13 +239,17 @@ def plan_memory(job: Footprint) -> MemoryPlan:
     width = job.dtype.itemsize
     bf16_optimizer = stage == 1 and job.dtype == torch.bfloat16  # DeepSpeed has one of its own for this
     share = -(-trained // ranks)  # of what is divided among the ranks
-    optimizer_place: Place = "host" if job.offload_optimizer else "device"
+    host: Place = "device" if job.on_cpu else "host"
+    optimizer_place: Place = host if job.offload_optimizer else "device"
 
     # Weights: whole on each rank, except at stage 3. Stages 1 to 3 train a float32 copy of the rank's share, also in float32.
     held = -(-count // ranks) if stage == 3 else count
-    items = [Item("weights", held * width, "host" if job.offload_param and stage == 3 else "device")]
+    items = [Item("weights", held * width, host if job.offload_param and stage == 3 else "device")]
     if stage > 0:
         items.append(Item("master weights", share * FLOAT32, optimizer_place))
+    if width != FLOAT32:
+        # DeepSpeed rounds the weights before it makes the masters, so every rank keeps what was loaded until they are made.
+        items.append(Item("copy of the weights as loaded", trained * FLOAT32, host, "start"))
     stepped = share if stage > 0 else trained
     items.append(Item("optimizer state", 2 * stepped * FLOAT32, optimizer_place))
     if job.averaged:

@@ -9,47 +9,43 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from prdp_fast.acceleration import channels_last
-from prdp_fast.acceleration.choose import Acceleration, Denoisers, Ranks, accelerate
-from prdp_fast.acceleration.payback import WorkLeft
+from prdp_fast.acceleration.choose import Acceleration
 from prdp_fast.acceleration.process import choose_fused_optimizer, prepare_process
 from prdp_fast.core import distributed, run_directory
 from prdp_fast.core.errors import NotFiniteError, OneRankError, RewardError, UserError
-from prdp_fast.core.files import write_json
 from prdp_fast.core.format import format_bytes
 from prdp_fast.core.memory import smaller_on_oom
 from prdp_fast.core.records import Prompt, TextEmbeddings, Trajectories
 from prdp_fast.evaluation.run import Evaluation, evaluate
-from prdp_fast.models.finite import first_nonfinite
 from prdp_fast.models.lora import add_adapter
 from prdp_fast.models.pipeline import Pipeline
 from prdp_fast.models.text import TextEncoder
 from prdp_fast.objectives import Objective, build_objective
 from prdp_fast.planning import micro_batch
-from prdp_fast.planning.cost import epoch_rows
 from prdp_fast.planning.job import Job
 from prdp_fast.planning.memory import MemoryPlan
 from prdp_fast.prompts.embeddings import choose_encoder
 from prdp_fast.prompts.stream import PromptStream
 from prdp_fast.rewards import BackgroundScores
-from prdp_fast.sampling.rollout import finite_images, remove, rollout
+from prdp_fast.sampling.rollout import rollout
 from prdp_fast.training import results
 from prdp_fast.training.checkpoint import Checkpoints
 from prdp_fast.training.engine import ZeroEngine
-from prdp_fast.training.health import first_of_ranks, reward_fault, skipping_cause
 from prdp_fast.training.metrics import epoch_metrics
 from prdp_fast.training.passes import Reference, reference_pass
+from prdp_fast.training.speed import remember, speed_up
 from prdp_fast.training.state import TrainState
 from prdp_fast.training.telemetry import Telemetry
 from prdp_fast.training.update import Experience, UpdateReport, drift_warning, run_updates
+from prdp_fast.training.watch import Watch
 
 Result = TypeVar("Result")
 
@@ -74,6 +70,12 @@ class Trainer:
     memory_plan: MemoryPlan
     available_bytes: int  # that this rank may fill
     told_drift: float = 0.0  # the largest that the user has been told of, nats
+
+    def __post_init__(self) -> None:
+        self.watch = Watch(
+            self.job, self.output, self.state, self.checkpoints, self.pipeline, self.objective, self.engine, self.telemetry,
+            self.reference_denoiser,
+        )  # fmt: skip
 
     @classmethod
     def build(cls, job: Job, device: torch.device, output: Path | None = None, *, pipeline: Pipeline | None = None) -> Trainer:
@@ -119,10 +121,10 @@ class Trainer:
             pipeline.denoiser, settings.optimizer, job.config, device, performance.coalesce_gradients, fused.value == "on",
             settings.model.ema_decay,
         )  # fmt: skip
-        acceleration = speed_up(job, engine, reference, state, device, output)
+        acceleration = speed_up(job, engine, reference, pipeline.vae.decoder, state, device, output)
         acceleration.decisions |= decisions | {"fused_optimizer": fused}
-        if acceleration.decisions["channels_last"].value == "on":
-            channels_last.enable(pipeline.vae.decoder)
+        if acceleration.shares_halves:  # in every pass alike, so that log-probs that are compared round alike
+            job = replace(job, policy=replace(job.policy, predict=partial(job.policy.predict, shared=True)))
 
         stream = PromptStream(
             job.train_prompts, seed=settings.seed, prompts_per_epoch=schedule.prompts_per_epoch, rank=distributed.rank(),
@@ -170,7 +172,7 @@ class Trainer:
         trajectories = self.sample(prompts, embeddings)
         with self.telemetry.phase("decode"):
             images, shown = self.pipeline.decode_checked(trajectories.latents[:, -1], say=self.telemetry.message)
-            lost, lost_anywhere = self.lost_images(trajectories, shown)
+            lost, lost_anywhere = self.watch.lost_images(trajectories, shown)
         rows = [prompt for prompt in prompts for _ in range(self.job.settings.schedule.images_per_prompt)]
         scoring = self.scorer.start(
             partial(self.job.rewards.score, images, [row.text for row in rows], [row.metadata for row in rows])
@@ -178,7 +180,7 @@ class Trainer:
         reference = None
         if self.objective.needs_reference and self.engine.updates > 0:  # before the first update the policy is the reference
             reference = self.reference_log_probs(trajectories)
-            self.check_reference(reference, lost)
+            self.watch.check_reference(reference, lost)
         with self.telemetry.phase("reward"), agree():
             scores = scoring().without(lost)
         return Experience(trajectories, scores, reference, nonfinite_images=lost_anywhere)
@@ -210,8 +212,7 @@ class Trainer:
         experience.scores, state.seen_rewards, experience.divisors = self.job.rewards.normalised(
             experience.scores, state.seen_rewards, distributed.all_reduce
         )
-        if fault := reward_fault(self.objective, self.job.rewards, experience.scores, schedule.images_per_prompt):
-            self.stop(f"epoch {state.epoch}: {fault}")
+        self.watch.check_rewards(experience.scores)
         applied = self.engine.updates
         with self.telemetry.phase("update"):
             try:
@@ -226,14 +227,14 @@ class Trainer:
             except UserError as error:  # on every rank: out of memory
                 if self.engine.updates > applied:  # the weights are between two epochs
                     raise
-                self.stop(str(error))
+                self.watch.stop(str(error))
         state.micro_batch = report.micro_batch
         return report
 
     def log(self, experience: Experience, report: UpdateReport) -> None:
         """Count the epoch as finished, and tell what it did."""
         state, epoch, count = self.state, self.state.epoch, len(experience.scores.total) * self.job.world_size
-        state.skipped_in_row, state.nonfinite_in_row = report.skipped_in_row, self.nonfinite_in_row(experience.nonfinite_images)
+        self.watch.count(report, experience.nonfinite_images)
         phases = ("rollout", "reference")
         own_batches = [-float(state.batches.get(phase, math.inf)) for phase in phases]
         state.last_drift, *batches = distributed.all_reduce([report.drift, *own_batches], "max")
@@ -248,15 +249,7 @@ class Trainer:
             count, rollout=count * self.job.policy.evaluations(steps), reference=int(reference_rows), update=int(update_rows)
         )  # fmt: skip
         self.telemetry.log_epoch(epoch, epoch_metrics(experience, report), count)
-        if report.skipped_updates:
-            self.telemetry.message(
-                f"epoch {epoch}: {report.skipped_updates} update(s) had a non-finite gradient and were skipped"
-            )
-        if state.skipped_in_row >= self.job.settings.schedule.max_skipped_updates:
-            self.stop(
-                f"epoch {epoch}: {state.skipped_in_row} updates in a row had a non-finite gradient and were skipped (loss scale "
-                f"{report.scale:g}): {skipping_cause(self.job.config.dtype)}"
-            )
+        self.watch.check_updates(epoch, report)
 
     def finished(self) -> bool:
         schedule, state = self.job.settings.schedule, self.state
@@ -281,34 +274,18 @@ class Trainer:
             say(note)
         say(self.memory_plan.table())
         say(str(self.acceleration))
-        self.record_acceleration()
+        if self.output is not None and distributed.is_main():
+            remember(self.acceleration, self.output, say)
         if self.job.settings.schedule.micro_batch == "auto":
             say(f"schedule.micro_batch auto: {state.micro_batch}")
         if not self.memory_plan.fits(self.available_bytes):
             say(f"that may not fit: {format_bytes(self.available_bytes)} is free, and a tenth should stay so")
 
-    def record_acceleration(self) -> None:
-        """Keep the choices in the run directory: a resumed run that chose alike rounds alike. Tell where it could not."""
-        if self.output is None or not distributed.is_main():
-            return
-        path, record = self.output / run_directory.ACCELERATION, self.acceleration.record()
-        earlier, damaged = run_directory.read_acceleration(self.output)
-        if damaged:
-            self.telemetry.message(f"{path.name} was damaged: chosen anew, so results may round differently from here on")
-        changed = [name for name in earlier if name in record and record[name]["value"] != earlier[name]["value"]]
-        for name in changed:
-            self.telemetry.message(
-                f"{name} was {earlier[name]['value']!r} when the run started and is {record[name]['value']!r} now "
-                f"({record[name]['reason']}): results round differently from here on"
-            )
-        if changed or not earlier:
-            write_json(path, record)
-
     def resume(self) -> None:
         """Continue after the chosen checkpoint, if there is one: weights, optimizer, moving average; `state` is read already."""
         latest = self.checkpoints.load(self.engine.load)
         if latest is not None:
-            if fault := self.weight_fault():
+            if fault := self.watch.weight_fault():
                 raise UserError(self.checkpoints.damaged(fault))
             self.telemetry.message(f"continuing after epoch {self.state.epoch} from {latest.name}")
         self.state.start_clock()
@@ -319,16 +296,8 @@ class Trainer:
         Returns: the summary.
         Raises: UserError if nothing was learnt, or if the last checkpoint could not be saved.
         """
-        if unsaved := self.save():
-            self.telemetry.message(f"WARNING: {unsaved}; evaluation and export follow all the same")
-        if self.engine.updates == 0:
-            reason = (
-                f"every one of them was skipped: {skipping_cause(self.job.config.dtype)}" if self.state.epoch
-                else "schedule.time_limit_minutes was over before the first epoch; raise it"
-            )  # fmt: skip
-            raise UserError(
-                f"no update was applied in {self.state.epoch} epochs: nothing was learnt, and nothing is exported; {reason}"
-            )
+        unsaved = self.watch.save(then="evaluation and export follow all the same")
+        self.watch.check_learnt()
         after = self.evaluate(list(before)) if before else {}
         with self.engine.averaged():
             weights = self.engine.full_state_dict()
@@ -348,29 +317,11 @@ class Trainer:
             )
         return summary
 
-    def save(self) -> str | None:
-        """Returns: why the checkpoint could not be written, on every rank; the last whole one is as it was.
-
-        Raises: NotFiniteError, on every rank, rather than write weights that are not finite.
-        """
-        if fault := self.weight_fault():
-            raise NotFiniteError(
-                f"after {self.state.epoch} epochs {fault}, and is not saved: training has driven it out of range; lower "
-                f"optimizer.learning_rate; the last good state is {self.checkpoints.newest or 'that of the beginning'}"
-            )
-        return self.checkpoints.save(self.state, self.engine.save)
-
     def save_if_due(self) -> None:
-        every = self.job.settings.checkpoint.every
-        if self.state.epoch % every:
-            return
-        with self.telemetry.phase("checkpoint", throughput=False):
-            unsaved = self.save()
-        if unsaved:
-            self.telemetry.message(
-                f"WARNING: {unsaved}; make room: training goes on, and tries again after epoch {self.state.epoch + every} or at "
-                "the end"
-            )
+        every, epoch = self.job.settings.checkpoint.every, self.state.epoch
+        if epoch % every == 0:
+            with self.telemetry.phase("checkpoint", throughput=False):
+                self.watch.save(then=f"make room: training goes on, and tries again after epoch {epoch + every} or at the end")
 
     # Evaluation.
 
@@ -468,71 +419,6 @@ class Trainer:
                 f"{self.output}"
             ) from error
 
-    # Numbers that go wrong.
-
-    def lost_images(self, trajectories: Trajectories, shown: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """Which of this rank's images are not finite, (N,) bool on the CPU, and how many are over all ranks.
-
-        Their trajectories are made harmless. Every rank calls this.
-
-        Args: shown: (N,) bool on the CPU, which pictures are finite.
-        Raises: UserError where the run should not go on: in its first epoch, without any finite image, or time after time.
-        """
-        latents = finite_images(trajectories).cpu()
-        lost = ~(latents & shown)
-        counts = distributed.all_reduce([float(n) for n in ((~latents).sum(), lost.sum(), len(lost))], "sum")
-        bad_latents, bad, images = (int(count) for count in counts)
-        if not bad:
-            return lost, 0
-        epoch, limit = self.state.epoch, self.job.settings.schedule.max_nonfinite_epochs
-        what = (
-            f"epoch {epoch}, rollout: the latents of {bad_latents} of {images} images are not finite" if bad_latents
-            else f"epoch {epoch}, decoding: {bad} of {images} pictures are not finite, although their latents are"
-        )  # fmt: skip
-        if epoch == 0 or bad == images or self.nonfinite_in_row(bad) >= limit:
-            with self.engine.whole_denoiser() as denoiser:
-                reason = self.pipeline.explain(
-                    denoiser, trajectories.embeddings, latents=bad_latents > 0, trained=self.engine.updates > 0
-                )
-            self.stop(f"{what}; {first_of_ranks(reason if lost.any() else None)}")
-        self.telemetry.message(f"{what}: they have no reward; schedule.max_nonfinite_epochs {limit} in a row stop the run")
-        remove(trajectories, ~latents)
-        return lost, bad
-
-    def nonfinite_in_row(self, images: int) -> int:
-        """Epochs in a row, this one included, with an image that is not finite. Args: images: of this one."""
-        return self.state.nonfinite_in_row + 1 if images else 0
-
-    def check_reference(self, reference: Reference, lost: torch.Tensor) -> None:
-        """Every rank calls this. Raises: UserError if a log-prob of the reference is not finite where the rollout is."""
-        kept = ~lost.to(reference.log_probs.device)[:, None]
-        (bad,) = distributed.all_reduce([float((kept & ~reference.log_probs.isfinite()).sum())], "sum")
-        if bad:
-            with self.reference_denoiser() as denoiser:
-                fault = first_nonfinite({f"reference {self.pipeline.family.denoiser_component}": denoiser})
-            reason = f"{fault}: fetch the model again" if fault else skipping_cause(self.job.config.dtype)
-            self.stop(f"epoch {self.state.epoch}, reference: {int(bad)} log-probs are not finite; {reason}")
-
-    def weight_fault(self) -> str | None:
-        """The first weight of the trained denoiser that is not finite; None if all are. Every rank calls this."""
-        with self.engine.whole_denoiser() as denoiser:
-            fault = first_nonfinite({self.pipeline.family.denoiser_component: denoiser})
-        return first_of_ranks(fault)
-
-    def stop(self, reason: str) -> NoReturn:
-        """End the run on every rank, with a checkpoint where there is something to keep.
-
-        The weights have to be those after the last finished epoch. Raises: UserError.
-        """
-        if self.state.epoch and self.output is not None:
-            fault = self.weight_fault()
-            if fault is None:
-                reason += f"; {self.save() or f'{self.state.epoch} finished epochs are saved in {self.output}'}"
-            else:
-                last = self.checkpoints.newest or "that of the beginning"
-                reason += f"; the weights ({fault}) are not saved, the last good state is {last}"
-        raise UserError(reason)
-
     @contextlib.contextmanager
     def reference_denoiser(self) -> Iterator[nn.Module]:
         """The frozen model: a copy made before training, or the trained denoiser without its adapter."""
@@ -552,8 +438,7 @@ class Trainer:
             except RewardError as error:  # on every rank, see `agree`
                 if repeat > repeats:
                     # The weights are those after the last finished epoch: nothing computed is lost.
-                    unsaved = self.save() if self.state.epoch else None
-                    saved = unsaved or f"{self.state.epoch} finished epochs are saved"
+                    saved = self.watch.save_last() if self.state.epoch else "no epoch is finished"
                     raise RewardError(
                         f"{error}; stopped in {what}, {saved}: mend the reward and give the same command with --resume "
                         f"{self.output}"
@@ -574,31 +459,3 @@ def agree() -> Iterator[None]:
     if found:
         kind, message = found[0]
         raise kind(message) from fault
-
-
-def speed_up(
-    job: Job, engine: ZeroEngine, reference: nn.Module | None, state: TrainState, device: torch.device, output: Path | None
-) -> Acceleration:
-    """Make the job's denoisers cheaper; as an earlier start of the run did, if there was one."""
-    remembered = None if output is None else run_directory.read_acceleration(output)[0] or None
-    acceleration = accelerate(
-        Denoisers(engine.engine.module, engine.gathered, reference, engine.has_adapter), job.settings.performance, job.family,
-        train_rows=min(state.micro_batch or 1, job.rows_per_update) * job.evaluations,
-        sample_rows=min(job.settings.sampler.rollout_batch, job.images_per_rank) * job.evaluations,
-        stage=job.config.stage, device=device, dtype=job.config.dtype, remembered=remembered,
-        ranks=Ranks(distributed.rank(), distributed.gather_objects), work=work_left(job, state),
-    )  # fmt: skip
-    engine.sampling_view = acceleration.sampling_view
-    return acceleration
-
-
-def work_left(job: Job, state: TrainState) -> WorkLeft:
-    """Denoiser rows of one rank until the job's end, for which something may be compiled."""
-    schedule = job.settings.schedule
-    rows = epoch_rows(schedule, job.policy, needs_reference=job.needs_reference)
-    left = (schedule.epochs - state.epoch) / job.world_size
-    per_role = {
-        "trained": rows["update"].backward, "rollout": rows["rollout"].forward, "reference": rows["reference"].forward
-    }  # fmt: skip
-    limit = None if schedule.time_limit_minutes is None else schedule.time_limit_minutes * 60  # of this start
-    return WorkLeft({role: left * count for role, count in per_role.items()}, limit)

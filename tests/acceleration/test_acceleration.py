@@ -173,9 +173,9 @@ def test_rank_zero_chooses_for_all():
     denoiser = small_unet()
     # Another rank: what it hears first is what rank 0 remembers, and then what rank 0 decides.
     off = Decision("off", "slower there")
-    answers = iter([[None, None], [(told, None), (None, None)], [(off, None), (None, None)]])
+    answers = iter([[None, None], [(told, None), (None, None)], *[[(off, None), (None, None)]] * 2])
     speed = choose(denoiser, ranks=Ranks(1, lambda value: next(answers, [value, value])), compile="off")
-    assert speed.decisions["attention"] == told and speed.decisions["channels_last"] == off
+    assert speed.decisions["attention"] == told and speed.decisions["channels_last"] == speed.decisions["shared_halves"] == off
     assert all(isinstance(layer.processor, attention.DispatchedAttention) for layer in attention.attention_layers(denoiser))
     with pytest.raises(UserError, match="its line"):
         Ranks(1, lambda value: [(None, "its line"), value]).first(lambda: told)
@@ -401,6 +401,7 @@ def test_stages_with_everything_on(stages, stage):
     assert case["norms"][1] == pytest.approx(case["norms"][0], rel=TOLERANCE)
     assert case["moved"] < 1e-3  # weights near 1 that moved by 1e-3 a step, rounded to 1e-7
     decisions = case["decisions"]
+    assert decisions["shared_halves"] == "on"
     expected = {0: (), 1: ("blocks", "blocks"), 2: ("full", "full"), 3: ("off", "full")}[stage]
     assert tuple(decisions[f"compile {role}"] for role in ("trained", "rollout") if stage) == expected
     if stage < 2:

@@ -14,8 +14,8 @@ from prdp_fast.config.load import load_recipe
 from prdp_fast.config.recipe import PerformanceSettings
 from prdp_fast.core.files import read_json
 from prdp_fast.planning.job import Job
+from prdp_fast.training.speed import work_left
 from prdp_fast.training.state import TrainState
-from prdp_fast.training.trainer import work_left
 
 CPU, ROWS = torch.device("cpu"), 4
 

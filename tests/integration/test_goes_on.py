@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import launching
 from launching import TRAIN
+
+from prdp_fast.config.load import load_recipe
+from prdp_fast.training.state import TrainState
+from prdp_fast.training.trainer import Trainer
 
 REWARD = """
 def score(images, prompts):
@@ -54,3 +59,21 @@ def test_time_limited_starts_go_on_until_every_epoch_is_done(tmp_path: Path) -> 
     third = launching.start(TRAIN, *arguments, cwd=tmp_path).wait()
     assert third.returncode == 2 and "Traceback" not in third.text
     assert "the content of rewards.python is not what the run started with" in third.text
+
+
+def test_the_time_limit_is_of_each_start(monkeypatch) -> None:
+    """A run of an hour that goes on has the whole limit before it; what it took is still counted over all starts."""
+    now = 1000.0
+    monkeypatch.setattr("prdp_fast.training.state.time.monotonic", lambda: now)
+    monkeypatch.setattr("prdp_fast.training.trainer.distributed.all_reduce", lambda values, op: values)
+    state = TrainState(epoch=5, wall_s=3600.0)
+    state.start_clock()
+    messages: list[str] = []
+    trainer = SimpleNamespace(
+        job=SimpleNamespace(settings=load_recipe("smoke", ["schedule.time_limit_minutes=2", "schedule.epochs=9"])),
+        telemetry=SimpleNamespace(first_epoch=4, message=messages.append), state=state,
+    )  # fmt: skip
+    now += 119
+    assert not Trainer.finished(trainer) and state.summary()["wall_s"] == 3719
+    now += 2
+    assert Trainer.finished(trainer) and "stopping after 5 of 9 epochs; the same command goes on" in messages[0]

@@ -45,6 +45,7 @@ def test_stage_2_in_bf16_item_by_item() -> None:
     share = -(-P // 8)
     assert sizes(SD) == {
         "weights": (2 * P, "device", "always"),
+        "copy of the weights as loaded": (4 * P, "host", "start"),
         "master weights": (4 * share, "device", "always"),
         "optimizer state": (8 * share, "device", "always"),
         "gradients, own share": (4 * share, "device", "update"),
@@ -69,7 +70,7 @@ def test_stages_divide_what_they_promise() -> None:
     coalesced = sizes(replace(SD, dtype=torch.float32, coalesced=True))
     assert coalesced["gradients"][0] == 4 * P and coalesced["gradients, own share"][0] == 4 * -(-P // 8)
     offloaded = plan_memory(replace(SD, stage=3, offload_optimizer=True, offload_param=True))
-    on_host = {item.name for item in offloaded.items if item.place == "host"}
+    on_host = {item.name for item in offloaded.items if item.place == "host" and item.when != "start"}
     assert on_host == {"weights", "master weights", "optimizer state", "gradients, own share"}
 
 
@@ -78,8 +79,21 @@ def test_the_worst_moment_and_the_margin() -> None:
     assert plan.total() == 170 and plan.total("host") == 9
     assert plan.fits(170 / 0.9 + 1) and not plan.fits(170 / 0.9 - 1)
     assert not plan.fits(1000, host=9)
+    assert replace(plan, items=(*plan.items, Item("e", 90, when="start"))).total() == 190
     assert "c " in plan.table() and "170 B" in plan.table() and "(rollout)" in plan.table()
     assert format_bytes(1536) == "1.5 KiB" and format_bytes(3 * 2**30) == "3.0 GiB"
+
+
+def test_the_copy_that_masters_start_from_is_counted() -> None:
+    """Of what is trained, whole on every rank, beside a 16-bit policy alone; on a CPU it takes the same memory as all else."""
+    name = "copy of the weights as loaded"
+    assert sizes(replace(SD, stage=3, world_size=64))[name] == (4 * P, "host", "start")
+    assert sizes(replace(SD, adapter_parameters=1000))[name] == (4000, "host", "start")
+    assert name not in sizes(replace(SD, dtype=torch.float32))
+    cpu = replace(SD, on_cpu=True, offload_optimizer=True)
+    assert {place for _, place, _ in sizes(cpu).values()} == {"device"} and plan_memory(cpu).total("host") == 0
+    small = replace(cpu, activations=Activations(0), rows=1)
+    assert plan_memory(small).total() - plan_memory(small).total(when="always") >= 4 * P
 
 
 # -------------------------------------------------------------------------------------------------------------- measuring

@@ -222,7 +222,14 @@ class Family(ABC):
         """What the denoiser is told of N prompts: (2N, ...), the empty prompt's half first, or (N, ...) if not guided."""
 
     def predict(
-        self, denoiser: Any, latents: torch.Tensor, timesteps: torch.Tensor, embeddings: TextEmbeddings, *, guided: bool
+        self,
+        denoiser: Any,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        embeddings: TextEmbeddings,
+        *,
+        guided: bool,
+        shared: bool = False,
     ) -> torch.Tensor:
         """The denoiser's raw output.
 
@@ -231,10 +238,11 @@ class Family(ABC):
             timesteps: (N,) int64, the scheduler's timesteps.
             embeddings: N rows.
             guided: every row is, or none.
+            shared: the denoiser takes the latents and timesteps of a guided call once, for both of its halves.
         Returns: (2N, C, H, W) unconditional half first, or (N, C, H, W) if not guided; the denoiser's dtype.
         """
         model_input = latents.to(embeddings.prompt_embeds.dtype)
-        if guided:
+        if guided and not shared:
             model_input = torch.cat([model_input, model_input])
             timesteps = torch.cat([timesteps, timesteps])
         return denoiser(model_input, timesteps, **self.conditioning(embeddings, guided=guided), return_dict=False)[0]
