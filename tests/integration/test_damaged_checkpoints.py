@@ -242,10 +242,10 @@ def test_other_files_without_room_are_one_line_and_the_run_goes_on_later(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """64 MB: one checkpoint has room, two have not."""
+    """74 MB: one checkpoint has room, two have not."""
     place = tmp_path / "disk"
     place.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(place)], capture_output=True, check=False)
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=74m", "tmpfs", str(place)], capture_output=True, check=False)
     if made.returncode:
         pytest.skip("file systems cannot be mounted here")
     try:
