@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,56 +37,57 @@ def forget(paths: list[Path]) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def seconds_of(do: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def cost_of(do: Callable[[], object]) -> tuple[float, float]:
+    """Seconds on the wall, and of processors: other processes on the machine stretch only the first."""
+    wall, processor = time.perf_counter(), time.process_time()
     do()
-    return time.perf_counter() - start
+    return time.perf_counter() - wall, time.process_time() - processor
 
 
-def write(checkpoint: Path, parameters: int, shards: int) -> list[Path]:
-    """As DeepSpeed does: `torch.save`. One shard's numbers at a time are in memory."""
-    folder = checkpoint / "zero"
-    folder.mkdir(parents=True)
-    files = [folder / "mp_rank_00_model_states.pt"]
-    torch.save({"module": torch.randn(parameters, dtype=torch.bfloat16)}, files[0])
-    part = torch.randn(-(-parameters // shards))
-    for shard in range(shards):
-        files.append(folder / f"zero_pp_rank_{shard}_mp_rank_00_optim_states.pt")
-        torch.save({name: part.clone() for name in ("weights", "exp_avg", "exp_avg_sq")}, files[-1])
-    return files
+def numbers(parameters: int, shards: int) -> list[dict[str, torch.Tensor]]:
+    """What goes into each file. All shards hold the same numbers, of which memory then needs one shard's."""
+    part = {name: torch.randn(-(-parameters // shards)) for name in ("weights", "exp_avg", "exp_avg_sq")}
+    return [{"module": torch.randn(parameters, dtype=torch.bfloat16)}, *[part] * shards]
+
+
+def verify(checkpoint: Path, files: checkpoint_files.Files, readers: int) -> None:
+    """Read every byte from the disk. Readers are threads here, which hash at once as ranks do."""
+    forget([checkpoint / name for name in files])
+    parts = [checkpoint_files.share(files, number, readers) for number in range(readers)]
+    with ThreadPoolExecutor(readers) as pool:
+        faults = list(pool.map(lambda part: checkpoint_files.content_fault(checkpoint, part), parts))
+    assert faults == [None] * readers, faults
 
 
 def measure(directory: Path, parameters: int, shards: int) -> dict[str, Any]:
-    """Bytes, and seconds by part of the work."""
-    checkpoint = directory / "epoch-000001"
-    files: list[Path] = []
-    seconds = {"write": seconds_of(lambda: files.extend(write(checkpoint, parameters, shards)))}
+    """Bytes; and seconds and GB/s by part of the work, on the wall and of processors."""
+    checkpoint, contents = directory / "epoch-000001", numbers(parameters, shards)
+    checkpoint.mkdir()
+    paths = [checkpoint / f"{number:02d}.pt" for number in range(len(contents))]
+    written: checkpoint_files.Files = {}
+
+    def write() -> None:
+        for path, content in zip(paths, contents, strict=True):
+            torch.save(content, path)
 
     def sync() -> None:
-        for path in files:
+        for path in paths:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
 
-    written: checkpoint_files.Files = {}
-    seconds["sync"] = seconds_of(sync)
-    seconds["hash"] = seconds_of(
-        lambda: written.update({path.relative_to(checkpoint).as_posix(): checkpoint_files.measure(path) for path in files})
-    )
-    seconds["manifest"] = seconds_of(lambda: checkpoint_files.write_manifest(checkpoint, written, kept=False))
+    def hash_all() -> None:
+        written.update({path.name: checkpoint_files.measure(path) for path in paths})
+
+    costs = {"write": cost_of(write), "sync": cost_of(sync), "hash": cost_of(hash_all)}
+    checkpoint_files.write_manifest(checkpoint, written, kept=False)
     for readers in READERS:
-        forget(files)
-
-        def read(number: int, readers: int = readers) -> str | None:
-            return checkpoint_files.content_fault(checkpoint, checkpoint_files.share(written, number, readers))
-
-        with ThreadPoolExecutor(readers) as pool:
-            start = time.perf_counter()
-            faults = list(pool.map(read, range(readers)))
-            seconds[f"verify, {readers} at once"] = time.perf_counter() - start
-        assert faults == [None] * readers, faults
+        costs[f"verify, {readers} at once"] = cost_of(partial(verify, checkpoint, written, readers))
     size = sum(file.size for file in written.values())
-    rates = {name: round(size / value / 1e9, 3) for name, value in seconds.items() if name != "manifest"}
-    return {"bytes": size, "seconds": {name: round(value, 2) for name, value in seconds.items()}, "gb_per_s": rates}
+    parts = {
+        name: {"seconds": round(wall, 2), "processor_seconds": round(processor, 2), "gb_per_s": round(size / wall / 1e9, 3)}
+        for name, (wall, processor) in costs.items()
+    }
+    return {"bytes": size, "parts": parts}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -104,9 +106,8 @@ def report(args: argparse.Namespace, words: list[str]) -> int:
     with tempfile.TemporaryDirectory(dir=args.directory) as folder:
         result = measure(Path(folder), args.parameters, args.shards)
     print(f"{result['bytes'] / 1e9:.2f} GB")
-    for name, seconds in result["seconds"].items():
-        rate = f", {result['gb_per_s'][name]:.2f} GB/s" if name in result["gb_per_s"] else ""
-        print(f"{name}: {seconds:.1f} s{rate}")
+    for name, part in result["parts"].items():
+        print(f"{name}: {part['seconds']:.1f} s, {part['gb_per_s']:.2f} GB/s; {part['processor_seconds']:.1f} s of a processor")
     if args.output:
         write_json(args.output, origin | {"parameters": args.parameters, "shards": args.shards} | result)
         print(args.output)
