@@ -193,8 +193,8 @@ def run(module: str, *arguments: str | Path, cwd: Path) -> subprocess.CompletedP
 def test_checkpoint_runs_and_counts_every_byte(tmp_path: Path) -> None:
     output = tmp_path / "checkpoint.json"
     result = run(
-        "benchmarks.epoch.checkpoint", "--directory", tmp_path / "disk", "--parameters", "30000", "--shards", "3", "--output", output,
-        cwd=tmp_path,
+        "benchmarks.epoch.checkpoint", "--directory", tmp_path / "disk", "--parameters", "30000", "--shards", "3",
+        "--output", output, cwd=tmp_path,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     found = json.loads(output.read_text())
