@@ -24,6 +24,7 @@ from prdp_fast.acceleration.compile import (
     compile_trained,
     own_forward,
     raise_recompile_limit,
+    take_code_of,
     uncompile,
     uncompiled,
 )
@@ -394,6 +395,8 @@ def compile_denoisers(
 
     def build_reference() -> Callable[..., Any]:
         assert reference is not None
+        if plan["reference"].value == "full" and train_rows == sample_rows and len(rollout) > 1:
+            take_code_of(sampled, reference)
         compile_frozen(reference, plan["reference"].value, blocks, [train_rows])
         return reference
 
