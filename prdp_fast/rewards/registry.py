@@ -236,7 +236,8 @@ def _tensor(value: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             raise TypeError(f"an array of {value.dtype}")
         # torch takes neither uint64, swapped bytes nor steps backwards.
         value = value.copy() if value.dtype == np.float32 else value.astype(np.float64, order="C")
-    tensor = torch.as_tensor(value)
+    # Python's numbers are float64, and torch would make infinity of those beyond float32.
+    tensor = torch.as_tensor(value, dtype=torch.float64) if isinstance(value, (list, tuple)) else torch.as_tensor(value)
     if tensor.is_complex():
         raise TypeError("complex numbers")
     # A clone: the reward may keep the memory and fill it again, and a tensor of inference mode could not be written to.
