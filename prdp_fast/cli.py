@@ -35,6 +35,7 @@ SUBCOMMANDS = {
     "embed": Subcommand("prdp_fast.commands.embed", "store the text embeddings of a prompt set"),
     "serve-reward": Subcommand("prdp_fast.commands.serve_reward", "serve a reward over HTTP"),
     "evaluate": Subcommand("prdp_fast.commands.evaluate", "score a run or a model on held prompts"),
+    "checkpoint": Subcommand("prdp_fast.commands.checkpoint", "list and verify a run's checkpoints"),
     "report": Subcommand("prdp_fast.commands.report", "table and curves of a run"),
 }
 
