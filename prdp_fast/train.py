@@ -77,11 +77,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Raises: UserError, on rank 0 alone: every rank finds the same fault, and one line is enough."""
+    """Raises: UserError, on rank 0 alone: every rank finds the same fault, and one line is enough. OneRankError, on any."""
     try:
         return launch(args) if args.num_gpus is not None else train(args)
+    except OneRankError:
+        raise
     except UserError:
-        if os.environ.get("RANK", "0") == "0":
+        if environment.launched("RANK", 0) == 0:
             raise
         return 2
 
@@ -127,10 +129,9 @@ def free_port() -> int:
 
 def train(args: argparse.Namespace) -> int:
     """Run the job in this process, which is one of its ranks. Raises: UserError, on every rank."""
-    if not args.dry_run:
-        environment.check_launch()
+    environment.check_launch(starts=not args.dry_run)
     settings = load_recipe(args.recipe, args.overrides, seed=args.seed)
-    settings.check_ranks(int(os.environ.get("WORLD_SIZE", "1")))
+    settings.check_ranks(environment.launched("WORLD_SIZE", 1))
 
     import torch  # takes seconds, and a mistake in the recipe is reported before
 
