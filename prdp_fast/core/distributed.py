@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from prdp_fast.core import ranks
 from prdp_fast.core.errors import UserError
 
 _OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
@@ -93,15 +94,17 @@ def shutdown() -> None:
 
 
 def barrier() -> None:
-    dist.barrier()
+    with ranks.waiting("barrier"):
+        dist.barrier()
 
 
 def all_reduce(values: list[float], op: str = "sum") -> list[float]:
     """Reduce a few numbers over all ranks in float64; op is sum, max or min."""
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(tensor, op=_OPERATIONS[op])
-    return tensor.tolist()
+    with ranks.waiting("all_reduce"):
+        dist.all_reduce(tensor, op=_OPERATIONS[op])
+        return tensor.tolist()  # waits for the device
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -109,7 +112,8 @@ def gather_objects(value: Any) -> list[Any]:
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    with ranks.waiting("all_gather_object"):
+        dist.all_gather_object(values, value)
     return values
 
 
