@@ -36,9 +36,11 @@ from prdp_fast.core import environment
 environment.prepare()
 
 from prdp_fast.config.load import find_recipe, load_recipe
+from prdp_fast.core import launcher, stop_times, stops
 from prdp_fast.core.errors import UserError
 from prdp_fast.core.paths import check_output, fault
 from prdp_fast.core.run_directory import RUN, claim, finished_epochs
+from prdp_fast.core.watchdog import watching
 
 if TYPE_CHECKING:
     from prdp_fast.config.recipe import Settings
@@ -105,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def launch(args: argparse.Namespace) -> int:
-    """Become DeepSpeed's launcher, which starts N ranks of this package on this machine. Does not return.
+    """Have DeepSpeed's launcher start N ranks of this package on this machine. Returns: the exit status.
 
     Raises: UserError about what would otherwise be found by N processes after seconds of imports.
     """
@@ -116,13 +118,13 @@ def launch(args: argparse.Namespace) -> int:
     load_recipe(args.recipe, args.overrides, seed=args.seed).check_ranks(args.num_gpus)
     if find_spec("deepspeed") is None:
         raise UserError("--num_gpus needs DeepSpeed's launcher, and deepspeed is not installed; pip install deepspeed")
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(args.num_gpus)]
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(args.num_gpus)]
     # Two jobs on one machine need two ports. The launcher's own log would follow the run directory, which is printed last.
-    launcher += ["--master_port", os.environ.get("MASTER_PORT") or str(free_port()), "--log_level", "warning"]
+    command += ["--master_port", os.environ.get("MASTER_PORT") or str(free_port()), "--log_level", "warning"]
     # By path, so that the ranks run this package whatever the current directory holds.
     script = Path(__file__).resolve()
     sys.stdout.flush()
-    os.execve(sys.executable, [*launcher, str(script), *rank_arguments(args)], environment.before_prepare())
+    return launcher.run([*command, str(script), *rank_arguments(args)], environment.before_prepare())
 
 
 def rank_arguments(args: argparse.Namespace) -> list[str]:
@@ -153,10 +155,8 @@ def train(args: argparse.Namespace) -> int:
     if args.dry_run:
         return print_plan(args, settings)
 
-    from prdp_fast.core import stops
-    from prdp_fast.core.watchdog import watching
-
     with watching(args.grace) as watchdog:
+        watchdog.stop_at = stop_times.first(settings.schedule.stop_after, args.grace, os.environ, time.time())
         try:
             if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # ranks leave together, once they have met
                 return train_here(args, *prepare(args, settings), watchdog)
@@ -203,16 +203,19 @@ def train_here(args: argparse.Namespace, job: Job, output: Path, watchdog: Watch
     """This rank's part, and its last words. Returns: the exit status."""
     import torch
 
-    from prdp_fast.core import distributed, last_words, ranks, stops
+    from prdp_fast.core import distributed, last_words, ranks
     from prdp_fast.reporting.tables import print_summary
     from prdp_fast.training.trainer import Trainer
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     settings = job.settings
-    device = distributed.init(longest_wait_s=len(settings.rewards) * settings.schedule.reward_timeout_s)
+    device = distributed.init(settings.collective_timeout_s)
     try:
         claim_for_all(output, job, args.resume)
-        summary = Trainer.build(job, device, output).train()
+        watchdog.patience_s = settings.collective_timeout_s
+        trainer = Trainer.build(job, device, output)
+        distributed.share_timeout(settings.collective_timeout_s)
+        summary = trainer.train()
         if distributed.is_main():
             print_summary(summary)
             print(output, flush=True)

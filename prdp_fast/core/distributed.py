@@ -18,7 +18,7 @@ from prdp_fast.core.errors import UserError
 
 _OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
-MARGIN_S = 120.0  # what ranks may differ by beside the longest that one may legitimately take
+GROUP_MARGIN_S = 60.0  # after the ranks' own patience, which says more: the group's timeout is for what has no other
 
 # Reduces a few numbers over all ranks: `all_reduce` below, or a stand-in of a single process.
 AllReduce = Callable[[list[float], str], list[float]]
@@ -43,10 +43,10 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def init(longest_wait_s: float = 0.0) -> torch.device:
+def init(timeout_s: float = 1800.0) -> torch.device:
     """Join the job's process group (NCCL on CUDA, gloo on CPU) and return this rank's device.
 
-    Args: longest_wait_s: how long one rank may keep the others waiting before it says itself that something is wrong.
+    Args: timeout_s: how long one rank may keep the others waiting.
     Raises: UserError if the ranks cannot meet, or this one has no GPU of its own.
     """
     cuda = torch.cuda.is_available()
@@ -63,13 +63,19 @@ def init(longest_wait_s: float = 0.0) -> torch.device:
         if "RANK" not in os.environ:
             # Run by python itself: a job of one, which needs no address and so takes no port.
             options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        usual = (dist.constants.default_pg_nccl_timeout if cuda else None) or dist.constants.default_pg_timeout
-        options["timeout"] = max(usual, timedelta(seconds=longest_wait_s + MARGIN_S))
+        options["timeout"] = timedelta(seconds=timeout_s + GROUP_MARGIN_S)
         try:
             dist.init_process_group(**options)
         except (ValueError, RuntimeError) as error:  # DistNetworkError, DistStoreError: RuntimeErrors
             raise no_meeting(error) from error
     return device
+
+
+def share_timeout(timeout_s: float) -> None:
+    """Give every process group that there is this timeout: those that libraries make have torch's own."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.GroupMember.NON_GROUP_MEMBER:
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s + GROUP_MARGIN_S), group)
 
 
 def no_meeting(error: Exception) -> UserError:

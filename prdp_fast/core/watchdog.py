@@ -143,8 +143,8 @@ def end_without(lost: dict) -> None:
 
 def lost_line(lost: dict) -> str:
     return (
-        f"error: rank {lost['rank']} of {ranks.here().size} (process {lost['pid']} on {lost['host']}) was killed in "
-        f"{ranks.place(lost)}, without a word: SIGKILL, by the kernel if memory ran out (see dmesg), or a fault in a library; "
+        f"error: rank {lost['rank']} of {ranks.here().size} (process {lost['pid']} on {lost['host']}) ended without a word in "
+        f"{ranks.place(lost)}: killed (SIGKILL; by the kernel if memory ran out, see dmesg), a fault in a library, or os._exit; "
         f"the same command goes on from {ranks.last_saved()}"
     )
 

@@ -28,10 +28,10 @@ def agree() -> Iterator[None]:
     told = (type(fault), str(fault)) if isinstance(fault, (RewardError, NotFiniteError)) else None
     found = distributed.gather_objects((stops.requested(), told))
     leave_if_asked([request for request, _ in found])
-    failed = [(kind, message) for _, one in found if one for kind, message in [one]]
+    failed = [(rank, one) for rank, (_, one) in enumerate(found) if one is not None]
     if failed:
-        kind, message = failed[0]
-        raise kind(message) from fault
+        rank, (kind, message) = failed[0]
+        raise kind(message if len(failed) == len(found) else f"{message} (on rank {rank})") from fault
 
 
 def leave_if_asked(requests: list[Request | None]) -> None:
