@@ -30,10 +30,12 @@ class Subcommand(NamedTuple):
 SUBCOMMANDS = {
     "train": Subcommand("prdp_fast.train", "finetune a model"),
     "doctor": Subcommand("prdp_fast.commands.doctor", "examine this machine before the first job"),
+    "compile": Subcommand("prdp_fast.commands.compile", "compile a job's denoisers before it starts"),
     "shards": Subcommand("prdp_fast.commands.shards", "build, describe and verify prompt sets"),
     "embed": Subcommand("prdp_fast.commands.embed", "store the text embeddings of a prompt set"),
     "serve-reward": Subcommand("prdp_fast.commands.serve_reward", "serve a reward over HTTP"),
     "evaluate": Subcommand("prdp_fast.commands.evaluate", "score a run or a model on held prompts"),
+    "checkpoint": Subcommand("prdp_fast.commands.checkpoint", "list and verify a run's checkpoints"),
     "report": Subcommand("prdp_fast.commands.report", "table and curves of a run"),
 }
 

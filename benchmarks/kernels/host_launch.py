@@ -48,6 +48,9 @@ def operators() -> dict[str, Callable[[], Any]]:
     t: dict[str, Any] = {"guidance_scale": 5.0, "backend": "triton"}
     loss: dict[str, Any] = {"clip_range": 1e-4, "kl_weight": 1e-5, "backend": "triton"}
 
+    norm, of_channels = torch.zeros(n, 64, 16, 16).to(memory_format=torch.channels_last), torch.zeros(64)
+    norm_options: dict[str, Any] = {"shift": torch.zeros(n, 64), "silu": True, "backend": "triton"}
+
     def backward(leaf: torch.Tensor, run: Callable[[], torch.Tensor], upstream: torch.Tensor) -> Callable[[], Any]:
         return lambda: torch.autograd.grad(run(), leaf, upstream)
 
@@ -62,6 +65,8 @@ def operators() -> dict[str, Callable[[], Any]]:
         "prdp_loss, backward": backward(
             lp_leaf, lambda: k.prdp_loss(lp_leaf, lp, lp, rewards, **loss), torch.ones(())
         ),
+        "group_norm": lambda: k.group_norm(norm, of_channels, of_channels, 32, **norm_options),
+        "geglu": lambda: k.geglu(m, backend="triton"),
     }  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from prdp_fast.acceleration.compile import (
     compile_trained,
     own_forward,
     raise_recompile_limit,
+    take_code_of,
     uncompile,
     uncompiled,
 )
@@ -124,7 +125,10 @@ def try_attention(name: str, probe: Probe, variants: dict[str, Callable[[], None
 def choose_switch(
     name: str, setting: str, probe: Probe, on: Callable[[], Any], off: Callable[[], Any], remembered: str | None
 ) -> Decision:
-    """A switch of the probe's denoiser, measured. Raises: UserError if `on` is set and it does not work."""
+    """A switch of the probe's denoiser, compared with the plain call, and measured where the choice is ours.
+
+    Raises: UserError if `on` is set and it does not work.
+    """
     what = f"forward and backward, {probe.rows} rows" if probe.gradients else f"reference, forward of {probe.rows} rows"
     if setting == "auto" and remembered is None:
         chosen, times, faults = choose_variant(probe, {"off": off, "on": on}, "off")
@@ -132,9 +136,17 @@ def choose_switch(
     only = "" if probe.gradients else "; reference only"
     value, reason = (remembered, "as this run chose when it started") if setting == "auto" else (setting, f"as set{only}")
     if value == "on":
+        inputs = probe.inputs()
+        off()
+        expected = probe.run(inputs)
         try:
-            on()
+            with quiet():
+                on()
+                probe.check(probe.run(inputs), expected)
         except Exception as error:
+            off()
+            if setting == "auto":
+                return Decision("off", first_line(error))
             raise UserError(f"performance.{name} is on, but fails here: {first_line(error)}; set auto or off") from None
     return Decision(str(value), reason)
 
@@ -394,6 +406,8 @@ def compile_denoisers(
 
     def build_reference() -> Callable[..., Any]:
         assert reference is not None
+        if plan["reference"].value == "full" and train_rows == sample_rows and len(rollout) > 1:
+            take_code_of(sampled, reference)
         compile_frozen(reference, plan["reference"].value, blocks, [train_rows])
         return reference
 

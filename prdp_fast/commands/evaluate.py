@@ -31,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rewards", nargs="+", metavar="NAME[:KEY=VALUE,...]", default=[], help="beside those of a run's recipe; values are YAML"
     )
     parser.add_argument(
+        "--trust-code", action="store_true", help="run the Python file that a run's own reward is, as its run.json names it"
+    )
+    parser.add_argument(
         "--samples", type=int, default=EvaluationRequest.samples, metavar="N", help="images a prompt (default: %(default)s)"
     )
     parser.add_argument(

@@ -250,6 +250,7 @@ class EvaluationSettings(Section):
 class CheckpointSettings(Section):
     every: int = Field(50, ge=1, description="epochs")
     keep: int = Field(2, ge=1, description="the newest this many stay")
+    keep_every: int | None = Field(None, ge=1, description="every so manieth checkpoint stays too; null: none")
 
 
 class Settings(Section):

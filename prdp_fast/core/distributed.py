@@ -34,6 +34,11 @@ def local_ranks() -> int:
     return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "1")
 
 
+def local_rank() -> int:
+    """This rank among those that share this machine."""
+    return int(os.environ.get("LOCAL_RANK") or "0")
+
+
 def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 

@@ -16,7 +16,7 @@ from typing import Any
 def whole(path: Path) -> Iterator[Path]:
     """A hidden path to write to in place of `path`, which takes its name when the block ends without an error.
 
-    The bytes are on the disk before the name is, so that a crash leaves the old file or the new one.
+    The bytes are on the disk before the name is, so that a crash leaves the old file or the new one; then the name is too.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
@@ -26,9 +26,22 @@ def whole(path: Path) -> Iterator[Path]:
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(partial, path)
+            sync_directory(path.parent)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def sync_directory(path: Path) -> None:
+    """Bring the names in a directory to the disk: without, a crash may take back a file's new name. Raises: OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of file systems that sync no directories
+            raise
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

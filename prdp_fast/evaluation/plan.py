@@ -88,7 +88,9 @@ def plan_evaluation(request: EvaluationRequest, *, cuda: bool) -> EvaluationPlan
     recipe, run_record = read_run(directory) if (directory / RUN).is_file() else (None, {})
     sampler = choose_sampler(request, recipe)
     prompts, prompt_record = choose_prompts(request, recipe)
-    rewards, trained, reward_record = choose_rewards(list(request.rewards), recipe.rewards if recipe else [])
+    rewards, trained, reward_record = choose_rewards(
+        list(request.rewards), recipe.rewards if recipe else [], trust_code=request.trust_code
+    )
     features = choose_features(request.features)
     models = choose_models(request, recipe)
     families = {role: read_family(model.pretrained) for role, model in models.items()}
@@ -271,18 +273,27 @@ def find_set(text: str, run_prompts: PromptSettings | None) -> tuple[str, str, i
 
 
 def choose_rewards(
-    words: list[str], recipe: list[RewardSettings]
+    words: list[str], recipe: list[RewardSettings], *, trust_code: bool = True
 ) -> tuple[dict[str, WeightedRewards], dict[str, str], dict[str, Any]]:
     """Rewards by label: the recipe's, then those asked for; whether each was trained on; what identifies them.
 
+    Args: trust_code: False refuses what the recipe, a file of somebody's run, names as code; what is asked for may run.
     Raises: UserError for a name, an option or a value that is wrong, or no reward at all.
     """
     trained_on = [reward for reward in recipe if reward.weight != 0]
     wanted: list[tuple[str, dict[str, Any]]] = [(reward.name, reward.options) for reward in recipe]
+    asked = []
     for word in words:
         pair = parse_reward(word)
+        asked.append(pair)
         if pair not in wanted:
             wanted.append(pair)
+    for name, values in wanted:
+        if name == "python" and (name, values) not in asked and not trust_code:
+            raise UserError(
+                f"this run's reward is the code {values.get('function')!r}, as its run.json has it; add --trust-code to run it, "
+                "if the run is yours or you have read that file"
+            )
     if not wanted:
         raise UserError("--rewards is missing; without a run, name one, e.g. --rewards jpeg_size")
     rewards, trained, options = {}, {}, {}

@@ -29,4 +29,5 @@ class EvaluationRequest:
     eta: float | None = None
     batch: int | None = None  # images a call of the denoiser
     dtype: str | None = None  # None: float32 on a CPU, a run's own on a GPU
+    trust_code: bool = False  # whether Python files that the run's record names may be run
     features: str | None = None  # directory of a CLIP model, for diversity; None: colours on an 8 x 8 grid

@@ -112,8 +112,18 @@ def scores(evaluation: dict[str, Any]) -> str:
 
 
 def training(settings: Settings, summary: dict[str, Any]) -> str:
-    recipe = yaml.safe_dump(without_places(settings.model_dump(mode="json")), sort_keys=False, allow_unicode=True).rstrip()
+    values = settings.model_dump(mode="json")
+    values["rewards"] = [reward | {"options": for_others(reward["options"])} for reward in values["rewards"]]
+    recipe = yaml.safe_dump(without_places(values), sort_keys=False, allow_unicode=True).rstrip()
     return f"## Training\n\n{summary['epochs']} epochs, {summary['images']} images. The recipe:\n\n```yaml\n{recipe}\n```"
+
+
+PRIVATE = ("url", "token_env", "arguments")  # options that name a server, a secret's variable, and whatever else a user sends
+
+
+def for_others(options: dict[str, Any]) -> dict[str, Any]:
+    """A reward's options without what is the user's own business."""
+    return {name: "left out" if name in PRIVATE and value else value for name, value in options.items()}
 
 
 def without_places(value: Any) -> Any:

@@ -186,7 +186,7 @@ def _checked(name: str, output: RewardOutput, expected: int, *, some: bool) -> R
     """The output as CPU float32, if it holds `expected` numbers of everything and, where `some` must be, a finite score."""
     given, output = output.scores, as_numbers(name, output, expected)
     if some and expected and not output.scores.isfinite().any():
-        too_large = bool(torch.as_tensor(given).isfinite().any())
+        too_large = bool(_tensor(given, torch.float64).isfinite().any())
         what = "numbers beyond 3.4e+38, the largest of float32," if too_large else "NaN or infinity"
         raise RewardError(
             f"reward {name!r} returned {what} for all {expected} images; expected at least one finite score: "
@@ -217,8 +217,8 @@ def as_numbers(name: str, output: RewardOutput, expected: int) -> RewardOutput:
     return RewardOutput(numbers("scores", output.scores), details)
 
 
-def _tensor(value: Any) -> torch.Tensor:
-    """Numbers in any container as float32 on the CPU, in memory of their own. None counts as NaN.
+def _tensor(value: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Numbers in any container as `dtype` on the CPU, in memory of their own. None counts as NaN.
 
     Raises: TypeError, ValueError, RuntimeError or OverflowError if they are none.
     """
@@ -236,11 +236,12 @@ def _tensor(value: Any) -> torch.Tensor:
             raise TypeError(f"an array of {value.dtype}")
         # torch takes neither uint64, swapped bytes nor steps backwards.
         value = value.copy() if value.dtype == np.float32 else value.astype(np.float64, order="C")
-    tensor = torch.as_tensor(value)
+    # Python's numbers are float64, and torch would make infinity of those beyond float32.
+    tensor = torch.as_tensor(value, dtype=torch.float64) if isinstance(value, (list, tuple)) else torch.as_tensor(value)
     if tensor.is_complex():
         raise TypeError("complex numbers")
     # A clone: the reward may keep the memory and fill it again, and a tensor of inference mode could not be written to.
-    return tensor.detach().to(device="cpu", dtype=torch.float32).clone()
+    return tensor.detach().to(device="cpu", dtype=dtype).clone()
 
 
 def _number(item: Any) -> Any:

@@ -7,6 +7,8 @@ import copy
 import logging
 import math
 import os
+import pickle
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,7 +23,10 @@ if not torch.cuda.is_available():
 import deepspeed
 import torch.distributed as dist
 from deepspeed.ops import __compatible_ops__
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import groups, safe_get_full_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
+from deepspeed.utils.tensor_fragment import fragment_address
 from pydantic import ValidationError
 from torch import nn
 
@@ -66,6 +71,66 @@ def set_master(parameter: nn.Parameter, value: torch.Tensor) -> None:
     size = parameter.ds_tensor.numel()  # the last rank's is filled up with zeros
     own = value.flatten()[dist.get_rank() * size :][:size]
     safe_set_local_fp32_param(parameter, nn.functional.pad(own, (0, size - own.numel())))
+
+
+@contextlib.contextmanager
+def writing(engine: Any) -> Iterator[tuple[list[Path], list[Exception]]]:
+    """Around DeepSpeed's `save_checkpoint`: the files that it writes on this rank, and what went wrong with others.
+
+    It waits for the other ranks between its files. An error that left it there would leave them waiting, so errors are kept until
+    it has returned.
+    """
+    written: list[Path] = []
+    faults: list[Exception] = []
+
+    def keeping(write: Callable[..., Any], path_of: Callable[..., list[Path]]) -> Callable[..., None]:
+        def call(*args: Any, **kwargs: Any) -> None:
+            try:
+                if not faults:
+                    write(*args, **kwargs)
+                    written.extend(path_of(*args, **kwargs))
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # of the disk, and what torch says of it
+                faults.append(error)
+
+        return call
+
+    files = engine.checkpoint_engine
+    files.save = keeping(files.save, lambda state_dict, path: [Path(path)])
+    engine._copy_recovery_script = keeping(engine._copy_recovery_script, lambda save_path: [])
+    try:
+        yield written, faults
+    finally:
+        del files.save, engine._copy_recovery_script
+
+
+class NotDataError(ValueError):
+    """A file of tensors and plain values holds something else, which could run code where it is read."""
+
+
+@contextlib.contextmanager
+def data_only() -> Iterator[None]:
+    """Inside, `torch.load` makes tensors, plain values and what DeepSpeed puts beside them, whatever its caller asks for.
+
+    DeepSpeed asks for everything that a pickle can do, and a pickle can run any program.
+    """
+    load = torch.load
+
+    def load_data(file: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return load(file, *args, **kwargs | {"weights_only": True})
+        except pickle.UnpicklingError as error:
+            found = re.search(r"GLOBAL ([\w.]+)", str(error))
+            what = f"it asks for {found[1]} when it is read" if found else "it is no plain pickle"
+            raise NotDataError(f"{Path(str(file)).name}: {what}, expected tensors and plain values alone") from error
+
+    torch.load = load_data
+    try:
+        with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    finally:
+        torch.load = load
 
 
 class ZeroEngine:
@@ -294,18 +359,31 @@ class ZeroEngine:
             state.update({name: buffer.cpu() for name, buffer in self.engine.module.named_buffers()})
         return state
 
-    def save(self, directory: Path) -> None:
-        """Trained weights and optimizer, every rank its shard, into `directory`."""
+    def save(self, directory: Path) -> list[Path]:
+        """Trained weights and optimizer, every rank its shard, into `directory`.
+
+        Returns: the files that this rank has written.
+        Raises: OSError if one cannot be written, after the last collective; other ranks may not know.
+        """
         own = {"updates": self.updates, "fp16_headroom": self.fp16_headroom, "fp16_clean": self.fp16_clean}
-        self.engine.save_checkpoint(
-            str(directory), tag="zero", client_state={"prdp": own}, save_latest=False, exclude_frozen_parameters=self.has_adapter
-        )  # fmt: skip
+        with writing(self.engine) as (written, faults):
+            self.engine.save_checkpoint(
+                str(directory), tag="zero", client_state={"prdp": own}, save_latest=False,
+                exclude_frozen_parameters=self.has_adapter,
+            )  # fmt: skip
+        if faults:
+            raise OSError(f"{faults[0]}") from faults[0]
         if self.average is not None:
             self.average.save(directory / self._average_name)
+            written.append(directory / self._average_name)
+        return written
 
     def load(self, directory: Path) -> None:
-        """Raises: UserError if the checkpoint is of another number of ranks or ZeRO stage."""
-        loaded, client_state = self.engine.load_checkpoint(str(directory), tag="zero", load_module_strict=not self.has_adapter)
+        """Raises: UserError if the checkpoint is of another number of ranks or ZeRO stage, NotDataError."""
+        with data_only():
+            loaded, client_state = self.engine.load_checkpoint(
+                str(directory), tag="zero", load_module_strict=not self.has_adapter
+            )
         if loaded is None:
             raise UserError(
                 f"checkpoint {directory} was not written by {self.world_size} rank(s) at ZeRO stage {self.config.stage}; "

@@ -32,8 +32,17 @@ class TrainState:
         self.wall_s = self.elapsed()
         return {name: value for name, value in asdict(self).items() if not name.startswith("_")}
 
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> TrainState:
+        """Raises: KeyError, TypeError."""
+        state = cls()
+        state.load_state_dict(values)
+        return state
+
     def load_state_dict(self, values: dict[str, Any]) -> None:
-        """Raises: KeyError if one is missing that every version has."""
+        """Raises: KeyError if one is missing that every version has, TypeError if the epoch is no number."""
+        if type(values["epoch"]) is not int:
+            raise TypeError(f"its epoch is {str(values['epoch'])[:40]}, no number")
         for one in fields(self):
             if not one.name.startswith("_") and (one.name in values or one.name not in ADDED):
                 setattr(self, one.name, values[one.name])

@@ -9,12 +9,13 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from io import RawIOBase
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
 from prdp_fast.core import ranks
-from prdp_fast.core.files import naming, write_text
+from prdp_fast.core.files import write_text
 from prdp_fast.core.run_directory import METRICS, TENSORBOARD
 
 PLAIN_INTERVAL = 10.0  # seconds between progress lines where there is no terminal to draw a bar on
@@ -49,13 +50,15 @@ class Telemetry:
         self._epoch_start: float | None = None  # the first phase of the epoch that is running
         self._outside = 0.0  # seconds of this epoch that throughput does not answer for
         self._trained = 0.0  # seconds in finished epochs, for the ETA
-        self._metrics_file: TextIO | None = None
+        self._metrics_file: RawIOBase | None = None
+        self._waiting = b""  # rows that metrics.jsonl does not have yet
         self._writer: Any = None
+        self._begun_again = False  # in a new file of TensorBoard, after one that could not be written
         self._display: _Bar | _Lines | None = None
         if self.directory is not None:
             self.directory.mkdir(parents=True, exist_ok=True)
             keep_epochs_before(self.directory / METRICS, first_epoch)
-            self._metrics_file = (self.directory / METRICS).open("a", encoding="utf-8")
+            self._metrics_file = (self.directory / METRICS).open("ab", buffering=0)
             self._display = choose_display(total_epochs, first_epoch, clock)
 
     @contextlib.contextmanager
@@ -102,19 +105,44 @@ class Telemetry:
         if self._metrics_file is None:
             return
         assert self.directory is not None
-        with naming(self.directory / METRICS):
-            self._metrics_file.write(json.dumps({"epoch": epoch} | {k: strict(v) for k, v in row.items() if k != "epoch"}) + "\n")
-            self._metrics_file.flush()
+        self._append(json.dumps({"epoch": epoch} | {k: strict(v) for k, v in row.items() if k != "epoch"}) + "\n")
         self.log_scalars(epoch, row)
         if self._display:
             done = epoch + 1 - self.first_epoch
             eta = self._trained / max(done, 1) * (self.total_epochs - epoch - 1)
             self._display.epoch(epoch, row.get("reward", math.nan), row["images_per_s"], eta)
 
+    def _append(self, row: str) -> None:
+        """To metrics.jsonl. Where the disk has no room for it, the row waits for the next one: no epoch is lost for it."""
+        assert self.directory is not None and self._metrics_file is not None
+        self._waiting += row.encode()
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._metrics_file.write(self._waiting) :]
+        except OSError as error:
+            rows = self._waiting.count(b"\n")
+            self.message(
+                f"WARNING: {self.directory / METRICS} cannot be written ({error.strerror}); make room: training goes on, and "
+                f"{rows} row(s) are written as soon as there is"
+            )
+
+    @contextlib.contextmanager
+    def _optional(self) -> Iterator[None]:
+        """Around TensorBoard. It writes in a thread of its own and tells of a full disk later; then it begins a new file."""
+        assert self.directory is not None
+        try:
+            yield
+        except OSError as error:
+            self._writer, self._begun_again = None, True
+            self.message(
+                f"WARNING: {self.directory / TENSORBOARD} cannot be written ({error.strerror or error}); make room: training "
+                f"goes on, and {METRICS} has the same numbers"
+            )
+
     def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Scalars for TensorBoard alone."""
         if self.directory is not None:
-            with naming(self.directory / TENSORBOARD):
+            with self._optional():
                 for name, value in values.items():
                     self._tensorboard().add_scalar(name, plain_number(value), step)
 
@@ -123,7 +151,7 @@ class Telemetry:
             import numpy as np
             from PIL import Image
 
-            with Image.open(path_to_png) as image, naming(self.directory / TENSORBOARD):
+            with Image.open(path_to_png) as image, self._optional():
                 self._tensorboard().add_image(tag, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
     def message(self, text: str) -> None:
@@ -139,10 +167,11 @@ class Telemetry:
             display.close()
         writer, self._writer = self._writer, None
         if writer is not None:
-            assert self.directory is not None
-            with naming(self.directory / TENSORBOARD):
+            with self._optional():
                 writer.close()
-        if self._metrics_file is not None:
+        if self._metrics_file is not None and not self._metrics_file.closed:
+            if self._waiting:
+                self._append("")
             self._metrics_file.close()
 
     def __enter__(self) -> Telemetry:
@@ -157,7 +186,7 @@ class Telemetry:
 
             assert self.directory is not None
             folder = self.directory / TENSORBOARD
-            continued = self.first_epoch > 0 or folder.exists()
+            continued = (self.first_epoch > 0 or folder.exists()) and not self._begun_again
             self._writer = SummaryWriter(str(folder), purge_step=self.first_epoch if continued else None, flush_secs=15)
         return self._writer
 

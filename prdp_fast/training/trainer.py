@@ -106,8 +106,9 @@ class Trainer:
             dtype=dtype,
         )  # fmt: skip
 
-        checkpoints = Checkpoints(output, keep=settings.checkpoint.keep)
-        state = checkpoints.latest_state()
+        kept = settings.checkpoint
+        checkpoints = Checkpoints(output, keep=kept.keep, milestone=kept.keep_every and kept.every * kept.keep_every)
+        state = checkpoints.choose()
         state.follow(
             {"micro_batch": schedule.micro_batch, "reference": schedule.micro_batch, "rollout": settings.sampler.rollout_batch}
         )
@@ -284,17 +285,21 @@ class Trainer:
             say(f"that may not fit: {format_bytes(self.available_bytes)} is free, and a tenth should stay so")
 
     def resume(self) -> None:
-        """Continue after the newest checkpoint, if there is one: weights, optimizer, moving average; `state` is read already."""
+        """Continue after the chosen checkpoint, if there is one: weights, optimizer, moving average; `state` is read already."""
         latest = self.checkpoints.load(self.engine.load)
         if latest is not None:
             if fault := self.watch.weight_fault():
-                raise UserError(self.checkpoints.damaged(latest, fault))
+                raise UserError(self.checkpoints.damaged(fault))
             self.telemetry.message(f"continuing after epoch {self.state.epoch} from {latest.name}")
         self.state.start_clock()
 
     def finish(self, before: dict[str, Evaluation]) -> dict[str, Any]:
-        """Save, evaluate again, export. Returns: the summary. Raises: UserError if nothing was learnt."""
-        self.watch.save()
+        """Save, evaluate again, export.
+
+        Returns: the summary.
+        Raises: UserError if nothing was learnt, or if the last checkpoint could not be saved.
+        """
+        unsaved = self.watch.save(then="evaluation and export follow all the same")
         self.watch.check_learnt()
         after = self.evaluate(list(before)) if before else {}
         with self.engine.averaged():
@@ -308,6 +313,11 @@ class Trainer:
         repository = self.job.settings.model.push_to_hub
         if distributed.is_main() and self.output is not None and repository is not None:  # the others do not wait for it
             self.telemetry.message(results.push(self.output / run_directory.EXPORT, repository))
+        if unsaved:
+            raise UserError(
+                f"the model is exported, but the run's last {unsaved}; make room, or lift a limit of file sizes, and go on with "
+                f"--resume {self.output} for the epochs after that one"
+            )
         return summary
 
     @contextlib.contextmanager
@@ -318,14 +328,19 @@ class Trainer:
         except Stopped as stop:
             ranks.enter("checkpoint", self.state.epoch)
             if self.state.epoch:
-                self.watch.save()
-                stop.kept = f"{self.state.epoch} of {self.job.settings.schedule.epochs} epochs are saved in {self.output}"
+                unsaved = self.watch.save()
+                stop.kept = (
+                    unsaved or f"{self.state.epoch} of {self.job.settings.schedule.epochs} epochs are saved in {self.output}"
+                )
+                if unsaved:
+                    stop.request = stop.request._replace(status=2)
             raise
 
     def save_if_due(self) -> None:
-        if self.state.epoch % self.job.settings.checkpoint.every == 0:
+        every, epoch = self.job.settings.checkpoint.every, self.state.epoch
+        if epoch % every == 0:
             with self.telemetry.phase("checkpoint", throughput=False):
-                self.watch.save()
+                self.watch.save(then=f"make room: training goes on, and tries again after epoch {epoch + every} or at the end")
 
     # Evaluation.
 
@@ -441,11 +456,11 @@ class Trainer:
                 return run()
             except RewardError as error:  # on every rank, see `agree`
                 if repeat > repeats:
-                    if self.state.epoch:
-                        self.watch.save()  # the weights are those after the last finished epoch: nothing computed is lost
+                    # The weights are those after the last finished epoch: nothing computed is lost.
+                    saved = self.watch.save_last() if self.state.epoch else "no epoch is finished"
                     raise RewardError(
-                        f"{error}; stopped in {what}, {self.state.epoch} finished epochs are saved: mend the reward and give "
-                        f"the same command with --resume {self.output}"
+                        f"{error}; stopped in {what}, {saved}: mend the reward and give the same command with --resume "
+                        f"{self.output}"
                     ) from error
                 self.telemetry.message(f"{what}: {error}; repeating it, {repeat} of {repeats}")
         raise AssertionError("unreachable")

@@ -128,15 +128,25 @@ class Watch:
             fault = first_nonfinite({self.pipeline.family.denoiser_component: denoiser})
         return first_of_ranks(fault)
 
-    def save(self) -> None:
-        """Raises: NotFiniteError, on every rank, rather than write weights that are not finite."""
+    def save(self, then: str | None = None) -> str | None:
+        """
+        Args: then: what the user is told to come next if the checkpoint cannot be written; None leaves that to the caller.
+        Returns: why it cannot be written; the last whole one is as it was then.
+        Raises: NotFiniteError, on every rank, rather than write weights that are not finite.
+        """
         if fault := self.weight_fault():
-            latest = self.checkpoints.latest()
             raise NotFiniteError(
                 f"after {self.state.epoch} epochs {fault}, and is not saved: training has driven it out of range; lower "
-                f"optimizer.learning_rate; the last good state is {latest or 'that of the beginning'}"
+                f"optimizer.learning_rate; the last good state is {self.checkpoints.newest or 'that of the beginning'}"
             )
-        self.checkpoints.save(self.state, self.engine.save)
+        unsaved = self.checkpoints.save(self.state, self.engine.save)
+        if unsaved and then:
+            self.telemetry.message(f"WARNING: {unsaved}; {then}")
+        return unsaved
+
+    def save_last(self) -> str:
+        """Before the run stops. Returns: words for the line that says why it does."""
+        return self.save() or f"{self.state.epoch} finished epochs are saved in {self.output}"
 
     def stop(self, reason: str) -> NoReturn:
         """End the run on every rank, with a checkpoint where there is something to keep.
@@ -146,8 +156,8 @@ class Watch:
         if self.state.epoch and self.output is not None:
             fault = self.weight_fault()
             if fault is None:
-                self.save()
-                reason += f"; {self.state.epoch} finished epochs are saved in {self.output}"
+                reason += f"; {self.save_last()}"
             else:
-                reason += f"; the weights ({fault}) are not saved, the last good state is {self.checkpoints.latest()}"
+                last = self.checkpoints.newest or "that of the beginning"
+                reason += f"; the weights ({fault}) are not saved, the last good state is {last}"
         raise UserError(reason)

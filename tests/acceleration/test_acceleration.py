@@ -490,3 +490,26 @@ def test_a_resumed_run_records_and_tells_what_changed(tmp_path):
     assert read_json(tmp_path / ACCELERATION)["attention"]["value"] == "sdpa"
     Trainer.record_acceleration(trainer)  # type: ignore[arg-type]
     assert len(said) == 1
+
+
+@pytest.mark.parametrize(("rows", "graphs"), [(ROWS, 1), (ROWS + 1, 2)])
+def test_rollout_and_reference_share_what_is_compiled(planned, monkeypatch, rows, graphs):
+    """They are one graph without gradients where they have the same rows. Compiling takes a minute on a GPU."""
+    compiled: list[int] = []
+
+    def count(graph, example_inputs):
+        compiled.append(len(example_inputs))
+        return graph
+
+    monkeypatch.setattr("prdp_fast.acceleration.compile.BACKEND", count)
+    denoiser, reference = small_unet(), small_unet(1).requires_grad_(False)
+    plain = outputs(reference, gradients=False, rows=rows)
+    performance = PerformanceSettings(compile="full", attention="sdpa", fuse_qkv="off")
+    accelerate(
+        Denoisers(denoiser, None, reference), performance, small_family(), train_rows=rows, sample_rows=ROWS, stage=3, device=CPU,
+        dtype=torch.float32,
+    )  # fmt: skip
+    assert len(compiled) == graphs
+    with torch.no_grad():
+        assert distance(outputs(reference, gradients=False, rows=rows), plain) < TOLERANCE  # of its own weights
+    assert len(compiled) == graphs

@@ -192,11 +192,11 @@ def test_compiling_and_uncompiling_leave_it_in_place(monkeypatch):
     assert_equal(results(model, given), plain)
 
 
-def choose(denoiser, reference=None, stage=2, **performance):
+def choose(denoiser, reference=None, stage=2, remembered=None, **performance):
     chosen = {"compile": "off", "cuda_graphs": "off", "attention": "sdpa", "fuse_qkv": "off"} | performance
     return accelerate(
         Denoisers(denoiser, None, reference), PerformanceSettings(**chosen), small_family(), train_rows=3, sample_rows=3,
-        stage=stage, device=CPU, dtype=torch.float32, ranks=Ranks(),
+        stage=stage, device=CPU, dtype=torch.float32, ranks=Ranks(), remembered=remembered,
     ).decisions["channels_last"]  # fmt: skip
 
 
@@ -219,3 +219,35 @@ def test_the_switch():
         choose(denoiser, reference, stage=3, channels_last="on")
     assert choose(denoiser, reference, channels_last="off").value == "off"
     assert not isinstance(denoiser.conv_in.forward, channels_last.ChannelsLastForward)
+
+
+@pytest.mark.parametrize(("setting", "remembered"), [("on", None), ("auto", {"channels_last": {"value": "on"}})])
+def test_a_wrong_result_is_refused(monkeypatch, setting, remembered):
+    """What the user set ends in one line; what the run chose before it went wrong is chosen anew."""
+    from small_model import small_unet
+
+    monkeypatch.setattr(channels_last, "geglu", lambda x: x[..., : x.shape[-1] // 2])
+    monkeypatch.setattr("prdp_fast.acceleration.choose.choose_channels_last", as_on_cuda)
+    arguments = {"remembered": remembered, "channels_last": setting}
+    if setting == "on":
+        with pytest.raises(UserError, match=r"performance.channels_last is on, but fails here: Unsuitable: its output is off by"):
+            choose(small_unet(), **arguments)
+        return
+    denoiser = small_unet()
+    decision = choose(denoiser, **arguments)
+    assert decision.value == "off" and "its output is off by" in decision.reason
+    assert not any(isinstance(module.__dict__.get("forward"), channels_last.ChannelsLastForward) for module in denoiser.modules())
+
+
+def as_on_cuda(setting, probe, stage, remembered):
+    from prdp_fast.acceleration.choose import choose_switch
+
+    denoiser = probe.denoiser
+    return choose_switch(
+        "channels_last",
+        setting,
+        probe,
+        lambda: channels_last.enable(denoiser),
+        lambda: channels_last.disable(denoiser),
+        remembered,
+    )

@@ -190,6 +190,21 @@ def run(module: str, *arguments: str | Path, cwd: Path) -> subprocess.CompletedP
     )  # fmt: skip
 
 
+def test_checkpoint_runs_and_counts_every_byte(tmp_path: Path) -> None:
+    output = tmp_path / "checkpoint.json"
+    result = run(
+        "benchmarks.epoch.checkpoint", "--directory", tmp_path / "disk", "--parameters", "30000", "--shards", "3",
+        "--output", output, cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    found = json.loads(output.read_text())
+    assert 30000 * 14 < found["bytes"] < 30000 * 14 + 4 * 4000, (
+        "16-bit weights, float32 weights, two moments, four files' headers"
+    )
+    assert set(found["parts"]) == {"write", "sync", "hash", "verify, 1 at once", "verify, 2 at once"}
+    assert list((tmp_path / "disk").iterdir()) == [], "nothing is left"
+
+
 def test_profile_runs_and_its_numbers_fit_together(tmp_path: Path) -> None:
     output, picture = tmp_path / "profile.json", tmp_path / "profile.png"
     result = run(

@@ -364,6 +364,35 @@ def test_a_reward_that_fails_is_named(tmp_path, monkeypatch, capsys):
     assert "mine.py:broken raised ZeroDivisionError" in error and error.count("\n") == 1
 
 
+def test_a_run_s_code_runs_only_if_the_command_says_so(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("theirs.py").write_text(
+        "import pathlib\npathlib.Path('it ran').touch()\ndef score(images, prompts):\n    return [0.0] * len(prompts)\n"
+    )
+    shutil.copytree(run, "theirs")
+    record = json.loads(Path("theirs/run.json").read_text())
+    record["recipe"]["rewards"] = [{"name": "python", "options": {"function": "theirs.py:score"}}]
+    Path("theirs/run.json").write_text(json.dumps(record))
+
+    class Reached(Exception):
+        pass
+
+    def reached(*args, **kwargs):
+        raise Reached
+
+    monkeypatch.setattr(evaluation_run, "compute_blocks", reached)
+    assert evaluate("theirs", "--limit", "2") == 2
+    error = capsys.readouterr().err
+    assert "this run's reward is the code 'theirs.py:score'" in error and "add --trust-code" in error and error.count("\n") == 1
+    assert not Path("it ran").exists()
+    with pytest.raises(Reached):
+        evaluate("theirs", "--limit", "2", "--trust-code", "--output", "out")
+    assert Path("it ran").exists()
+    Path("it ran").unlink()
+    with pytest.raises(Reached):  # what the user's own command line names needs no word more
+        evaluate("theirs", "--limit", "2", "--rewards", "python:function=theirs.py:score", "--output", "out2")
+
+
 def test_rewards_are_read_with_their_options():
     assert parse_reward("jpeg_size") == ("jpeg_size", {})
     assert parse_reward("a:x=1,y=[b,c],z=text") == ("a", {"x": 1, "y": ["b", "c"], "z": "text"})

@@ -75,6 +75,13 @@ def test_the_card_of_a_directory_names_no_place_of_this_machine(tmp_path: Path) 
     assert 'StableDiffusionPipeline.from_pretrained("model")' in card, "every network of an export is float32"
 
 
+def test_the_card_tells_no_address_and_no_argument_of_a_reward(tmp_path: Path) -> None:
+    options = "{url: 'http://scorer.internal:8000', token_env: PRDP_KEY, arguments: {account: blue-42}}"
+    settings = load_recipe("smoke", [f"rewards=[{{name: http, options: {options}}}]", "evaluation.prompts=0"])
+    card = exported(settings, tmp_path / "model", tmp_path / "none.png", summary=SUMMARY | {"evaluation": {}})
+    assert "http" in card and not any(word in card for word in ("scorer.internal", "PRDP_KEY", "blue-42"))
+
+
 @pytest.mark.parametrize("overrides", [[], ["model.lora={rank: 2}"]], ids=["whole", "lora"])
 def test_the_code_of_a_card_runs(overrides: list[str], tmp_path: Path, monkeypatch) -> None:
     """Of a run in bfloat16 too."""

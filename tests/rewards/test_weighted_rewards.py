@@ -120,6 +120,10 @@ def test_a_reward_of_weight_zero_is_only_reported() -> None:
     [
         (torch.full((N,), math.nan), {}, "reward 'odd' returned NaN or infinity for all 3 images"),
         (torch.tensor([math.nan, math.inf, math.nan]), {}, "for all 3 images"),
+        ([None] * N, {}, "reward 'odd' returned NaN or infinity for all 3 images"),
+        (np.array([None] * N, dtype=object), {}, "reward 'odd' returned NaN or infinity for all 3 images"),
+        ([[None]] * N, {}, "for all 3 images"),
+        (np.array([None, 1e300, None], dtype=object), {}, r"numbers beyond 3.4e\+38"),
         (torch.ones(N + 1), {}, r"reward 'odd' returned scores of shape \(4,\); expected \(3,\)"),
         (torch.ones(N, 2), {}, r"shape \(3, 2\); expected \(3,\)"),
         (torch.ones(1, N), {}, r"shape \(1, 3\); expected \(3,\)"),

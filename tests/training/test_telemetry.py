@@ -165,6 +165,60 @@ def test_a_crash_while_truncating_leaves_the_old_file(tmp_path, monkeypatch):
     assert (tmp_path / METRICS).read_bytes() == before
 
 
+class Full:
+    """A file on a disk that has room for so many bytes."""
+
+    def __init__(self, file, room: int) -> None:
+        self.file, self.room, self.closed = file, room, False
+
+    def write(self, data: bytes) -> int:
+        if not self.room:
+            raise OSError(28, "No space left on device")
+        count = self.file.write(data[: self.room])
+        self.room -= count
+        return count
+
+    def close(self) -> None:
+        self.closed = True
+        self.file.close()
+
+
+def test_a_full_disk_keeps_rows_waiting(tmp_path, capsys):
+    """The first row has half its room; what is left of it, and the next one, are written when there is some."""
+    with Telemetry(tmp_path, total_epochs=4) as telemetry:
+        disk = telemetry._metrics_file = Full(telemetry._metrics_file, 20)
+        for epoch in range(2):
+            telemetry.log_epoch(epoch, {"reward": float(epoch)}, 1)
+        printed = capsys.readouterr().out
+        assert (
+            "metrics.jsonl cannot be written (No space left on device)" in printed
+            and "2 row(s) are written as soon as" in printed
+        )
+        disk.room = 10_000
+        telemetry.log_epoch(2, {"reward": 2.0}, 1)
+        assert [row["reward"] for row in rows(tmp_path)] == [0.0, 1.0, 2.0]
+        disk.room = 0
+        telemetry.log_epoch(3, {"reward": 3.0}, 1)
+        disk.room = 10_000
+    assert [row["epoch"] for row in rows(tmp_path)] == [0, 1, 2, 3], "the last one when the run ends"
+
+
+def test_tensorboard_without_room_ends_nothing(tmp_path, capsys, monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with Telemetry(tmp_path, total_epochs=3) as telemetry:
+        telemetry.log_epoch(0, {"reward": 0.5}, 1)
+        telemetry._tensorboard().flush()
+        with monkeypatch.context() as patch:
+            patch.setattr(telemetry._tensorboard(), "add_scalar", full)
+            telemetry.log_epoch(1, {"reward": 1.5}, 1)
+        assert "tensorboard cannot be written (No space left on device)" in capsys.readouterr().out
+        telemetry.log_epoch(2, {"reward": 2.5}, 1)
+    assert [row["epoch"] for row in rows(tmp_path)] == [0, 1, 2]
+    assert scalars(tmp_path)["reward"] == {0: 0.5, 2: 2.5}, "what was written before is still shown"
+
+
 def test_scalars_and_images_reach_tensorboard(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -38,10 +38,25 @@ def sigmoid(z):
 
 
 @triton.jit
-def place(slices, c_blocks):
-    """(row, chunk, block of channels) of this program. Neighbours share a chunk: they read the same lines' other halves."""
+def place(pixels, chunk, slices, c_blocks, CHANNELS: tl.constexpr, C_BLOCK: tl.constexpr):
+    """(row, chunk, its first pixel and the one after its last, channels, which of them exist) of this program.
+
+    Neighbours share a chunk: they read the other halves of the same lines.
+    """
     program = tl.program_id(0)
-    return program // (slices * c_blocks), (program // c_blocks) % slices, program % c_blocks
+    slice = (program // c_blocks) % slices
+    first = slice * chunk
+    channel = (program % c_blocks) * C_BLOCK + tl.arange(0, C_BLOCK)
+    row = (program // (slices * c_blocks)).to(tl.int64)
+    return row, slice, first, tl.minimum(first + chunk, pixels), channel, channel < CHANNELS
+
+
+@triton.jit
+def tile(row, start, last, pixels, channel, exists, CHANNELS: tl.constexpr, P_BLOCK: tl.constexpr):
+    """(offsets, which of them exist) of P_BLOCK pixels of a row from `start` on, up to `last`: (P_BLOCK, C_BLOCK)."""
+    pixel = start + tl.arange(0, P_BLOCK)
+    at = row * pixels * CHANNELS + pixel.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
+    return at, (pixel < last)[:, None] & exists[None, :]
 
 
 @triton.jit
@@ -98,20 +113,13 @@ def moments_kernel(
     CHANNELS: tl.constexpr, GROUP: tl.constexpr, C_BLOCK: tl.constexpr, P_BLOCK: tl.constexpr,
     G_TILE: tl.constexpr, GROUP_BLOCK: tl.constexpr, SHIFT: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    row, slice, c_block = place(slices, c_blocks)
-    row = row.to(tl.int64)
-    channel = c_block * C_BLOCK + tl.arange(0, C_BLOCK)
-    exists = channel < CHANNELS
-    first = slice * chunk
-    last = tl.minimum(first + chunk, pixels)
-    x_ptr += row * pixels * CHANNELS
-    pivot = tl.load(x_ptr + first.to(tl.int64) * CHANNELS + channel, mask=exists, other=0.0).to(COMPUTE)
+    row, slice, first, last, channel, exists = place(pixels, chunk, slices, c_blocks, CHANNELS, C_BLOCK)
+    pivot_at = (row * pixels + first) * CHANNELS + channel
+    pivot = tl.load(x_ptr + pivot_at, mask=exists, other=0.0).to(COMPUTE)
     sums = tl.zeros((P_BLOCK, C_BLOCK), COMPUTE)
     squares = tl.zeros((P_BLOCK, C_BLOCK), COMPUTE)
     for start in range(first, last, P_BLOCK):
-        pixel = start + tl.arange(0, P_BLOCK)
-        inside = (pixel < last)[:, None] & exists[None, :]
-        at = pixel.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
+        at, inside = tile(row, start, last, pixels, channel, exists, CHANNELS, P_BLOCK)
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(COMPUTE)
         x = tl.where(inside, x - pivot[None, :], 0.0)
         sums += x
@@ -162,20 +170,12 @@ def normalize_kernel(
     CHANNELS: tl.constexpr, GROUP: tl.constexpr, C_BLOCK: tl.constexpr, P_BLOCK: tl.constexpr,
     SHIFT: tl.constexpr, SILU: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    row, slice, c_block = place(slices, c_blocks)
-    row = row.to(tl.int64)
-    channel = c_block * C_BLOCK + tl.arange(0, C_BLOCK)
-    exists = channel < CHANNELS
+    row, _, first, last, channel, exists = place(pixels, chunk, slices, c_blocks, CHANNELS, C_BLOCK)
     weight, bias, mean, rstd = of_channels(
         weight_ptr, bias_ptr, shift_ptr, mean_ptr, rstd_ptr, row, channel, exists, CHANNELS, GROUP, SHIFT, COMPUTE
     )
-    first = slice * chunk
-    last = tl.minimum(first + chunk, pixels)
-    base = row * pixels * CHANNELS
     for start in range(first, last, P_BLOCK):
-        pixel = start + tl.arange(0, P_BLOCK)
-        inside = (pixel < last)[:, None] & exists[None, :]
-        at = base + pixel.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
+        at, inside = tile(row, start, last, pixels, channel, exists, CHANNELS, P_BLOCK)
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(COMPUTE)
         y = (x - mean[None, :]) * (rstd * weight)[None, :] + bias[None, :]
         if SILU:
@@ -247,22 +247,14 @@ def sums_kernel(
     CHANNELS: tl.constexpr, GROUP: tl.constexpr, C_BLOCK: tl.constexpr, P_BLOCK: tl.constexpr,
     G_TILE: tl.constexpr, GROUP_BLOCK: tl.constexpr, SHIFT: tl.constexpr, SILU: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    row, slice, c_block = place(slices, c_blocks)
-    row = row.to(tl.int64)
-    channel = c_block * C_BLOCK + tl.arange(0, C_BLOCK)
-    exists = channel < CHANNELS
+    row, slice, first, last, channel, exists = place(pixels, chunk, slices, c_blocks, CHANNELS, C_BLOCK)
     weight, bias, mean, rstd = of_channels(
         weight_ptr, bias_ptr, shift_ptr, mean_ptr, rstd_ptr, row, channel, exists, CHANNELS, GROUP, SHIFT, COMPUTE
     )
-    first = slice * chunk
-    last = tl.minimum(first + chunk, pixels)
-    base = row * pixels * CHANNELS
     plain = tl.zeros((P_BLOCK, C_BLOCK), COMPUTE)
     scaled = tl.zeros((P_BLOCK, C_BLOCK), COMPUTE)
     for start in range(first, last, P_BLOCK):
-        pixel = start + tl.arange(0, P_BLOCK)
-        inside = (pixel < last)[:, None] & exists[None, :]
-        at = base + pixel.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
+        at, inside = tile(row, start, last, pixels, channel, exists, CHANNELS, P_BLOCK)
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(COMPUTE)
         dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(COMPUTE)
         g, xhat = upstream(x, dy, weight, bias, mean, rstd, SILU)
@@ -296,10 +288,7 @@ def gradient_kernel(
     CHANNELS: tl.constexpr, GROUP: tl.constexpr, C_BLOCK: tl.constexpr, P_BLOCK: tl.constexpr,
     SHIFT: tl.constexpr, SILU: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    row, slice, c_block = place(slices, c_blocks)
-    row = row.to(tl.int64)
-    channel = c_block * C_BLOCK + tl.arange(0, C_BLOCK)
-    exists = channel < CHANNELS
+    row, _, first, last, channel, exists = place(pixels, chunk, slices, c_blocks, CHANNELS, C_BLOCK)
     weight, bias, mean, rstd = of_channels(
         weight_ptr, bias_ptr, shift_ptr, mean_ptr, rstd_ptr, row, channel, exists, CHANNELS, GROUP, SHIFT, COMPUTE
     )
@@ -307,13 +296,8 @@ def gradient_kernel(
     of_group = of_groups_ptr + row * 2 * groups + channel // GROUP
     a = tl.load(of_group, mask=exists, other=0.0)
     b = tl.load(of_group + groups, mask=exists, other=0.0)
-    first = slice * chunk
-    last = tl.minimum(first + chunk, pixels)
-    base = row * pixels * CHANNELS
     for start in range(first, last, P_BLOCK):
-        pixel = start + tl.arange(0, P_BLOCK)
-        inside = (pixel < last)[:, None] & exists[None, :]
-        at = base + pixel.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
+        at, inside = tile(row, start, last, pixels, channel, exists, CHANNELS, P_BLOCK)
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(COMPUTE)
         dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(COMPUTE)
         g, xhat = upstream(x, dy, weight, bias, mean, rstd, SILU)

@@ -35,6 +35,9 @@ def group_norm(
     Source: Wu and He, Group Normalization (arXiv:1803.08494) eq. 1 to 6; the order of operations is diffusers' ResnetBlock2D.
     """
     op = "group_norm"
+    if type(groups) is int and type(silu) is bool and eps > 0:
+        if launching.known(op, backend, (groups, silu), (x, weight, bias, shift)) is not None:
+            return _GroupNorm.apply(x, weight, bias, shift, groups, float(eps), silu)
     checks.tensors(op, x=x, weight=weight, bias=bias)
     checks.floating(op, x=x, weight=weight, bias=bias)
     if x.dim() != 4:

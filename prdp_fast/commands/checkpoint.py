@@ -1,0 +1,71 @@
+"""List a run's checkpoints, or read every byte of them and compare it with what was written.
+
+    prdp checkpoint list RUN
+    prdp checkpoint verify RUN
+
+`list` looks at names and sizes, `verify` at the contents too. Both change nothing, and a job may be running meanwhile. The exit
+status is 1 if a checkpoint is damaged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from pathlib import Path
+
+from prdp_fast.core import checkpoint_files
+from prdp_fast.core.errors import UserError
+from prdp_fast.core.format import format_bytes
+from prdp_fast.core.run_directory import CHECKPOINTS, RUN
+
+HEAD = ("epoch", "files", "size", "state")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="list|verify")
+    for name, summary in (
+        ("list", "epochs, sizes, and whether all files are there"),
+        ("verify", "the same, and every byte is read"),
+    ):
+        action = actions.add_parser(name, help=summary, allow_abbrev=False)
+        action.add_argument("run", type=Path, metavar="RUN", help="a run directory, finished or not")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints a table, oldest first. Raises: UserError if the directory is no run."""
+    if not (args.run / RUN).is_file():
+        raise UserError(f"{args.run} is no run directory ({RUN} is missing); give the path that training printed last")
+    directory = args.run / CHECKPOINTS
+    rows, damaged = [], False
+    for checkpoint in checkpoint_files.find(directory):
+        files, fault = checkpoint_files.look(checkpoint)
+        if fault is None and args.action == "verify":
+            fault = checkpoint_files.content_fault(checkpoint, sorted(files.items()))
+        line = row(checkpoint, f"DAMAGED: {fault}" if fault else sound(checkpoint, args.action))
+        if checkpoint.exists():  # otherwise a job that runs has replaced it meanwhile
+            damaged |= fault is not None
+            rows.append(line)
+    rows += [row(checkpoint, "set aside as damaged") for checkpoint in checkpoint_files.find_damaged(directory)]
+    if not rows:
+        print(f"{args.run} has no checkpoint")
+        return 0
+    widths = [max(len(line[column]) for line in [HEAD, *rows]) for column in range(3)]
+    for line in [HEAD, *rows]:
+        print("  ".join([*(cell.rjust(width) for cell, width in zip(line, widths)), line[3]]))
+    return 1 if damaged else 0
+
+
+def row(checkpoint: Path, state: str) -> tuple[str, str, str, str]:
+    sizes = []
+    for path in checkpoint.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # of one that a job that runs is removing
+            sizes += [path.stat().st_size] if path.is_file() else []
+    return str(checkpoint_files.epoch_of(checkpoint)), str(len(sizes)), format_bytes(sum(sizes)), state
+
+
+def sound(checkpoint: Path, action: str) -> str:
+    """What is known of a checkpoint without a fault."""
+    if not (checkpoint / checkpoint_files.MANIFEST).exists():
+        return "sizes are right; of an earlier version, which wrote no hashes"
+    kept = ", kept for good" if checkpoint_files.outlives(checkpoint) else ""
+    return ("whole" if action == "verify" else "sizes are right") + kept
