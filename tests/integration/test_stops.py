@@ -45,7 +45,7 @@ SMALL = {
     "performance.attention": "sdpa", "performance.fuse_qkv": "off",
 }  # fmt: skip
 MANY = SMALL | {"schedule.epochs": 100_000, "rewards": "[{name: jpeg_size}]"}
-MINE = SMALL | {"rewards": "[{name: python, options: {function: 'reward.py:score'}}]"}
+MINE = SMALL | {"performance.background_rewards": "on", "rewards": "[{name: python, options: {function: 'reward.py:score'}}]"}
 
 
 def words(values: dict, *more: str) -> list[str]:
