@@ -62,10 +62,12 @@ def install(grace_s: float) -> None:
 
 
 def release() -> None:
-    """Give the signals back, and forget the request: the run has ended."""
+    """Give the signals back, and forget the request: the run has ended. After a stop further signals are ignored, or they would
+    change the exit status of a process that is on its way out."""
     global _request
     for number in _handled:
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, usual if _request is None else signal.SIG_IGN)
     _handled.clear()
     _on_request.clear()
     _request = None
