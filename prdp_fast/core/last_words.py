@@ -13,6 +13,7 @@ from prdp_fast.core.errors import OneRankError, UserError
 FAILED = 1
 OTHERS_S = 3.0  # in which a fault of another rank becomes known
 COMMUNICATION = re.compile(r"gloo|nccl|c10d|connection (was )?(closed|reset)|broken pipe|timed out waiting|socket", re.IGNORECASE)
+TIMEOUT = re.compile(r"timed? ?out", re.IGNORECASE)
 
 
 def mistake(error: UserError) -> int:
@@ -35,6 +36,8 @@ def unexpected(error: BaseException) -> int:
         status = because_of_another(error)
         if status is not None:
             return status
+        if TIMEOUT.search(str(error)):  # of the process group: this was in a collective of DeepSpeed's
+            watchdog.end_hang(f"has waited until a collective of {ranks.place()} timed out, for one of")
     if ranks.first_word():
         who = f"rank {here.rank} of {here.size} failed in " if here.size > 1 else "the run failed in "
         what = f"asked the process to end ({error})" if isinstance(error, SystemExit) else "".join(

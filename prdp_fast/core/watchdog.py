@@ -89,7 +89,12 @@ class Watchdog:
             and ranks.here().waiting
             and time.monotonic() - ranks.here().waiting_since > self.patience_s
         ):
-            self.end_hang()
+            self.has_dumped = True
+            here = ranks.here()
+            end_hang(
+                f"has waited {self.patience_s:.0f} s in {here.waiting} ({ranks.place()}), the time of "
+                "schedule.collective_timeout_minutes, and did not see"
+            )
 
     def answer(self) -> None:
         """Another rank has lost its patience: write this one's stacks, and end a little later than it."""
@@ -98,23 +103,24 @@ class Watchdog:
             dump_stacks()
             threading.Timer(2 * ANSWERS_S + BEAT_S, os._exit, [HUNG]).start()
 
-    def end_hang(self) -> None:
-        """Ends the process, and through the other ranks' watchdogs the job."""
-        here = ranks.here()
-        ranks.tell(ranks.HANG)
-        self.has_dumped = True
-        dump_stacks()
-        time.sleep(ANSWERS_S)
-        if ranks.first_word():
-            absent = [one for one in ranks.others() if not one["waiting"]]
-            named = "; ".join(describe(one) for one in absent) or "every rank waits: they disagree on what comes next"
-            stops.say(
-                f"error: rank {here.rank} has waited {self.patience_s or 0:.0f} s in {here.waiting} ({ranks.place()}), the time "
-                f"of schedule.collective_timeout_minutes, and did not see: {named}; Python stacks of every rank are in "
-                f"{here.directory}; the same command goes on from {ranks.last_saved()}"
-            )
-        ranks.leave("hang")
-        os._exit(HUNG)
+
+def end_hang(what: str) -> None:
+    """Ends the process, and through the other ranks' watchdogs the job.
+
+    Args: what: of the line for the user, between this rank's name and those of the ranks that it waits for.
+    """
+    here = ranks.here()
+    ranks.tell(ranks.HANG)
+    dump_stacks()
+    time.sleep(ANSWERS_S)
+    if ranks.first_word():
+        named = "; ".join(describe(one) for one in ranks.others() if not one["waiting"])
+        stops.say(
+            f"error: rank {here.rank} {what}: {named or 'every rank waits, and they disagree on what comes next'}; Python stacks of "
+            f"every rank are in {here.directory}; the same command goes on from {ranks.last_saved()}"
+        )
+    ranks.leave("hang")
+    os._exit(HUNG)
 
 
 def describe(one: dict) -> str:

@@ -372,6 +372,7 @@ class Trainer:
 
     def evaluate_set(self, denoiser: Any, name: str) -> Evaluation:
         settings, prompts = self.job.settings, self.job.evaluation_prompts[name]
+        ranks.enter("evaluate")
         with agree():
             part = evaluate(
                 self.job.policy, denoiser, self.pipeline, self.encode, self.job.rewards,

@@ -25,9 +25,7 @@ def test_neither(given):
 def test_ranks_wait_longer_than_rewards_may_take():
     assert load_recipe("smoke").collective_timeout_s == 1800
     assert load_recipe("smoke", ["schedule.reward_timeout_s=5000"]).collective_timeout_s == 5120
-    with pytest.raises(
-        UserError, match=r"collective_timeout_minutes 5 is not above .*1 x .* 540 s = 9 min"
-    ):
+    with pytest.raises(UserError, match=r"collective_timeout_minutes 5 is not above .*1 x .* 540 s = 9 min"):
         load_recipe("smoke", ["schedule.collective_timeout_minutes=5"])
     both = ["schedule.collective_timeout_minutes=5", "schedule.reward_timeout_s=200"]
     assert load_recipe("smoke", both).collective_timeout_s == 300
