@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from prdp_fast.core.digest import content_sha256
+from prdp_fast.core.errors import brief
 from prdp_fast.core.files import read_json, sync_directory, write_json
 
 STATE = "state.json"  # progress of the run
@@ -215,4 +216,4 @@ def _why(path: Path, error: Exception) -> str:
     """In a few words."""
     if path.is_file() and not path.stat().st_size:
         return "it is empty"
-    return (" ".join(str(error).split()) or type(error).__name__)[:160]
+    return brief(error)

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def brief(error: Exception) -> str:
+    """An error of a library in a few words, on one line."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:160]
+
+
 class UserError(ValueError):
     """A mistake in what the user asked for or supplied, as one line: what, got, expected, next move.
 

@@ -15,7 +15,7 @@ import torch
 
 from prdp_fast.core import checkpoint_files, distributed, environment
 from prdp_fast.core.checkpoint_files import Files
-from prdp_fast.core.errors import OneRankError, UserError
+from prdp_fast.core.errors import OneRankError, UserError, brief
 from prdp_fast.core.files import sync_directory, write_json
 from prdp_fast.core.format import format_bytes
 from prdp_fast.core.run_directory import CHECKPOINTS
@@ -104,7 +104,7 @@ class Checkpoints:
                 if epoch != checkpoint_files.epoch_of(checkpoint):
                     fault = f"{checkpoint_files.STATE} is that of epoch {epoch}, not of the directory's name"
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                fault = f"{checkpoint_files.STATE} cannot be read ({reason(error)})"
+                fault = f"{checkpoint_files.STATE} cannot be read ({brief(error)})"
         values, fault = distributed.from_main((values, fault))
         if fault is None:
             state.load_state_dict(values)
@@ -141,7 +141,7 @@ class Checkpoints:
         except (UserError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # of torch, pickle, zip and DeepSpeed: bytes that no manifest vouches for
-            raise OneRankError(self.damaged(f"it cannot be read ({reason(error)})")) from error
+            raise OneRankError(self.damaged(f"it cannot be read ({brief(error)})")) from error
         return self.newest
 
     def damaged(self, fault: str) -> str:
@@ -200,6 +200,8 @@ class Checkpoints:
         write_json(state_file, state.state_dict() | {checkpoint_files.PROVEN: True})
         files = [path for path in partial.rglob("*") if path.is_file()]
         names = {path.relative_to(partial).as_posix(): path for path in files}
+        if elsewhere := next((name for name in sorted(written) if name not in names), None):
+            raise OSError(f"{elsewhere} is on another machine; --output must be on a file system that all machines share")
         # What no rank speaks of: the state, and DeepSpeed's scripts.
         rest = {name: checkpoint_files.finish_file(path) for name, path in names.items() if name not in written}
         kept = self.milestone is not None and state.epoch % self.milestone == 0
@@ -235,7 +237,7 @@ class Checkpoints:
                 shutil.rmtree(doomed)
         except OSError as error:
             environment.say(
-                f"warning: {self.directory}: older checkpoints cannot be removed ({reason(error)}); remove them by hand"
+                f"warning: {self.directory}: older checkpoints cannot be removed ({brief(error)}); remove them by hand"
             )
 
 
@@ -250,11 +252,6 @@ def together(do: Callable[[], Result]) -> tuple[list[Result | None], str | None]
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of the disk, and what torch and safetensors say of it
-        fault = reason(error) if distributed.world_size() == 1 else f"rank {distributed.rank()}: {reason(error)}"
+        fault = brief(error) if distributed.world_size() == 1 else f"rank {distributed.rank()}: {brief(error)}"
     gathered = distributed.gather_objects((result, fault))
     return [one for one, _ in gathered], next((one for _, one in gathered if one), None)
-
-
-def reason(error: Exception) -> str:
-    """In a few words."""
-    return (" ".join(str(error).split()) or type(error).__name__)[:160]

@@ -32,7 +32,7 @@ from torch import nn
 
 from prdp_fast.config.deepspeed import DeepSpeedConfig
 from prdp_fast.config.recipe import OptimizerSettings
-from prdp_fast.core.errors import UserError
+from prdp_fast.core.errors import OneRankError, UserError, brief
 from prdp_fast.models.ema import Average
 from prdp_fast.models.lora import adapter_off, has_adapter, trained_parameters
 
@@ -74,14 +74,14 @@ def set_master(parameter: nn.Parameter, value: torch.Tensor) -> None:
 
 
 @contextlib.contextmanager
-def writing(engine: Any) -> Iterator[tuple[list[Path], list[Exception]]]:
+def writing(engine: Any) -> Iterator[tuple[list[Path], list[str]]]:
     """Around DeepSpeed's `save_checkpoint`: the files that it writes on this rank, and what went wrong with others.
 
-    It waits for the other ranks between its files. An error that left it there would leave them waiting, so errors are kept until
-    it has returned.
+    It waits for the other ranks between its files. An error that left it there would leave them waiting, so what errors say is
+    kept until it has returned. The errors themselves are not: they would hold the file open, and with it its room on a full disk.
     """
     written: list[Path] = []
-    faults: list[Exception] = []
+    faults: list[str] = []
 
     def keeping(write: Callable[..., Any], path_of: Callable[..., list[Path]]) -> Callable[..., None]:
         def call(*args: Any, **kwargs: Any) -> None:
@@ -92,7 +92,7 @@ def writing(engine: Any) -> Iterator[tuple[list[Path], list[Exception]]]:
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # of the disk, and what torch says of it
-                faults.append(error)
+                faults.append(brief(error))
 
         return call
 
@@ -363,16 +363,24 @@ class ZeroEngine:
         """Trained weights and optimizer, every rank its shard, into `directory`.
 
         Returns: the files that this rank has written.
-        Raises: OSError if one cannot be written, after the last collective; other ranks may not know.
+        Raises: OSError if one cannot be written, after the last collective; other ranks may not know. OneRankError before it.
         """
         own = {"updates": self.updates, "fp16_headroom": self.fp16_headroom, "fp16_clean": self.fp16_clean}
         with writing(self.engine) as (written, faults):
-            self.engine.save_checkpoint(
-                str(directory), tag="zero", client_state={"prdp": own}, save_latest=False,
-                exclude_frozen_parameters=self.has_adapter,
-            )  # fmt: skip
+            try:
+                self.engine.save_checkpoint(
+                    str(directory), tag="zero", client_state={"prdp": own}, save_latest=False,
+                    exclude_frozen_parameters=self.has_adapter,
+                )  # fmt: skip
+            except (UserError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # between two collectives, or of one
+                raise OneRankError(
+                    f"checkpoint {directory} cannot be gathered on rank {self.rank} ({brief(error)}); give the same command: it "
+                    "goes on from the checkpoint before"
+                ) from error
         if faults:
-            raise OSError(f"{faults[0]}") from faults[0]
+            raise OSError(faults[0])
         if self.average is not None:
             self.average.save(directory / self._average_name)
             written.append(directory / self._average_name)

@@ -198,6 +198,14 @@ def test_what_no_manifest_vouches_for_and_cannot_be_read_is_refused(alone: Path)
         checkpoints.load(load)
 
 
+def test_a_run_directory_that_the_machines_do_not_share_is_told(alone: Path) -> None:
+    checkpoints, partial = Checkpoints(alone, keep=1), alone / "checkpoints/.epoch-000001.partial"
+    partial.mkdir()
+    elsewhere = {"zero/of-rank-8.pt": checkpoint_files.Written(1, "0")}
+    with pytest.raises(OSError, match=r"zero/of-rank-8.pt is on another machine; --output must be on a file system that all"):
+        checkpoints.finish(partial, alone / "checkpoints/epoch-000001", TrainState(epoch=1), elsewhere)
+
+
 def test_nothing_is_kept_without_a_run_directory(alone: Path) -> None:
     checkpoints = Checkpoints(None, keep=1)
     assert checkpoints.choose().epoch == 0 and checkpoints.save(TrainState(epoch=1), write) is None
