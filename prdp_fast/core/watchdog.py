@@ -116,8 +116,8 @@ def end_hang(what: str) -> None:
     if ranks.first_word():
         named = "; ".join(describe(one) for one in ranks.others() if not one["waiting"])
         stops.say(
-            f"error: rank {here.rank} {what}: {named or 'every rank waits, and they disagree on what comes next'}; Python stacks of "
-            f"every rank are in {here.directory}; the same command goes on from {ranks.last_saved()}"
+            f"error: rank {here.rank} {what}: {named or 'every rank waits, and they disagree on what comes next'}; Python stacks "
+            f"of every rank are in {here.directory}; the same command goes on from {ranks.last_saved()}"
         )
     ranks.leave("hang")
     os._exit(HUNG)

@@ -286,6 +286,7 @@ class Trainer:
 
     def resume(self) -> None:
         """Continue after the chosen checkpoint, if there is one: weights, optimizer, moving average; `state` is read already."""
+        ranks.enter("resume", self.state.epoch)
         latest = self.checkpoints.load(self.engine.load)
         if latest is not None:
             if fault := self.watch.weight_fault():
