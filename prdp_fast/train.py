@@ -17,6 +17,7 @@ import os
 import random
 import socket
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,12 +36,18 @@ from prdp_fast.core import environment
 environment.prepare()
 
 from prdp_fast.config.load import find_recipe, load_recipe
+from prdp_fast.core import launcher, stop_times, stops
 from prdp_fast.core.errors import OneRankError, UserError
 from prdp_fast.core.paths import check_output, fault
 from prdp_fast.core.run_directory import RUN, claim, finished_epochs
+from prdp_fast.core.watchdog import watching
 
 if TYPE_CHECKING:
+    from prdp_fast.config.recipe import Settings
+    from prdp_fast.core.watchdog import Watchdog
     from prdp_fast.planning.job import Job
+
+ALONE_S = 3.0  # after which a rank that failed before the ranks met takes its fault for its own
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,12 +56,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE")
     parser.add_argument("--output", type=Path, help="run directory; default: runs/RECIPE-seedSEED-JOBHASH")
     parser.add_argument("--resume", default="auto", metavar="auto|never|DIR", help="continue this job's run if there is one")
+    parser.add_argument(
+        "--grace", type=seconds, default=30.0, metavar="SECONDS",
+        help="that a stop (SIGTERM, SIGUSR1, Ctrl-C) has to reach a point where the run can be saved; default 30",
+    )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print the resolved job and its cost, and stop")
     parser.add_argument("--seed", type=int, help="overrides the recipe's seed")
     parser.add_argument(
         "--num_gpus", type=int, metavar="N", help="start N ranks with DeepSpeed's launcher; without it, this process is the job"
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)  # launchers pass it
+
+
+def seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1e9:
+        raise ValueError(text)
+    return value
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -77,19 +95,21 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Raises: UserError, on rank 0 alone: every rank finds the same fault, and one line is enough. OneRankError, on any."""
+    """Raises: UserError, on rank 0: every rank finds the same fault, and one line is enough. OneRankError, on any."""
     try:
         return launch(args) if args.num_gpus is not None else train(args)
     except OneRankError:
         raise
-    except UserError:
-        if environment.launched("RANK", 0) == 0:
+    except UserError as error:
+        rank = environment.launched("RANK", 0)
+        if rank == 0:
             raise
-        return 2
+        time.sleep(ALONE_S)  # in which rank 0 fails likewise and the launcher ends this one
+        raise UserError(f"rank {rank}: {error}") from error
 
 
 def launch(args: argparse.Namespace) -> int:
-    """Become DeepSpeed's launcher, which starts N ranks of this package on this machine. Does not return.
+    """Have DeepSpeed's launcher start N ranks of this package on this machine. Returns: the exit status.
 
     Raises: UserError about what would otherwise be found by N processes after seconds of imports.
     """
@@ -100,13 +120,13 @@ def launch(args: argparse.Namespace) -> int:
     load_recipe(args.recipe, args.overrides, seed=args.seed).check_ranks(args.num_gpus)
     if find_spec("deepspeed") is None:
         raise UserError("--num_gpus needs DeepSpeed's launcher, and deepspeed is not installed; pip install deepspeed")
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(args.num_gpus)]
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(args.num_gpus)]
     # Two jobs on one machine need two ports. The launcher's own log would follow the run directory, which is printed last.
-    launcher += ["--master_port", os.environ.get("MASTER_PORT") or str(free_port()), "--log_level", "warning"]
+    command += ["--master_port", os.environ.get("MASTER_PORT") or str(free_port()), "--log_level", "warning"]
     # By path, so that the ranks run this package whatever the current directory holds.
     script = Path(__file__).resolve()
     sys.stdout.flush()
-    os.execve(sys.executable, [*launcher, str(script), *rank_arguments(args)], environment.before_prepare())
+    return launcher.run([*command, str(script), *rank_arguments(args)], environment.before_prepare())
 
 
 def rank_arguments(args: argparse.Namespace) -> list[str]:
@@ -114,6 +134,7 @@ def rank_arguments(args: argparse.Namespace) -> list[str]:
     given = [f"--config={args.config}", f"--recipe={args.recipe}", f"--resume={args.resume}"]
     given += [f"--set={override}" for override in args.overrides]
     given += [f"--output={args.output}"] if args.output is not None else []
+    given += [f"--grace={args.grace:g}"]
     given += [f"--seed={args.seed}"] if args.seed is not None else []
     return given + (["--dry-run"] if args.dry_run else [])
 
@@ -132,71 +153,113 @@ def train(args: argparse.Namespace) -> int:
     environment.check_launch(starts=not args.dry_run)
     settings = load_recipe(args.recipe, args.overrides, seed=args.seed)
     settings.check_ranks(environment.launched("WORLD_SIZE", 1))
+    if args.dry_run:
+        return print_plan(args, settings)
 
+    with watching(args.grace) as watchdog:
+        watchdog.stop_at = stop_times.first(settings.schedule.stop_after, args.grace, os.environ, time.time())
+        try:
+            if environment.launched("WORLD_SIZE", 1) > 1:  # ranks leave together, once they have met
+                return train_here(args, *prepare(args, settings), watchdog)
+            with stops.interruptible():
+                prepared = prepare(args, settings)
+            return train_here(args, *prepared, watchdog)
+        except stops.Interrupted:
+            request = stops.requested()
+            assert request is not None
+            stops.say(f"stopped by {request.reason}: nothing was begun")
+            return request.status
+
+
+def print_plan(args: argparse.Namespace, settings: Settings) -> int:
+    """--dry-run."""
+    import torch
+
+    from prdp_fast.core import distributed
+    from prdp_fast.planning.dry_run import dry_run
+
+    job, output = prepare(args, settings)
+    if distributed.is_main():
+        print(json.dumps({"output": str(output)} | job.record(), indent=2))
+        print(*dry_run(job, torch.cuda.get_device_name() if torch.cuda.is_available() else None), sep="\n")
+    return 0
+
+
+def prepare(args: argparse.Namespace, settings: Settings) -> tuple[Job, Path]:
+    """The job, and its run directory."""
     import torch  # takes seconds, and a mistake in the recipe is reported before
 
     from prdp_fast.core import distributed
     from prdp_fast.planning.job import Job
 
-    cuda = torch.cuda.is_available()
-    job = Job.prepare(settings, args.config, world_size=distributed.world_size(), cuda=cuda)
+    job = Job.prepare(settings, args.config, world_size=distributed.world_size(), cuda=torch.cuda.is_available())
     output = choose_output(args, job.record())
     check_output("--output", output)
-    if args.dry_run:
-        from prdp_fast.planning.dry_run import dry_run
+    if not args.dry_run:
+        import prdp_fast.training.trainer  # noqa: F401  # takes seconds, and the ranks meet afterwards
+    return job, output
 
-        if distributed.is_main():
-            print(json.dumps({"output": str(output)} | job.record(), indent=2))
-            print(*dry_run(job, torch.cuda.get_device_name() if cuda else None), sep="\n")
-        return 0
 
+def train_here(args: argparse.Namespace, job: Job, output: Path, watchdog: Watchdog) -> int:
+    """This rank's part, and its last words. Returns: the exit status."""
+    import torch
+
+    from prdp_fast.core import distributed, last_words, ranks
     from prdp_fast.reporting.tables import print_summary
     from prdp_fast.training.trainer import Trainer
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    device = distributed.init(longest_wait_s=len(settings.rewards) * settings.schedule.reward_timeout_s)
+    settings = job.settings
+    device = distributed.init(settings.collective_timeout_s)
     try:
         claim_for_all(output, job, args.resume)
-        summary = Trainer.build(job, device, output).train()
+        watchdog.patience_s = settings.collective_timeout_s
+        trainer = Trainer.build(job, device, output)
+        distributed.share_timeout(settings.collective_timeout_s)
+        summary = trainer.train()
         if distributed.is_main():
             print_summary(summary)
             print(output, flush=True)
-    except OneRankError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return leave(job.world_size)
+        ranks.leave("finished")
+    except stops.Stopped as stop:
+        if ranks.first_word():
+            stops.say(f"stopped by {stop}: {stop.kept}; the same command goes on")
+        ranks.leave("stopped")
+        return stop.request.status
+    except UserError as error:
+        return last_words.leave(last_words.mistake(error))
     except OSError as error:
         if error.filename is None:
-            raise
-        print(f"error: {fault(error)}; mend it, and continue with --resume {output}", file=sys.stderr, flush=True)
-        return leave(job.world_size)
+            return last_words.leave(last_words.unexpected(error))
+        stops.say(f"error: {last_words.of_rank()}{fault(error)}; mend it, and continue with --resume {output}")
+        return last_words.leave(2)
+    except (Exception, SystemExit) as error:
+        return last_words.leave(last_words.unexpected(error))
     finally:
         distributed.shutdown()
     return 0
 
 
-def leave(ranks: int) -> int:
-    """The status of a fault that one rank found alone. With others the process ends here: they wait in a collective, and an
-    orderly exit would wait for them."""
-    if ranks > 1:
-        os._exit(2)
-    return 2
-
-
 def claim_for_all(output: Path, job: Job, resume: str) -> None:
     """Rank 0 looks at the directory, and every rank hears its verdict. Raises: UserError, on every rank."""
-    from prdp_fast.core import distributed
+    from prdp_fast.core import distributed, ranks
     from prdp_fast.planning.job import complete_record
+    from prdp_fast.training.agreement import agree
 
-    problem = None
+    problem, start = None, f"{os.getpid()}-{time.time_ns()}"
     if distributed.is_main():
         try:
             notes = claim(output, job.full_record(), resume, complete=complete_record)
+            ranks.clean(output)
             print(*notes, sep="\n", end="\n" if notes else "", flush=True)
         except UserError as error:
             problem = str(error)
-    problem = distributed.from_main(problem)
+    problem, start = distributed.from_main((problem, start))
     if problem:
         raise UserError(problem)
+    ranks.join(output, start, distributed.rank(), job.world_size)
+    with agree():  # a stop that came before
+        pass
 
 
 def choose_output(args: argparse.Namespace, record: dict[str, Any]) -> Path:

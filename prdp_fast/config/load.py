@@ -92,6 +92,9 @@ _RecipeLoader.add_constructor("tag:prdp,scientific", _construct_number)
 _RecipeLoader.add_implicit_resolver(
     "tag:prdp,scientific", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
+# YAML 1.1 reads 16:30 as 990, for it counts in sixties. Here it is a time of day.
+for _first in "0123456789":
+    _RecipeLoader.yaml_implicit_resolvers[_first].insert(0, ("tag:yaml.org,2002:str", re.compile(r"^[0-9]{1,2}:[0-9]{2}$")))
 
 
 def read_yaml(text: str) -> Any:

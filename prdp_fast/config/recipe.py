@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 from prdp_fast.core.errors import UserError
 
 LARGEST = 1e30  # of numbers that meet float32
+COLLECTIVE_MARGIN_S = 120.0  # that ranks may differ by beside what their rewards may take
 
 
 class Section(BaseModel):
@@ -31,6 +32,15 @@ def _micro_batch(value: Any) -> Any:
     if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
         return value
     raise ValueError(f"{value!r}; expected a whole number of rows, at least 1, or auto")
+
+
+def _stop_after(value: Any) -> Any:
+    if isinstance(value, str) and (match := re.fullmatch(r"([0-9]{1,2}):([0-9]{2})", value)):
+        if int(match[1]) < 24 and int(match[2]) < 60:
+            return value
+    elif value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0):
+        return value
+    raise ValueError(f"{value!r}; expected minutes above 0, or a time of day such as 06:30")
 
 
 class LoraSettings(Section):
@@ -161,6 +171,17 @@ class ScheduleSettings(Section):
     time_limit_minutes: float | None = Field(
         None, gt=0, description="of each start: stop after the epoch that passes this, then evaluate; the same command goes on"
     )
+    stop_after: Annotated[float | str | None, BeforeValidator(_stop_after)] = Field(
+        None,
+        description="minutes of each start, or a time of day (06:30): stop as by SIGTERM, saved and without an evaluation; in a "
+        "job of SLURM, --grace before its end at the latest",
+    )
+    collective_timeout_minutes: float | None = Field(
+        None,
+        gt=0,
+        description="that a rank waits for the others; then the run ends and says which did not come. null: 30, or longer where "
+        "rewards may take longer",
+    )
     on_failure: Literal["stop", "repeat"] = Field(
         "stop",
         description="of a reward, after its own retries: end with a checkpoint, or repeat the epoch, same prompts and noise",
@@ -247,6 +268,26 @@ class Settings(Section):
     performance: PerformanceSettings = PerformanceSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+
+    @property
+    def longest_rewards_s(self) -> float:
+        """That the rewards of a rank may take while the others wait."""
+        return len(self.rewards) * self.schedule.reward_timeout_s
+
+    @property
+    def collective_timeout_s(self) -> float:
+        minutes = self.schedule.collective_timeout_minutes
+        return 60 * minutes if minutes is not None else max(1800.0, self.longest_rewards_s + COLLECTIVE_MARGIN_S)
+
+    @model_validator(mode="after")
+    def _check_timeouts(self) -> Settings:
+        if self.collective_timeout_s <= self.longest_rewards_s:
+            raise ValueError(
+                f"schedule.collective_timeout_minutes {self.schedule.collective_timeout_minutes:g} is not above what the rewards "
+                f"may take ({len(self.rewards)} x schedule.reward_timeout_s {self.schedule.reward_timeout_s:g} s = "
+                f"{self.longest_rewards_s / 60:g} minutes); raise the first, or lower the second"
+            )
+        return self
 
     def check_ranks(self, world_size: int) -> None:
         """Refuse a rank count that would split a prompt's group, before anything is loaded."""

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from prdp_fast.core import environment
+from prdp_fast.core import environment, ranks
 from prdp_fast.core.errors import UserError
 
 _OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
-MARGIN_S = 120.0  # what ranks may differ by beside the longest that one may legitimately take
+GROUP_MARGIN_S = 60.0  # after the ranks' own patience, which says more: the group's timeout is for what has no other
 
 # Reduces a few numbers over all ranks: `all_reduce` below, or a stand-in of a single process.
 AllReduce = Callable[[list[float], str], list[float]]
@@ -48,10 +48,10 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def init(longest_wait_s: float = 0.0) -> torch.device:
+def init(timeout_s: float = 1800.0) -> torch.device:
     """Join the job's process group (NCCL on CUDA, gloo on CPU) and return this rank's device.
 
-    Args: longest_wait_s: how long one rank may keep the others waiting before it says itself that something is wrong.
+    Args: timeout_s: how long one rank may keep the others waiting.
     Raises: UserError if the ranks cannot meet, or this one has no GPU of its own.
     """
     cuda = torch.cuda.is_available()
@@ -68,13 +68,19 @@ def init(longest_wait_s: float = 0.0) -> torch.device:
         if "RANK" not in os.environ:
             # Run by python itself: a job of one, which needs no address and so takes no port.
             options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        usual = (dist.constants.default_pg_nccl_timeout if cuda else None) or dist.constants.default_pg_timeout
-        options["timeout"] = max(usual, timedelta(seconds=longest_wait_s + MARGIN_S))
+        options["timeout"] = timedelta(seconds=timeout_s + GROUP_MARGIN_S)
         try:
             dist.init_process_group(**options)
         except (ValueError, RuntimeError) as error:  # DistNetworkError, DistStoreError: RuntimeErrors
             raise no_meeting(error) from error
     return device
+
+
+def share_timeout(timeout_s: float) -> None:
+    """Give every process group that there is this timeout: those that libraries make have torch's own."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.GroupMember.NON_GROUP_MEMBER:
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s + GROUP_MARGIN_S), group)
 
 
 def no_meeting(error: Exception) -> UserError:
@@ -99,15 +105,17 @@ def shutdown() -> None:
 
 
 def barrier() -> None:
-    dist.barrier()
+    with ranks.waiting("barrier"):
+        dist.barrier()
 
 
 def all_reduce(values: list[float], op: str = "sum") -> list[float]:
     """Reduce a few numbers over all ranks in float64; op is sum, max or min."""
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(tensor, op=_OPERATIONS[op])
-    return tensor.tolist()
+    with ranks.waiting("all_reduce"):
+        dist.all_reduce(tensor, op=_OPERATIONS[op])
+        return tensor.tolist()  # waits for the device
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -115,7 +123,8 @@ def gather_objects(value: Any) -> list[Any]:
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    with ranks.waiting("all_gather_object"):
+        dist.all_gather_object(values, value)
     return values
 
 

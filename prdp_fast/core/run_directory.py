@@ -29,9 +29,9 @@ EVALUATION_BEFORE, EVALUATION_AFTER = "evaluation_before.pt", "evaluation_after.
 # differ by rounding. Never what an epoch computes.
 MAY_CHANGE = (
     "schedule.epochs", "schedule.time_limit_minutes", "schedule.on_failure", "schedule.max_repeats",
-    "schedule.reward_timeout_s", "schedule.max_skipped_updates", "schedule.max_nonfinite_epochs", "schedule.micro_batch",
-    "sampler.rollout_batch", "performance.activation_checkpointing", "checkpoint.every", "checkpoint.keep",
-    "checkpoint.keep_every", "model.push_to_hub",
+    "schedule.reward_timeout_s", "schedule.stop_after", "schedule.collective_timeout_minutes", "schedule.max_skipped_updates",
+    "schedule.max_nonfinite_epochs", "schedule.micro_batch", "sampler.rollout_batch", "performance.activation_checkpointing",
+    "checkpoint.every", "checkpoint.keep", "checkpoint.keep_every", "model.push_to_hub",
 )  # fmt: skip
 # They follow from the micro-batch, and from settings that may not change and are compared by their own names.
 DERIVED = ("deepspeed.train_micro_batch_size_per_gpu", "deepspeed.gradient_accumulation_steps")

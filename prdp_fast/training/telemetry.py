@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from prdp_fast.core import ranks
 from prdp_fast.core.files import write_text
 from prdp_fast.core.run_directory import METRICS, TENSORBOARD
 
@@ -72,6 +73,7 @@ class Telemetry:
         if self._epoch_start is None and throughput:
             self._epoch_start = start
         self._phase = name
+        ranks.enter(name)
         if self._display:
             self._display.phase(name)
         try:
@@ -99,6 +101,7 @@ class Telemetry:
         if self._epoch_start is not None:
             self._trained += now - self._epoch_start
         self._epoch_seconds, self._epoch_start, self._outside = {}, None, 0.0
+        ranks.enter("log", epoch + 1)
         if self._metrics_file is None:
             return
         assert self.directory is not None

@@ -19,11 +19,12 @@ from torch import nn
 
 from prdp_fast.acceleration.choose import Acceleration
 from prdp_fast.acceleration.process import choose_fused_optimizer, prepare_process
-from prdp_fast.core import distributed, run_directory
-from prdp_fast.core.errors import NotFiniteError, OneRankError, RewardError, UserError
+from prdp_fast.core import distributed, ranks, run_directory
+from prdp_fast.core.errors import OneRankError, RewardError, UserError
 from prdp_fast.core.format import format_bytes
 from prdp_fast.core.memory import smaller_on_oom
 from prdp_fast.core.records import Prompt, TextEmbeddings, Trajectories
+from prdp_fast.core.stops import Stopped
 from prdp_fast.evaluation.run import Evaluation, evaluate
 from prdp_fast.models.lora import add_adapter
 from prdp_fast.models.pipeline import Pipeline
@@ -37,6 +38,7 @@ from prdp_fast.prompts.stream import PromptStream
 from prdp_fast.rewards import BackgroundScores
 from prdp_fast.sampling.rollout import rollout
 from prdp_fast.training import results
+from prdp_fast.training.agreement import agree
 from prdp_fast.training.checkpoint import Checkpoints
 from prdp_fast.training.engine import ZeroEngine
 from prdp_fast.training.metrics import epoch_metrics
@@ -151,7 +153,7 @@ class Trainer:
 
         Returns: the summary, also in summary.json.
         """
-        with self.telemetry, contextlib.closing(self.scorer):
+        with self.telemetry, contextlib.closing(self.scorer), self.saved_if_stopped():
             self.say_hello()
             self.resume()
             before = self.evaluate_before()
@@ -170,8 +172,9 @@ class Trainer:
             prompts = self.stream.epoch(self.state.epoch)
             embeddings = self.encode(prompts)
         trajectories = self.sample(prompts, embeddings)
-        with self.telemetry.phase("decode"):
+        with self.telemetry.phase("decode"), agree():
             images, shown = self.pipeline.decode_checked(trajectories.latents[:, -1], say=self.telemetry.message)
+        with self.telemetry.phase("decode"):
             lost, lost_anywhere = self.watch.lost_images(trajectories, shown)
         rows = [prompt for prompt in prompts for _ in range(self.job.settings.schedule.images_per_prompt)]
         scoring = self.scorer.start(
@@ -188,7 +191,7 @@ class Trainer:
     def sample(self, prompts: list[Prompt], embeddings: TextEmbeddings) -> Trajectories:
         """B trajectories of each prompt from the current policy. embeddings: one row per prompt."""
         settings = self.job.settings
-        with self.telemetry.phase("rollout"), self.engine.sampling_denoiser() as denoiser:
+        with self.telemetry.phase("rollout"), self.engine.sampling_denoiser() as denoiser, agree():
             return self.in_batches(
                 "rollout", self.rollout_batch,
                 lambda size: rollout(
@@ -200,7 +203,7 @@ class Trainer:
     def reference_log_probs(self, trajectories: Trajectories) -> Reference:
         """Log-probs of the stored steps under the reference."""
         timesteps = self.job.settings.schedule.reference_timesteps
-        with self.telemetry.phase("reference"), self.reference_denoiser() as frozen:
+        with self.telemetry.phase("reference"), self.reference_denoiser() as frozen, agree():
             return self.in_batches(
                 "reference", self.state.batches.get("reference", self.micro_batch),
                 lambda size: reference_pass(self.job.policy, frozen, trajectories, size, timesteps),
@@ -283,6 +286,7 @@ class Trainer:
 
     def resume(self) -> None:
         """Continue after the chosen checkpoint, if there is one: weights, optimizer, moving average; `state` is read already."""
+        ranks.enter("resume", self.state.epoch)
         latest = self.checkpoints.load(self.engine.load)
         if latest is not None:
             if fault := self.watch.weight_fault():
@@ -316,6 +320,22 @@ class Trainer:
                 f"--resume {self.output} for the epochs after that one"
             )
         return summary
+
+    @contextlib.contextmanager
+    def saved_if_stopped(self) -> Iterator[None]:
+        """A stop leaves a checkpoint of the last finished epoch, in whose weights a run is wherever it may be stopped."""
+        try:
+            yield
+        except Stopped as stop:
+            ranks.enter("checkpoint", self.state.epoch)
+            if self.state.epoch:
+                unsaved = self.watch.save()
+                stop.kept = (
+                    unsaved or f"{self.state.epoch} of {self.job.settings.schedule.epochs} epochs are saved in {self.output}"
+                )
+                if unsaved:
+                    stop.request = stop.request._replace(status=2)
+            raise
 
     def save_if_due(self) -> None:
         every, epoch = self.job.settings.checkpoint.every, self.state.epoch
@@ -353,6 +373,7 @@ class Trainer:
 
     def evaluate_set(self, denoiser: Any, name: str) -> Evaluation:
         settings, prompts = self.job.settings, self.job.evaluation_prompts[name]
+        ranks.enter("evaluate")
         with agree():
             part = evaluate(
                 self.job.policy, denoiser, self.pipeline, self.encode, self.job.rewards,
@@ -445,17 +466,3 @@ class Trainer:
                     ) from error
                 self.telemetry.message(f"{what}: {error}; repeating it, {repeat} of {repeats}")
         raise AssertionError("unreachable")
-
-
-@contextlib.contextmanager
-def agree() -> Iterator[None]:
-    """A reward or a model that fails on one rank stops every rank, with the same line, and leaves none in a collective."""
-    fault: RewardError | NotFiniteError | None = None
-    try:
-        yield
-    except (RewardError, NotFiniteError) as error:
-        fault = error
-    found = [one for one in distributed.gather_objects(None if fault is None else (type(fault), str(fault))) if one]
-    if found:
-        kind, message = found[0]
-        raise kind(message) from fault

@@ -46,11 +46,10 @@ def test_no_address(launched, monkeypatch):
         distributed.init()
 
 
-@pytest.mark.parametrize(("longest", "seconds"), [(0.0, 1800), (540.0, 1800), (5000.0, 5120)])
-def test_a_group_waits_longer_than_a_reward_may_take(monkeypatch, longest, seconds):
+def test_a_group_waits_a_little_longer_than_the_ranks_themselves(monkeypatch):
     asked = {}
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr(dist, "init_process_group", lambda **options: asked.update(options))
-    distributed.init(longest)
-    assert asked["timeout"] == timedelta(seconds=seconds)
+    distributed.init(600)
+    assert asked["timeout"] == timedelta(seconds=660)

@@ -211,7 +211,8 @@ def test_a_function_that_hangs_or_leaves_on_one_rank(tmp_path, what, said):
     ).wait(200)
     assert finished.returncode == 2 and time.monotonic() - started < 100, finished.text[-3000:]
     (line,) = [line for line in finished.text.splitlines() if line.startswith("error: ")]
-    assert said in line and "stopped in epoch 1, 1 finished epochs are saved" in line and "Traceback" not in finished.text
+    assert said in line and "(on rank 1)" in line
+    assert "stopped in epoch 1, 1 finished epochs are saved" in line and "Traceback" not in finished.text
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["epoch-000001"]
 
 
