@@ -37,7 +37,7 @@ environment.prepare()
 
 from prdp_fast.config.load import find_recipe, load_recipe
 from prdp_fast.core import launcher, stop_times, stops
-from prdp_fast.core.errors import UserError
+from prdp_fast.core.errors import OneRankError, UserError
 from prdp_fast.core.paths import check_output, fault
 from prdp_fast.core.run_directory import RUN, claim, finished_epochs
 from prdp_fast.core.watchdog import watching
@@ -95,12 +95,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Raises: UserError, on rank 0: every rank finds the same fault, and one line is enough."""
+    """Raises: UserError, on rank 0: every rank finds the same fault, and one line is enough. OneRankError, on any."""
     try:
         return launch(args) if args.num_gpus is not None else train(args)
+    except OneRankError:
+        raise
     except UserError as error:
-        rank = os.environ.get("RANK", "0")
-        if rank == "0":
+        rank = environment.launched("RANK", 0)
+        if rank == 0:
             raise
         time.sleep(ALONE_S)  # in which rank 0 fails likewise and the launcher ends this one
         raise UserError(f"rank {rank}: {error}") from error
@@ -148,17 +150,16 @@ def free_port() -> int:
 
 def train(args: argparse.Namespace) -> int:
     """Run the job in this process, which is one of its ranks. Raises: UserError, on every rank."""
-    if not args.dry_run:
-        environment.check_launch()
+    environment.check_launch(starts=not args.dry_run)
     settings = load_recipe(args.recipe, args.overrides, seed=args.seed)
-    settings.check_ranks(int(os.environ.get("WORLD_SIZE", "1")))
+    settings.check_ranks(environment.launched("WORLD_SIZE", 1))
     if args.dry_run:
         return print_plan(args, settings)
 
     with watching(args.grace) as watchdog:
         watchdog.stop_at = stop_times.first(settings.schedule.stop_after, args.grace, os.environ, time.time())
         try:
-            if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # ranks leave together, once they have met
+            if environment.launched("WORLD_SIZE", 1) > 1:  # ranks leave together, once they have met
                 return train_here(args, *prepare(args, settings), watchdog)
             with stops.interruptible():
                 prepared = prepare(args, settings)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from prdp_fast.core import ranks
+from prdp_fast.core import environment, ranks
 from prdp_fast.core.errors import UserError
 
 _OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
@@ -26,12 +26,12 @@ AllReduce = Callable[[list[float], str], list[float]]
 
 def world_size() -> int:
     """Ranks of this job as the launcher set them; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return environment.launched("WORLD_SIZE", 1)
 
 
 def local_ranks() -> int:
     """Ranks of this job that share this machine."""
-    return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "1")
+    return environment.launched("LOCAL_SIZE", 0) or environment.launched("LOCAL_WORLD_SIZE", 1) or 1
 
 
 def local_rank() -> int:
@@ -40,7 +40,7 @@ def local_rank() -> int:
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    return environment.launched("RANK", 0)
 
 
 def is_main() -> bool:
@@ -55,7 +55,7 @@ def init(timeout_s: float = 1800.0) -> torch.device:
     Raises: UserError if the ranks cannot meet, or this one has no GPU of its own.
     """
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    device = torch.device("cuda", environment.launched("LOCAL_RANK", 0)) if cuda else torch.device("cpu")
     if cuda:
         if device.index >= torch.cuda.device_count():
             raise UserError(

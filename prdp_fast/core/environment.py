@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from prdp_fast.core.errors import UserError
+from prdp_fast.core.errors import OneRankError, UserError
 
 _set_here: dict[str, str] = {}
 _faults: list[str] = []  # found by `prepare`, told by `check_launch`
@@ -41,24 +41,41 @@ def before_prepare() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if _set_here.get(name) != value}
 
 
-def check_launch() -> None:
-    """Refuse what would start several jobs of one rank in place of one job. Raises: UserError."""
-    if _faults:
+def check_launch(*, starts: bool = True) -> None:
+    """Refuse what would start several jobs of one rank in place of one job.
+
+    Args: starts: False if nothing is going to run, so that what a launcher leaves out does not matter.
+    Raises: UserError; OneRankError about the numbers of this process, which need not be wrong on rank 0.
+    """
+    if starts and _faults:
         raise UserError(_faults[0])
+    for name in ("LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
+        launched(name, 1)
     found = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE") if os.environ.get(name)}
     if not found:
         return
     if len(found) < 2 and found.get("WORLD_SIZE") != "1" and found.get("RANK") != "0":
         (name, value), missing = next(iter(found.items())), ({"RANK", "WORLD_SIZE"} - found.keys()).pop()
-        raise UserError(
+        raise OneRankError(
             f"{name} is {value} and {missing} is not set; a launcher sets both: start the job with one, or unset {name}"
         )
     rank, size = (_whole(found.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     if rank is None or size is None or not 0 <= rank < size:
-        raise UserError(
+        raise OneRankError(
             f"RANK is {found.get('RANK')!r} and WORLD_SIZE {found.get('WORLD_SIZE')!r}; expected a rank from 0 that is below the "
             "number of ranks: start the job with a launcher, or unset both"
         )
+
+
+def launched(name: str, default: int) -> int:
+    """A number that a launcher sets, such as RANK; `default` without it. Raises: OneRankError."""
+    given = os.environ.get(name, "")
+    number = _whole(given) if given.strip() else default
+    if number is None or number < 0:
+        raise OneRankError(
+            f"{name} is {given!r}; expected a whole number from 0, which a launcher sets: start the job with one, or unset {name}"
+        )
+    return number
 
 
 def say(text: str) -> None:

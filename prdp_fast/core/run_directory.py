@@ -126,7 +126,8 @@ def refuse_another(directory: Path, old: dict[str, Any], new: dict[str, Any]) ->
     ranks, now = old.get("world_size"), new.get("world_size")
     if ranks != now and ranks is not None:
         advice = f"start it on {ranks} (--num_gpus {ranks})" if isinstance(ranks, int) else "start it so"
-        raise UserError(f"--output {directory}: this run has {ranks} ranks, now {now}; {advice}, or choose another directory")
+        had = "1 rank" if ranks == 1 else f"{ranks} ranks"
+        raise UserError(f"--output {directory}: this run has {had}, now {now}; {advice}, or choose another directory")
     contents = {CONTENT, VERSIONS, EARLIER_VERSIONS, "prompts"}
     for section in ("recipe", *sorted((old.keys() | new.keys()) - contents - {"recipe"})):
         difference = first_difference(old.get(section), new.get(section), section)

@@ -169,11 +169,16 @@ def choose_models(request: EvaluationRequest, recipe: Settings | None) -> dict[s
     return {BASE: base, FINETUNED: model_of_run(Path(request.model), base) if recipe else model_of(request.model)}
 
 
+def refuse_other_directory(path: Path) -> None:
+    """Raises: UserError if it is a directory of neither kind that can be evaluated."""
+    if path.is_dir() and not (path / "model_index.json").is_file() and not what_else(path):
+        raise UserError(f"{path} is neither a run ({RUN}) nor a diffusers pipeline (model_index.json); give one of the two")
+
+
 def model_of(pretrained: str) -> Model:
     """Raises: UserError if it is neither a diffusers pipeline nor something on the hub that looks like one."""
     path = Path(resolve(pretrained))
-    if path.is_dir() and not (path / "model_index.json").is_file() and not what_else(path):
-        raise UserError(f"{path} is neither a run ({RUN}) nor a diffusers pipeline (model_index.json); give one of the two")
+    refuse_other_directory(path)
     find_family(pretrained)
     if path.is_dir():
         return Model(Path(pretrained).name or path.resolve().name, pretrained, None, digest(path))
@@ -241,6 +246,7 @@ def choose_prompts(request: EvaluationRequest, recipe: Settings | None) -> tuple
     run_prompts, run_limit = (recipe.prompts, recipe.evaluation.prompts) if recipe else (None, None)
     wanted = request.prompts or (RUN_SETS if run_prompts else ())
     if not wanted:
+        refuse_other_directory(Path(resolve(request.model)))  # before asking for options that would be for nothing
         raise UserError("--prompts is missing; without a run, name SOURCE:NAME (e.g. animals:unseen_eval) or a .txt file")
     drawn: dict[str, list[Prompt]] = {}
     records: dict[str, Any] = {}

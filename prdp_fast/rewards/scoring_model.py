@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from prdp_fast.core.environment import launched
 from prdp_fast.core.errors import RewardError, UserError
 from prdp_fast.core.hub import hub_file
 from prdp_fast.core.weight_files import check_weight_file
@@ -85,7 +85,7 @@ def choose_device(name: str) -> torch.device:
     if device.type != "cuda":
         return device
     # This rank's own, by its number: rewards are scored in a thread beside the denoiser's, and a new thread starts on GPU 0.
-    index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
+    index = launched("LOCAL_RANK", 0) if device.index is None else device.index
     if index >= torch.cuda.device_count():
         raise ValueError(f"device is {name!r}, but torch sees {torch.cuda.device_count()} GPUs; expected auto or cpu")
     return torch.device("cuda", index)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from prdp_fast.core.errors import RewardError
+from prdp_fast.rewards.streams import Descriptor, Stream
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,14 @@ def _flag(what: str, place: Any, name: str) -> Setting:
     return Setting(what, lambda: getattr(place, name), lambda value: setattr(place, name, value))
 
 
+def _stream(name: str) -> Setting:
+    return Setting(f"sys.{name}", lambda: Stream.of(name), lambda stream: stream.put(name))
+
+
+def _descriptor(number: int) -> Setting:
+    return Setting(f"file descriptor {number}", lambda: Descriptor(number), Descriptor.put)
+
+
 SETTINGS = (
     Setting("gradients", torch.is_grad_enabled, torch.set_grad_enabled),
     Setting("the default dtype", torch.get_default_dtype, torch.set_default_dtype),
@@ -54,6 +63,10 @@ SETTINGS = (
     _autocast("cpu"),
     _autocast("cuda"),
     Setting("the directory", os.getcwd, os.chdir),
+    _descriptor(1),  # before the streams that write to them
+    _descriptor(2),
+    _stream("stdout"),
+    _stream("stderr"),
 )
 GPU = Setting("the GPU", torch.cuda.current_device, torch.cuda.set_device)
 

@@ -127,6 +127,37 @@ def test_evaluating_a_run_whose_record_is_damaged(tmp_path: Path, capsys, record
     assert "run.json is no record of a run" in line and str(tmp_path / "model") in line
 
 
+def test_evaluating_a_directory_that_is_something_else(tmp_path: Path, capsys) -> None:
+    (tmp_path / "run.json").mkdir()
+    assert "is neither a run (run.json) nor a diffusers pipeline" in refused(capsys, "evaluate", tmp_path)
+    assert "--prompts is missing" in refused(capsys, "evaluate", "tiny")
+
+
+def test_a_directory_where_a_file_is_expected_and_the_reverse(place: Path, capsys) -> None:
+    """In every command, named in one line."""
+    folder, file = place / "folder.txt", place / "file"
+    folder.mkdir()
+    (place / "prompts.txt").write_text("a cat\na dog\n")
+    build = ["shards", "build", "--eval", "0", "--output", place / "set"]
+    scored = ["--rewards", "jpeg_size", "--output", place / "e"]
+    lines = [
+        refused(capsys, "train", "--dry-run", "--recipe", folder),
+        refused(capsys, "train", *FAST, "--config", folder),
+        refused(capsys, "train", *FAST, "--resume", file),
+        *(refused(capsys, command, "--recipe", "smoke", "--set", f"model.pretrained={file}") for command in ("train", "compile")),
+        *(refused(capsys, "train", *FAST, "--set", f"prompts.source={path}") for path in (folder, file)),
+        *(refused(capsys, "evaluate", "tiny", "--prompts", path, *scored) for path in (folder, file)),
+        refused(capsys, "evaluate", "tiny", "--prompts", "animals:unseen_eval", "--base", file, *scored),
+        *(refused(capsys, "embed", path, "--model", "tiny") for path in (folder, file)),
+        *(refused(capsys, "report", path) for path in (folder, file)),
+        *(refused(capsys, "shards", command, path) for command in ("info", "verify") for path in (folder, file)),
+        *(refused(capsys, *build, "--source", source, "--input", folder) for source in ("txt", "csv", "jsonl", "parquet")),
+        refused(capsys, *build, "--source", "hpdv2", "--input", file),
+        refused(capsys, "serve-reward", "python", "--option", f"function={folder}:score"),
+    ]
+    assert all("folder.txt" in line or "file" in line for line in lines), lines
+
+
 @pytest.mark.parametrize("option", ["--seed=9223372036854775808", "--guidance=nan", "--eta=inf", "--steps=1001", "--samples=0"])
 def test_numbers_that_no_evaluation_has(tmp_path: Path, capsys, option: str) -> None:
     words = ["evaluate", "tiny", "--prompts", "animals:unseen_eval", "--rewards", "jpeg_size", "--output", tmp_path / "e"]

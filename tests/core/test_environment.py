@@ -10,7 +10,8 @@ import sys
 import pytest
 from launching import ROOT
 
-from prdp_fast.core import environment
+from prdp_fast import train
+from prdp_fast.core import distributed, environment
 from prdp_fast.core.errors import UserError
 
 LAUNCHER = (
@@ -143,12 +144,32 @@ def test_a_launchers_own_word_counts(prepared):
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is '2' and WORLD_SIZE '2'; expected a rank from 0"),
         ({"RANK": "a", "WORLD_SIZE": "2"}, "RANK is 'a'"),
         ({"RANK": "0", "WORLD_SIZE": "-1"}, "WORLD_SIZE '-1'"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK is 'x'; expected a whole number from 0"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "-1"}, "LOCAL_SIZE is '-1'"),
     ],
 )
 def test_several_jobs_of_one_rank_are_refused(prepared, variables, message):
     prepared(**variables)
     with pytest.raises(UserError, match=message):
         environment.check_launch()
+
+
+@pytest.mark.parametrize("words", [["--dry-run"], []])
+@pytest.mark.parametrize("variables", [{"RANK": "1"}, {"RANK": "x", "WORLD_SIZE": "2"}, {"WORLD_SIZE": "x"}, {"LOCAL_RANK": "x"}])
+def test_a_rank_whose_numbers_are_wrong_says_so(prepared, capsys, variables, words):
+    """Not silence, as of the ranks that leave it to rank 0 to speak."""
+    prepared(**variables)
+    assert train.main(["--recipe", "smoke", "--set", "model.pretrained=nowhere", *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and next(iter(variables)) in line
+
+
+def test_numbers_of_a_launcher_that_are_read_without_a_job(prepared):
+    prepared(RANK="x", LOCAL_SIZE="x", WORLD_SIZE="")
+    for read in (distributed.rank, distributed.is_main, distributed.local_ranks):
+        with pytest.raises(UserError, match="is 'x'; expected a whole number"):
+            read()
+    assert distributed.world_size() == 1
 
 
 @pytest.mark.parametrize(

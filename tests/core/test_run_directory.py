@@ -45,6 +45,8 @@ def test_another_number_of_ranks_is_said_as_such(tmp_path: Path) -> None:
     assert refused(tmp_path, job(world_size=1, deepspeed={"gradient_accumulation_steps": 16})) == (
         ": this run has 2 ranks, now 1; start it on 2 (--num_gpus 2), or choose another directory"
     )
+    claim(tmp_path / "one", job(world_size=1), "auto")
+    assert refused(tmp_path / "one", job()).startswith(": this run has 1 rank, now 2; start it on 1 ")
 
 
 def test_the_recipe_comes_before_what_follows_from_it(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import os
@@ -186,6 +187,53 @@ def test_what_a_function_changes_is_put_back(tmp_path, change, where, caplog):
         assert told == []  # nothing of the job's was touched
     else:
         assert len(told) == 1 and "reward 'python'" in told[0] and "mine.py:score left" in told[0]
+
+
+STREAMS = {
+    "closed": "sys.stdout.close(); sys.stderr.close()",
+    "closed below": "sys.stdout.buffer.close()",
+    "replaced": "sys.stdout = sys.stderr = io.StringIO()",
+    "none": "sys.stdout = None; del sys.stderr",
+    "wrapped again": "sys.stdout = io.TextIOWrapper(sys.stdout.buffer, encoding='utf-8')",
+    "taken away": "sys.stdout = codecs.getwriter('utf-8')(sys.stdout.detach())",
+    "its errors": "sys.stdout.reconfigure(errors='strict')",
+    "descriptors closed": "os.close(1); os.close(2); held.append(open(os.devnull))",
+    "descriptors led away": "os.dup2(os.open(os.devnull, os.O_WRONLY), 1); os.dup2(1, 2)",
+}
+
+
+@pytest.mark.parametrize("where", ["call", "import"])
+@pytest.mark.parametrize("change", STREAMS)
+def test_output_goes_on_after_a_function_that_ends_it(tmp_path, change, where):
+    """In a process of its own: pytest has streams of its own."""
+    source = "import codecs, io, os, sys\nheld = []\n"
+    source += f"{STREAMS[change]}\n" if where == "import" else ""
+    source += f"def score(images, prompts):\n    {STREAMS[change] if where == 'call' else 'pass'}\n    return [1.0, 2.0, 3.0]\n"
+    (tmp_path / "mine.py").write_text(source)
+    program = f"""
+import logging, sys, torch
+from prdp_fast.rewards.python import PythonReward
+logging.basicConfig()
+sys.stdout.reconfigure(errors="backslashreplace", encoding="ascii")
+found = PythonReward(function={str(tmp_path / "mine.py") + ":score"!r})
+for call in range(3):
+    assert found.score(torch.zeros(3, 3, 8, 8, dtype=torch.uint8), ["a"] * 3, [{{}}] * 3).scores == [1.0, 2.0, 3.0]
+    print("printed \u4e00", call)
+    logging.warning("logged %d", call)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [rf"printed \u4e00 {call}" for call in range(3)]
+    (told,) = (line for line in done.stderr.splitlines() if not line.startswith("WARNING:root:logged"))
+    assert "mine.py:score left" in told and ("sys.std" in told or "file descriptor 1" in told)
+    assert done.stderr.count("logged") == 3
+
+
+def test_a_stream_that_cannot_be_opened_again_names_the_reward(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO()))
+    found = reward("import sys\ndef score(images, prompts):\n    sys.stdout.close()\n    return [1.0] * 3", tmp_path)
+    with pytest.raises(RewardError, match=r"mine\.py:score changed sys\.stdout, which could not be put back \(it is closed"):
+        found.score(IMAGES, ["a"] * 3, METADATA)
 
 
 def test_put_back_after_a_failure_too(tmp_path):
