@@ -19,11 +19,17 @@ RANKS = "ranks"  # in the run directory
 STOP, FAULT, HANG, FIRST = "stop.json", "fault.json", "hang.json", "first.json"  # in it: what one rank tells all
 
 
+def own_rank() -> int:
+    """As the launcher set it. What is no number is refused elsewhere, see `environment.check_launch`."""
+    given = os.environ.get("RANK", "0")
+    return int(given) if given.isdecimal() else 0
+
+
 @dataclass
 class Here:
     """This rank. Before `join` it has no directory, and says nothing."""
 
-    rank: int = field(default_factory=lambda: int(os.environ.get("RANK", "0")))
+    rank: int = field(default_factory=own_rank)
     size: int = 1
     directory: Path | None = None
     job: str = ""  # of this start: what earlier ones have left counts for nothing
