@@ -96,6 +96,7 @@ def test_recipe_that_is_no_yaml_or_repeats_a_key(capsys, tmp_path: Path) -> None
 
 def test_prompts_must_divide_by_ranks(capsys, monkeypatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "0")
     line = refused(capsys, "--recipe", "smoke")
     assert "prompts_per_epoch is 4" in line and "3 ranks" in line
 
@@ -273,4 +274,4 @@ def test_a_reward_whose_model_cannot_be_had_stops_the_job_before_it_loads_anythi
     assert [line for line in result.stderr.splitlines() if "error" in line.lower()] == [
         f"error: reward 'pickscore': '{tmp_path}' has no config.json; expected the files of the model, as on the hub"
     ]
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"run.json", ".lock"}, "nothing may have been evaluated yet"
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"run.json", ".lock", "ranks"}, "nothing may have been evaluated yet"
