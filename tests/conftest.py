@@ -1,6 +1,11 @@
 """One thread, no network and Triton's interpreter in every test, whichever file runs first; long files before short ones."""
 
 import os
+import signal
+
+# A shell that starts the tests in the background has Ctrl-C ignored, in all that they start too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -23,12 +23,15 @@ def speed_up(
     job: Job,
     engine: ZeroEngine,
     reference: nn.Module | None,
-    decoder: nn.Module,
+    vae: nn.Module | None,
     state: TrainState,
     device: torch.device,
     output: Path | None,
 ) -> Acceleration:
-    """Make the job's denoisers cheaper, and its decoder by their layout; as an earlier start of the run did, if there was one."""
+    """Make the job's denoisers cheaper, and its decoder by their layout; as an earlier start of the run did, if there was one.
+
+    Args: vae: None in a job that decodes nothing, as benchmarks of a denoiser alone.
+    """
     remembered = None if output is None else run_directory.read_acceleration(output)[0] or None
     acceleration = accelerate(
         Denoisers(engine.engine.module, engine.gathered, reference, engine.has_adapter), job.settings.performance, job.family,
@@ -39,7 +42,8 @@ def speed_up(
     )  # fmt: skip
     engine.sampling_view = acceleration.sampling_view
     if acceleration.decisions["channels_last"].value == "on":
-        channels_last.enable(decoder)
+        if vae is not None:
+            channels_last.enable(vae.decoder)
     return acceleration
 
 

@@ -123,7 +123,7 @@ class Trainer:
             pipeline.denoiser, settings.optimizer, job.config, device, performance.coalesce_gradients, fused.value == "on",
             settings.model.ema_decay,
         )  # fmt: skip
-        acceleration = speed_up(job, engine, reference, pipeline.vae.decoder, state, device, output)
+        acceleration = speed_up(job, engine, reference, pipeline.vae, state, device, output)
         acceleration.decisions |= decisions | {"fused_optimizer": fused}
         if acceleration.shares_halves:  # in every pass alike, so that log-probs that are compared round alike
             job = replace(job, policy=replace(job.policy, predict=partial(job.policy.predict, shared=True)))

@@ -228,7 +228,7 @@ def test_profile_runs_and_its_numbers_fit_together(tmp_path: Path) -> None:
         assert phase["sent_bytes"] == 0  # there is one rank
     # DeepSpeed reduces over a single rank as well: float32 gradients of 2.4 million parameters.
     assert 4 * PARAMETERS["tiny"] <= phases["update"]["collective_bytes"] < 4 * PARAMETERS["tiny"] + 1000
-    assert phases["rollout"]["collective_bytes"] == 0
+    assert phases["rollout"]["collective_bytes"] < 100  # whether a rank was asked to stop
     assert profile["epoch_overhead"] > 0.7  # one round of a few rows, on a busy machine: roughly 1.2
     assert picture.stat().st_size > 5000
     assert "images/s" in result.stdout

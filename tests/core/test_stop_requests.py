@@ -16,6 +16,9 @@ from prdp_fast.core.stops import Interrupted
 @pytest.fixture(autouse=True)
 def as_before():
     before = {name: signal.getsignal(signal.Signals[name]) for name in stops.STATUS}
+    for name, handler in before.items():
+        if handler is signal.SIG_IGN:  # as nohup leaves SIGHUP, which a job then leaves alone too
+            signal.signal(signal.Signals[name], signal.SIG_DFL)
     yield
     for name, handler in before.items():
         signal.signal(signal.Signals[name], handler)
