@@ -471,24 +471,21 @@ def test_a_kernel_that_a_run_had_and_that_fails_now_is_told():
 
 
 def test_a_resumed_run_records_and_tells_what_changed(tmp_path):
-    from types import SimpleNamespace
-
     from prdp_fast.core.files import read_json, write_json
     from prdp_fast.core.run_directory import ACCELERATION
-    from prdp_fast.training.trainer import Trainer
+    from prdp_fast.training.speed import remember
 
     said: list[str] = []
     chosen = acceleration.Acceleration(
         {"attention": Decision("sdpa", "flash does not work here"), "tf32": Decision("off", "as set")}
     )
-    trainer = SimpleNamespace(output=tmp_path, acceleration=chosen, telemetry=SimpleNamespace(message=said.append))
-    Trainer.record_acceleration(trainer)  # type: ignore[arg-type]
+    remember(chosen, tmp_path, said.append)
     assert not said and read_json(tmp_path / ACCELERATION)["attention"]["value"] == "sdpa"
     write_json(tmp_path / ACCELERATION, chosen.record() | {"attention": {"value": "flash", "reason": "", "milliseconds": {}}})
-    Trainer.record_acceleration(trainer)  # type: ignore[arg-type]
+    remember(chosen, tmp_path, said.append)
     assert len(said) == 1 and said[0].startswith("attention was 'flash' when the run started and is 'sdpa' now (flash does not")
     assert read_json(tmp_path / ACCELERATION)["attention"]["value"] == "sdpa"
-    Trainer.record_acceleration(trainer)  # type: ignore[arg-type]
+    remember(chosen, tmp_path, said.append)
     assert len(said) == 1
 
 
