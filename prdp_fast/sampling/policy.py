@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
+from diffusers import SchedulerMixin
 from torch import nn
 
 from prdp_fast.config.recipe import SamplerSettings
@@ -50,7 +51,9 @@ class Policy:
         timesteps = self.transitions.timesteps
         if self.guidance_scale is None:
             return torch.zeros_like(timesteps, dtype=torch.bool)
-        low, high = self.guidance_interval or (int(timesteps.min()), int(timesteps.max()))
+        if self.guidance_interval is None:
+            return torch.ones_like(timesteps, dtype=torch.bool)
+        low, high = self.guidance_interval
         return (low <= timesteps) & (timesteps <= high)
 
     @cached_property
@@ -161,6 +164,25 @@ class Policy:
             guidance_scale=self.guidance_scale if guided else None, backend=self.backend,
         )  # fmt: skip
         return PrecomputedGradient.apply(output, grad, (weights * log_prob).sum(), loss_scale), log_prob
+
+
+class Scheduled(Protocol):
+    """What a table of steps takes of a model: `Family`."""
+
+    def scheduler(self, wanted: str | None = None) -> SchedulerMixin: ...
+    def schedule_options(self, num_inference_steps: int) -> dict[str, Any]: ...
+
+
+def build_transitions(model: Scheduled, sampler: SamplerSettings, scheduler: SchedulerMixin | None = None) -> Transitions:
+    """The steps of a recipe or a command line on a model's schedule.
+
+    Args: scheduler: one that is in memory already; None reads the model's.
+    Raises: UserError naming the setting to change.
+    """
+    return Transitions.from_scheduler(
+        scheduler or model.scheduler(sampler.scheduler), sampler.num_inference_steps, sampler.eta, sampler=sampler.method,
+        noise_level=sampler.noise_level, window=sampler.stochastic_steps, **model.schedule_options(sampler.num_inference_steps),
+    )  # fmt: skip
 
 
 def build_policy(
