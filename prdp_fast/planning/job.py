@@ -54,9 +54,11 @@ class Job:
         settings.check_ranks(world_size)
         check_kernels(settings.kernels, cuda)
         rewards = build_rewards(settings.rewards, settings.schedule.reward_timeout_s)
-        family = read_family(settings.model.pretrained, settings.model.lora)
-        if settings.model.lora is not None:
+        family = read_family(settings.model.pretrained, settings.model.lora).for_sampler(settings.sampler)
+        if family.lora is not None:
             family.meta_denoiser()  # refuses an adapter that does not fit
+            # With its layers named: what is resumed is the adapter that was started.
+            settings = settings.model_copy(update={"model": settings.model.model_copy(update={"lora": family.lora})})
         sampler = settings.sampler
         transitions = build_transitions(family, sampler)
         stochastic_steps = len(transitions.stochastic)

@@ -95,7 +95,7 @@ class Trainer:
         fused = choose_fused_optimizer(performance.fused_optimizer, device, job.config.offloads_optimizer)
 
         pipeline = pipeline or Pipeline.load(job.family, device, dtype, settings.sampler.scheduler)
-        objective, lora = build_objective(settings.objective, settings.kernels), settings.model.lora
+        objective, lora = build_objective(settings.objective, settings.kernels), job.family.lora
         reference = pipeline.frozen_denoiser(dtype) if objective.needs_reference and lora is None else None
         if lora is not None:
             add_adapter(pipeline.denoiser, lora, settings.seed)
