@@ -6,13 +6,14 @@ from prdp_fast.config.recipe import LoraSettings
 from prdp_fast.core.errors import UserError
 from prdp_fast.models.configs import read_json, shown
 from prdp_fast.models.families.base import Family
+from prdp_fast.models.families.flux import Flux
 from prdp_fast.models.families.sd import StableDiffusion
 from prdp_fast.models.families.sd3 import StableDiffusion3
 from prdp_fast.models.families.sdxl import StableDiffusionXL
 from prdp_fast.models.files import INDEX
 
 FAMILIES: dict[str, type[Family]] = {
-    family.pipeline_class.__name__: family for family in (StableDiffusion, StableDiffusionXL, StableDiffusion3)
+    family.pipeline_class.__name__: family for family in (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux)
 }
 
 __all__ = ["FAMILIES", "Family", "StableDiffusion", "StableDiffusionXL", "find_family", "read_family"]
