@@ -2,8 +2,8 @@
 
 `UNet2DConditionModel.set_attention_backend` does nothing by itself: its layers are diffusers' older `Attention`, whose processor
 calls torch's scaled_dot_product_attention and knows no backend; so do the joint layers of some transformers. The processors here
-are the same arithmetic, sent through the dispatcher; `sdpa` leaves diffusers' own processor where it was. Newer layers of diffusers
-go through the dispatcher by themselves, and are told the kernel.
+are the same arithmetic, sent through the dispatcher; `sdpa` leaves diffusers' own processor where it was. Its newer layers go
+through the dispatcher by themselves, and are told the kernel.
 """
 
 from __future__ import annotations

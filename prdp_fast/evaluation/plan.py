@@ -120,8 +120,8 @@ def plan_evaluation(request: EvaluationRequest, *, cuda: bool) -> EvaluationPlan
         "block": block,
     }
     return EvaluationPlan(
-        models, families, policies, prompts, rewards, trained, features, request.samples, request.seed, block, sampler.rollout_batch,
-        dtype, output, settings,
+        models, families, policies, prompts, rewards, trained, features, request.samples, request.seed, block,
+        sampler.rollout_batch, dtype, output, settings,
     )  # fmt: skip
 
 

@@ -55,13 +55,13 @@ def load_flow_scheduler(pretrained: str, wanted: str | None = None) -> FlowMatch
     file, only = "scheduler/scheduler_config.json", FlowMatchEulerDiscreteScheduler.__name__
     if wanted is not None:
         raise UserError(
-            f"sampler.scheduler is {wanted}, but model.pretrained {pretrained!r} is a flow-matching model, which has sigmas and no "
-            f"betas; set it null, and choose the noise of its {only} by sampler.method and sampler.noise_level"
+            f"sampler.scheduler is {wanted}, but model.pretrained {pretrained!r} is a flow-matching model, which has sigmas and "
+            f"no betas; set it null, and choose the noise of its {only} by sampler.method and sampler.noise_level"
         )
     keys, config = read_config(pretrained, file, FlowSchedulerConfig)
     if keys.name != only:
         raise UserError(
-            f"model.pretrained {pretrained!r} is a flow-matching model, but its {file} is of {keys.name or 'an unnamed scheduler'}; "
+            f"model.pretrained {pretrained!r} is a flow-matching model, but its {file} is of {keys.name or 'no scheduler'}; "
             f"expected {only}, whose sigmas it was trained with: fetch the file again"
         )
     check_arguments(pretrained, file, config, FlowMatchEulerDiscreteScheduler)

@@ -172,7 +172,8 @@ class Family(ABC):
             words = ", ".join(variants)
             notes.append(f"model.pretrained {pretrained!r} has nothing but a variant of the weights of {words}, which is loaded")
         for name, weights in found.items():
-            if weights and name.startswith("text_encoder") and name not in cls.t5_encoders:  # cut short by its configuration, which is called clip skip
+            # Cut short by its configuration, which is called clip skip.
+            if weights and name.startswith("text_encoder") and name not in cls.t5_encoders:
                 takes, holds = read_config(pretrained, f"{name}/config.json", TextConfig)[0].num_hidden_layers, weights.layers()
                 if holds > takes:
                     notes.append(f"model.pretrained {pretrained!r}: {name} uses {takes} of the {holds} layers in its files")
@@ -247,6 +248,11 @@ class Family(ABC):
     def denoiser_parameters(self) -> int:
         """The adapter's included."""
         return count_parameters(self.counted_denoiser)
+
+    @cached_property
+    def denoiser_buffers(self) -> int:
+        """Numbers that it holds beside its weights, tables of positions say."""
+        return sum(buffer.numel() for buffer in self.counted_denoiser.buffers())
 
     @cached_property
     def trained_parameters(self) -> int:

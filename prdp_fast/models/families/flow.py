@@ -91,8 +91,8 @@ class FlowTransformer(Family):
         """Raises: UserError if the model takes no guidance of such a kind."""
         if sampler.embedded_guidance is not None:
             raise UserError(
-                f"sampler.embedded_guidance is {sampler.embedded_guidance:g}, but model.pretrained {self.pretrained!r} is not told "
-                "its guidance (no guidance_embeds in transformer/config.json); set it null, and guide with sampler.guidance_scale"
+                f"sampler.embedded_guidance is {sampler.embedded_guidance:g}, but model.pretrained {self.pretrained!r} is not "
+                "told its guidance (no guidance_embeds in transformer/config.json): set it null, and use sampler.guidance_scale"
             )
 
     def check_size(self) -> None:

@@ -109,8 +109,8 @@ class StableDiffusion3(FlowTransformer):
         sides = self.latent_shape[1:]
         if any(side % PATCH for side in sides):
             raise UserError(
-                f"model.pretrained {self.pretrained!r}: transformer/config.json has sample_size {sides[0]}; expected a multiple of "
-                f"its patch_size {PATCH}"
+                f"model.pretrained {self.pretrained!r}: transformer/config.json has sample_size {sides[0]}; expected a "
+                f"multiple of its patch_size {PATCH}"
             )
         if most is not None and max(sides) > most * PATCH:
             raise UserError(
