@@ -59,7 +59,7 @@ class Job:
             family.meta_denoiser()  # refuses an adapter that does not fit
         sampler = settings.sampler
         transitions = build_transitions(family, sampler)
-        stochastic_steps = len(transitions.stochastic)
+        stochastic_steps = transitions.trained
         config = resolve_config(
             config_name, settings, world_size=world_size, stochastic_steps=stochastic_steps, cuda=cuda
         )  # fmt: skip
@@ -114,7 +114,7 @@ class Job:
     @property
     def rows_per_update(self) -> int:
         """Of one rank: more in a micro-batch there never are."""
-        stochastic = len(self.transitions.stochastic)
+        stochastic = self.transitions.trained
         return self.images_per_rank * min(self.settings.schedule.update_timesteps or stochastic, stochastic)
 
     @property
