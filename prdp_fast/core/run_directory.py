@@ -37,8 +37,9 @@ MAY_CHANGE = (
 DERIVED = ("deepspeed.train_micro_batch_size_per_gpu", "deepspeed.gradient_accumulation_steps")
 
 
-# What the record holds beside what the job is: digests of the files that it reads, and versions of libraries.
+# What the record holds beside what the job is: digests of the files that it reads, versions of libraries, and the machine.
 CONTENT, VERSIONS, EARLIER_VERSIONS = "content", "versions", "earlier_versions"
+MACHINE = "machine"  # processor and accelerator of the last start, without its name
 FILES, FOLDERS = (
     (METRICS, SUMMARY, ACCELERATION, EVALUATION_BEFORE, EVALUATION_AFTER),
     (CHECKPOINTS, SAMPLES, EXPORT, TENSORBOARD),
@@ -128,7 +129,7 @@ def refuse_another(directory: Path, old: dict[str, Any], new: dict[str, Any]) ->
         advice = f"start it on {ranks} (--num_gpus {ranks})" if isinstance(ranks, int) else "start it so"
         had = "1 rank" if ranks == 1 else f"{ranks} ranks"
         raise UserError(f"--output {directory}: this run has {had}, now {now}; {advice}, or choose another directory")
-    contents = {CONTENT, VERSIONS, EARLIER_VERSIONS, "prompts"}
+    contents = {CONTENT, VERSIONS, EARLIER_VERSIONS, MACHINE, "prompts"}
     for section in ("recipe", *sorted((old.keys() | new.keys()) - contents - {"recipe"})):
         difference = first_difference(old.get(section), new.get(section), section)
         if difference:
