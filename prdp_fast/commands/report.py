@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--bands", choices=BANDS, default=BANDS[0],
-        help="around the mean of runs that differ in their seed: lowest and highest, or the standard error (default: %(default)s)",
+        help="around the mean of runs that differ in their seed: lowest and highest, or standard error (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--watch", type=seconds, metavar="SECONDS",

@@ -117,7 +117,7 @@ def paired_difference(base: np.ndarray, finetuned: np.ndarray, *, seed: int) -> 
 
 
 def compare(before: np.ndarray, after: np.ndarray | None, *, seed: int) -> dict[str, dict[str, Any]]:
-    """"before", "after" and "difference" of (P, B) scores as JSON with intervals; the last two are empty without an after.
+    """Before, after and difference of (P, B) scores, as JSON with intervals; the last two are empty without an after.
 
     Means and standard errors are those that training reports of the same scores.
     """

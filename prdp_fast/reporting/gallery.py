@@ -70,7 +70,7 @@ def pairs(before: EvaluatedSet, after: EvaluatedSet, count: int, identity: str, 
     """The first image of each of the first prompts, before and after. Empty if the two are not of the same prompts."""
     if before.prompts != after.prompts or before.images.shape[1:] != after.images.shape[1:]:
         return Markup()
-    shown = [tag("div", part, class_="pair") for part in map(lambda i: pair(before, after, i, budget), range(count)) if part]
+    shown = [tag("div", part, class_="pair") for part in (pair(before, after, i, budget) for i in range(count)) if part]
     if not shown:
         return Markup()
     switch = tag(
@@ -124,8 +124,8 @@ def sheet(path: Path, alt: str, heading: str, budget: Budget, faults: list[str])
         return Markup()
     if data is None:
         return Markup()
-    image = tag("img", src=data, alt=alt, width=width, height=height)
-    return join(tag("h3", heading), tag("figure", image, tag("figcaption", alt), class_="one"))
+    shown = tag("img", src=data, alt=alt, width=width, height=height)
+    return join(tag("h3", heading), tag("figure", shown, tag("figcaption", alt), class_="one"))
 
 
 def latest_sheet(samples: Path) -> Path | None:

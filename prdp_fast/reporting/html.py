@@ -21,16 +21,17 @@ from prdp_fast.reporting.markup import Markup, join, tag
 from prdp_fast.reporting.run_data import EvaluatedSet, RunData, at, finite, points_of
 from prdp_fast.reporting.settings_page import settings_of
 from prdp_fast.reporting.style import stylesheet
-from prdp_fast.reporting.svg import Chart, Line, histogram, line_chart, tick
-from prdp_fast.reporting.tables import ABSENT, Table, before_after, diversity_table, left_out, reward_table
+from prdp_fast.reporting.svg import STYLES, Chart, Line, histogram, line_chart, tick
+from prdp_fast.reporting.tables import Table, before_after, diversity_table, left_out, reward_table
 from prdp_fast.reporting.times_page import times_of
 from prdp_fast.reporting.visible import visible
 
 REPORT = "report.html"  # in the run directory
 PAIRS = 12  # of pictures, of one run or of all together
-FEWEST_PAIRS = 4  # of each of several runs
+FEWEST_PAIRS = 6  # of each of several runs
 RUNS_WITH_PICTURES = 4
-MOST_LINES = 8  # beside each other in a chart of the details of a reward
+MOST_ROWS = 60  # of a table of denoising steps, or of a reward's parts
+STEP = "drift/step_"  # the metrics of single steps
 
 # (before, after or None) scores of (P, B) images, and a seed -> "before", "after" and "difference" with intervals, as JSON.
 Compare = Callable[..., Mapping[str, Any]]
@@ -49,6 +50,9 @@ HEALTH = (
     ("Drift of the log-prob, sampler to trainer", "drift", "nats", True),
     ("Error of the first ratio, which should be 1", "first_ratio_error", "error", True),
 )
+
+
+SPEED = (("Images a second", "images_per_s", "images/s", False),)
 
 
 @dataclass
@@ -102,9 +106,9 @@ def report_page(runs: Sequence[RunData], compare: Compare, *, bands: str = BANDS
     sections = [
         ("results", "Before and after", results(page)),
         ("pictures", "Pictures", pictures(page)),
-        ("training", "Training", curves(page, TRAINING, "training") + details(page)),
-        ("health", "Health of the training", curves(page, HEALTH, "health") + drift_by_step(page)),
-        ("time", "Time", times_of(runs)),
+        ("training", "Training", panels([*curves(page, TRAINING, "training"), *details(page)])),
+        ("health", "Health of the training", panels([*curves(page, HEALTH, "health"), *drift_by_step(page)])),
+        ("time", "Time", join(times_of(runs), panels(curves(page, SPEED, "speed")))),
         ("settings", "Settings", settings_of(runs)),
     ]
     if page.budget.refused:
@@ -149,8 +153,11 @@ def introduction(page: Page) -> list[Markup]:
         evaluations = [page.evaluations[page.runs.index(run)] for run in group.runs]
         who = group.name or words.rewards_of(group.runs[0])
         told = over_runs([one for one in evaluations if one])
-        lines.append(tag("li", f"{who}: {len(group.runs)} runs. {words.what_came_of_it(told, 'runs') or 'Not evaluated yet.'}"))
-    return [tag("ul", *lines, class_="lead")]
+        count = "1 run" if len(group.runs) == 1 else f"{len(group.runs)} runs"
+        lines.append(f"{who}: {count}. {words.what_came_of_it(told, 'runs') or 'Not evaluated yet.'}")
+    if len(lines) == 1:
+        return [tag("p", lines[0], class_="lead")]
+    return [tag("ul", *(tag("li", line) for line in lines), class_="lead")]
 
 
 def over_runs(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -185,13 +192,13 @@ def results(page: Page) -> Markup:
         except MALFORMED as error:
             page.faults.append(f"the summary's evaluation is none ({type(error).__name__})")
     charts = distributions(page)
-    parts.append(tag("div", *charts, class_="panels") if charts else None)
+    parts.append(panels(charts))
     parts += [evaluated(run, page) for run in page.runs]
     return join(*parts)
 
 
 EXPLAINED = (
-    "Mean over prompts ± its standard error [95% bootstrap interval over prompts], with the same prompts and the same noise before "
+    "Mean over prompts ± its standard error [95% bootstrap interval over prompts], with the same prompts and noise before "
     "and after. The difference is paired; s.e. is that difference in its own standard errors."
 )
 OF_RUNS = " Of a mean over runs, n is the number of runs and ± the standard error over runs."
@@ -283,7 +290,8 @@ def group_lines(page: Page, metric: str) -> list[Line]:
     lines = []
     for number, group in enumerate(page.groups):
         if len(group.runs) == 1:
-            lines.append(Line(single_label(page, group), points_of(group.runs[0].rows, metric), number, reward_band(page, metric)))
+            (run,) = group.runs
+            lines.append(Line(single_label(page, group), points_of(run.rows, metric), number, reward_band(page, metric)))
             continue
         mean, around = band(group.runs, metric, page.bands)
         lines.append(Line(group.name or f"mean of {len(group.runs)} runs", mean, number, around))
@@ -307,9 +315,14 @@ def reward_band(page: Page, metric: str) -> list[tuple[float, float, float]]:
     return found
 
 
-def curves(page: Page, panels: Sequence[tuple[str, str, str, bool]], part: str) -> Markup:
+def panels(parts: Sequence[Markup]) -> Markup | None:
+    """Charts and small tables beside each other."""
+    return tag("div", *parts, class_="panels") if parts else None
+
+
+def curves(page: Page, wanted: Sequence[tuple[str, str, str, bool]], part: str) -> list[Markup]:
     charts = []
-    for title, metric, unit, logarithmic in panels:
+    for title, metric, unit, logarithmic in wanted:
         lines = group_lines(page, metric)
         if not lines:
             continue
@@ -321,7 +334,7 @@ def curves(page: Page, panels: Sequence[tuple[str, str, str, bool]], part: str) 
             f"{part}-{metric}", title, words.describe(lines), "epoch", unit, logarithmic=logarithmic, level=level, lines=lines
         )
         charts.append(line_chart(chart, note_of(page, metric, lines)))
-    return tag("div", *charts, class_="panels") if charts else Markup()
+    return charts
 
 
 def note_of(page: Page, metric: str, lines: Sequence[Line]) -> str:
@@ -336,47 +349,48 @@ def note_of(page: Page, metric: str, lines: Sequence[Line]) -> str:
     return " ".join(notes)
 
 
-def details(page: Page) -> Markup:
+def details(page: Page) -> list[Markup]:
     """What the rewards tell beside their total, of one run: parts of a sum, and what a reward says of an image."""
     if len(page.runs) > 1:
-        return Markup()
+        return []
     names = dict.fromkeys(name for row in page.runs[0].rows for name in row if name.startswith("reward/"))
-    lines = []
+    lines: list[Line] = []
     for name in names:
         if points := points_of(page.runs[0].rows, name):
             lines.append(Line(visible(name.removeprefix("reward/"), most=60), points, len(lines)))
     if len(lines) < 2:
-        return Markup()
-    rows = tuple((line.label, tick(line.points[0][1]), tick(line.points[-1][1])) for line in lines)
+        return []
+    rows = tuple((line.label, tick(line.points[0][1]), tick(line.points[-1][1])) for line in lines[:MOST_ROWS])
     table = Table(("part", "first epoch", "last epoch"), rows).html("Parts of the reward, means over the images of an epoch")
-    chart = Chart("details", "Parts of the reward", words.describe(lines), "epoch", "reward", lines=lines[:MOST_LINES])
-    return tag("div", line_chart(chart), tag("div", table, class_="panel"), class_="panels")
+    drawn = lines[:STYLES]
+    chart = Chart("details", "Parts of the reward", words.describe(drawn), "epoch", "reward", lines=drawn)
+    return [line_chart(chart), tag("div", table, class_="panel")]
 
 
-def drift_by_step(page: Page) -> Markup:
-    """The largest drift of each denoising step, over all epochs and in the last one."""
+def drift_by_step(page: Page) -> list[Markup]:
+    """The largest drift of each denoising step, over all epochs."""
     lines = []
     for number, group in enumerate(page.groups):
         rows = [row for run in group.runs for row in run.rows]
-        steps = sorted({name for row in rows for name in row if name.startswith("drift/step_")})
-        places = [(finite_int(name.removeprefix("drift/step_")), [value for _, value in points_of(rows, name)]) for name in steps]
-        worst = [(float(step), max(values)) for step, values in places if step is not None and values]
+        names = dict.fromkeys(name for row in rows for name in row if name.startswith(STEP))
+        steps = {name: whole_number(name.removeprefix(STEP)) for name in names}
+        worst = [
+            (float(step), max(value for _, value in points))
+            for name, step in steps.items() if step is not None and (points := points_of(rows, name))
+        ]  # fmt: skip
         lines.append(Line(group.name or "largest of all epochs", sorted(worst), number))
     lines = [line for line in lines if line.points]
     if not lines:
-        return Markup()
+        return []
     chart = Chart(
         "drift-by-step", "Drift by denoising step", words.describe(lines, "step"), "denoising step", "nats", logarithmic=True,
         lines=lines,
     )  # fmt: skip
-    rows = tuple((f"step {tick(step)}", f"{value:.2e}" if value else "0") for step, value in lines[0].points)
-    which = f" of {lines[0].label}" if len(lines) > 1 else ""
-    table = Table(("denoising step", "nats"), rows[:MOST_ROWS]).html(f"Largest drift{which}")
-    return tag("div", line_chart(chart), tag("div", table or ABSENT, class_="panel"), class_="panels")
+    cells = tuple((f"step {tick(step)}", f"{value:.2e}" if value else "0") for step, value in lines[0].points[:MOST_ROWS])
+    which = f" of {lines[0].label}" if len(lines) > 1 else " of all epochs"
+    table = Table(("denoising step", "nats"), cells).html(f"Largest drift{which}")
+    return [line_chart(chart), tag("div", table, class_="panel")]
 
 
-MOST_ROWS = 60  # of a table of denoising steps
-
-
-def finite_int(text: str) -> int | None:
+def whole_number(text: str) -> int | None:
     return int(text) if text.isascii() and text.isdigit() and len(text) < 9 else None

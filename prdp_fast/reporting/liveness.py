@@ -50,12 +50,9 @@ def read_ranks(directory: Path) -> list[Rank]:
         if told is None or number is None:
             continue
         words = {key: at(told, key, kind=str) for key in ("host", "phase", "since", "left", "names")}
-        found.append(
-            Rank(
-                number, words["host"] or "?", words["phase"] or "?", at(told, "epoch", kind=int), words["since"] or "?",
-                words["left"], is_gone(words["host"], words["names"], at(told, "pid", kind=int), told.get("started")),
-            )  # fmt: skip
-        )
+        gone = is_gone(words["host"], words["names"], at(told, "pid", kind=int), told.get("started"))
+        host, phase, since = (words[key] or "?" for key in ("host", "phase", "since"))
+        found.append(Rank(number, host, phase, at(told, "epoch", kind=int), since, words["left"], gone))
     return found
 
 

@@ -58,9 +58,7 @@ class Report:
         try:
             write_text(self.page, text)
         except OSError as error:
-            raise UserError(
-                f"no page: {fault(error)}; mend it, or say with --output FILE where it can be written"
-            ) from error
+            raise UserError(f"no page: {fault(error)}; mend it, or say with --output FILE where it can be written") from error
 
     def follow(self, interval: float) -> None:
         """Write the page every `interval` seconds until no run goes on any more. What is left does not refresh itself."""

@@ -17,6 +17,7 @@ from prdp_fast.reporting.visible import visible
 
 MOST_LINES = 400  # of a recipe
 MOST_CELL = 60  # characters
+MOST_KEYS = 12  # columns
 
 
 def settings_of(runs: Sequence[RunData]) -> Markup:
@@ -49,13 +50,16 @@ def cell(value: Any) -> str:
     return visible(value, most=MOST_CELL)
 
 
-def differences(runs: Sequence[RunData], recipes: Sequence[dict[str, Any]]) -> Markup | None:
-    """A row for every setting in which the runs differ."""
+def differences(runs: Sequence[RunData], recipes: Sequence[dict[str, Any]]) -> Markup:
+    """A column for every setting in which the runs differ."""
     flats = [flat(recipe) for recipe in recipes]
-    rows = [(cell(key), *(cell(one.get(key, "-")) for one in flats)) for key in different(flats)]
-    if not rows:
+    keys = different(flats)
+    if not keys:
         return tag("p", "The runs have the same settings.")
-    return Table(("setting", *(cell(run.name) for run in runs)), tuple(rows)).html("Settings in which the runs differ", numbers=False)
+    shown = keys[:MOST_KEYS]
+    rows = tuple((cell(run.name), *(cell(one.get(key, "-")) for key in shown)) for run, one in zip(runs, flats, strict=True))
+    more = f" (the first {MOST_KEYS} of {len(keys)})" if len(keys) > MOST_KEYS else ""
+    return Table(("run", *map(cell, shown)), rows).html(f"Settings in which the runs differ{more}", numbers=False)
 
 
 def machine(run: RunData) -> Markup | None:

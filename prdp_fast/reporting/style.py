@@ -44,7 +44,7 @@ a{color:var(--focus)}
 :focus-visible{outline:3px solid var(--focus);outline-offset:2px}
 nav ul{display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;list-style:none;margin:.75rem 0;padding:0}
 nav a{display:inline-block;padding:.25rem 0}
-.panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,22rem),1fr));gap:1.25rem}
+.panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,26rem),1fr));gap:1.25rem}
 figure{margin:0}
 figcaption{font-size:.9rem}
 .panel{background:var(--raised);border-radius:.4rem;padding:.75rem}
@@ -67,13 +67,14 @@ caption{text-align:left;font-weight:600;padding:.25rem 0}
 th,td{padding:.3rem .75rem .3rem 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--faint-rule);
   overflow-wrap:normal}
 thead th{border-bottom-color:var(--rule)}
-tbody th{font-weight:500}
-.number{text-align:right;white-space:nowrap}
+tbody th{font-weight:500;min-width:min(11rem,30vw)}
+.number{text-align:right}
+th.number,.number span{white-space:nowrap}
 fieldset{border:1px solid var(--faint-rule);border-radius:.4rem;display:inline-flex;flex-wrap:wrap;gap:.25rem 1.25rem;
   margin:.25rem 0 .75rem;padding:.25rem .9rem .5rem}
 fieldset label{display:inline-flex;align-items:center;gap:.4rem;padding:.3rem 0}
 input{accent-color:var(--focus);width:1.1rem;height:1.1rem}
-.pairs{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,17rem),1fr));gap:1.25rem}
+.pairs{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,19rem),1fr));gap:1.25rem}
 .two{display:grid;grid-template-columns:1fr 1fr;gap:.4rem}
 .two img,.one img{display:block;width:100%;height:auto;border-radius:.2rem}
 .pixels{image-rendering:pixelated}
@@ -97,5 +98,5 @@ nav,fieldset{display:none}
 h2,h3{break-after:avoid}
 .scroll,pre{overflow:visible}
 pre{white-space:pre-wrap}
-.number{white-space:normal}
+th.number,.number span{white-space:normal}
 """.strip()

@@ -1,4 +1,4 @@
-"""Charts as inline SVG, drawn with classes of the page's style, so that they follow its theme: lines with bands, histograms, bars.
+"""Charts as inline SVG, drawn with classes of the page's style, so that they follow its theme: lines, bands, histograms.
 
 A chart has a title and a description in words, which is what a screen reader reads.
 """
@@ -172,8 +172,8 @@ def axes(chart: Chart, x: Scale, y: Scale) -> Markup:
 def spread(low: float, high: float, margin: float = 0.05) -> tuple[float, float]:
     """Ends of an axis that are apart, with a margin of its length."""
     if high - low <= 1e-12 * max(abs(low), abs(high)):
-        around = abs(low) / 2 or 0.5
-        return low - around, high + around
+        around = abs(low) / 2
+        return (low - around, high + around) if around else (0.0, 1.0)
     return low - margin * (high - low), high + margin * (high - low)
 
 
@@ -190,9 +190,12 @@ def ticks(low: float, high: float, count: int, *, whole: bool = False) -> list[f
 
 
 def log_ticks(low: float, high: float, most: int = 6) -> list[float]:
-    first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
-    every = max(1, math.ceil((last - first + 1) / most))
-    return [10.0**power for power in range(first, last + 1, every)]
+    """Powers of ten; with 2 and 5 between them where there are few."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    steps = (1.0, 2.0, 5.0) if last - first <= 2 else (1.0,)
+    every = max(1, math.ceil((last - first) / most))
+    found = (step * 10.0**power for power in range(first, last + 1, every) for step in steps)
+    return [value for value in found if low <= value * (1 + 1e-9) and value <= high * (1 + 1e-9)]
 
 
 def tick(value: float) -> str:

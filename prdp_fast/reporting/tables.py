@@ -15,7 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.text import Text
 
-from prdp_fast.reporting.markup import Markup, tag
+from prdp_fast.reporting.markup import Markup, join, tag
 
 ABSENT = "-"  # in place of a number that there is none of
 TRAINED = {"yes": " (trained on)", "other options": " (trained on with other options)", "no": ""}
@@ -45,7 +45,10 @@ class Table:
         first, *others = self.heads
         css = "number" if numbers else None
         head = tag("tr", tag("th", first, scope="col"), *(tag("th", name, scope="col", class_=css) for name in others))
-        body = (tag("tr", tag("th", row[0], scope="row"), *(tag("td", one, class_=css) for one in row[1:])) for row in self.rows)
+        body = (
+            tag("tr", tag("th", row[0], scope="row"), *(tag("td", parted(one), class_=css) for one in row[1:]))
+            for row in self.rows
+        )
         table = tag("table", tag("caption", caption), tag("thead", head), tag("tbody", *body))
         return tag("div", table, class_="scroll", tabindex=0, role="region", aria_label=caption)
 
@@ -65,6 +68,14 @@ class Table:
 
 
 # Cells
+
+
+def parted(cell: str) -> Markup:
+    """A cell for HTML, which wraps before an interval and nowhere else if it is a number."""
+    if isinstance(cell, Markup):
+        return cell
+    number_part, bracket, interval = cell.partition(" [")
+    return join(tag("span", number_part), " ", tag("span", f"[{interval}")) if bracket else tag("span", cell)
 
 
 def number(measured: Mapping[str, Any], digits: int, sign: str = "") -> str:

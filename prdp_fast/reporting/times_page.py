@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from prdp_fast.reporting.markup import Markup, join, tag
-from prdp_fast.reporting.run_data import RunData, at, finite, points_of
-from prdp_fast.reporting.svg import Chart, Line, bar, line_chart
+from prdp_fast.reporting.run_data import RunData, at, finite
+from prdp_fast.reporting.svg import bar
 from prdp_fast.reporting.tables import ABSENT, Table, percent
 from prdp_fast.reporting.visible import visible
-from prdp_fast.reporting.words import describe, phase_rows
+from prdp_fast.reporting.words import phase_rows
 
 # A backward is two matrix products for each of the forward's; one, where most weights are frozen.
 BACKWARD, BACKWARD_OF_ADAPTER = 2.0, 1.0
@@ -18,32 +18,42 @@ FORWARDS = ("rollout", "reference")
 MOST_PHASES = 20
 
 
-def times_of(runs: Sequence[RunData]) -> Markup:
-    tables = [phase_table(run, len(runs) > 1) for run in runs]
-    lines = [
-        Line(visible(run.name, most=60), points, number)
-        for number, run in enumerate(runs) if (points := points_of(run.rows, "images_per_s"))
-    ]  # fmt: skip
-    parts = list(filter(None, tables))
-    if lines:
-        chart = Chart("images-per-s", "Images a second", describe(lines), "epoch", "images/s", lines=lines)
-        parts.append(tag("div", line_chart(chart), class_="panels"))
-    return join(*parts)
+def times_of(runs: Sequence[RunData]) -> Markup | None:
+    return phase_table(runs[0]) if len(runs) == 1 else tables_beside(runs)
 
 
-def phase_table(run: RunData, several: bool) -> Markup | None:
-    """Seconds and shares by phase; and of the phases that run the denoiser, rows, time a row and the least time."""
+def seconds_by_phase(run: RunData) -> dict[str, float]:
+    """Over all finished epochs, the longest phase first."""
     seconds: dict[str, float] = {}
     for row in phase_rows(run):
         for name, value in row.items():
             seconds[name] = seconds.get(name, 0.0) + max(value, 0.0)
+    return dict(sorted(seconds.items(), key=lambda item: -item[1]))
+
+
+def tables_beside(runs: Sequence[RunData]) -> Markup | None:
+    """Of several runs: a row for every run, a column for every phase."""
+    of_runs = [seconds_by_phase(run) for run in runs]
+    names = list(dict.fromkeys(name for seconds in of_runs for name in seconds))[:MOST_PHASES]
+    rows = []
+    for run, seconds in zip(runs, of_runs, strict=True):
+        whole = sum(seconds.values())
+        cells = (f"{seconds[name]:.1f} ({percent(seconds[name] / whole)})" if seconds.get(name) else ABSENT for name in names)
+        rows.append((visible(run.name, most=60), f"{len(run.rows)}", f"{whole:.1f}", *cells))
+    heads = ("run", "epochs", "seconds", *(visible(name, most=40) for name in names))
+    return Table(heads, tuple(rows)).html("Seconds by phase, and their share") if names else None
+
+
+def phase_table(run: RunData) -> Markup | None:
+    """Seconds and shares by phase; and of the phases that run the denoiser, rows, time a row and the least time."""
+    seconds = seconds_by_phase(run)
     whole = sum(seconds.values())
     if not whole:
         return None
     rows = {name: count for name, count in counted_rows(run).items() if seconds.get(name)}
     floors = least_seconds(run, seconds, rows)
     cells: list[tuple[Any, ...]] = []
-    for name, value in sorted(seconds.items(), key=lambda item: -item[1])[:MOST_PHASES]:
+    for name, value in list(seconds.items())[:MOST_PHASES]:
         share = tag("span", percent(value / whole), bar(value / whole))
         line: tuple[Any, ...] = (visible(name, most=40), f"{value:.1f}", share)
         if floors:
@@ -56,14 +66,13 @@ def phase_table(run: RunData, several: bool) -> Markup | None:
     heads: tuple[str, ...] = ("phase", "seconds", "share")
     if floors:
         heads += ("denoiser rows", "ms a row", "least seconds", "times the least")
-    what = f" of {visible(run.name, most=60)}" if several else ""
-    table = Table(heads, tuple(cells)).html(f"Seconds by phase{what}, over {len(run.rows)} epochs")
+    table = Table(heads, tuple(cells)).html(f"Seconds by phase, over {len(run.rows)} epochs")
     return join(table, tag("p", FLOOR, class_="note") if floors else None)
 
 
 FLOOR = (
-    "The least is an estimate from the run itself: every denoiser row at the speed of the faster of its two forward passes, and a "
-    "backward at twice a forward (once with an adapter). What the machine could do at its peak is not known here."
+    "The least is an estimate from the run itself: every denoiser row at the speed of the faster of its two forward passes, and "
+    "a backward at twice a forward (once with an adapter). What the machine could do at its peak is not known here."
 )
 
 

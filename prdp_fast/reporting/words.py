@@ -1,4 +1,4 @@
-"""What a run's numbers say, in sentences: the first paragraph of the report, and what a chart shows to those who do not see it."""
+"""What a run's numbers say, in sentences: the first paragraph of the report, and what a chart shows to who does not see it."""
 
 from __future__ import annotations
 
