@@ -16,6 +16,7 @@ from prdp_fast.core.run_lock import LOCK, lock
 RUN = "run.json"  # the job: resolved recipe, DeepSpeed configuration, ranks, digests of what it reads, versions
 SUMMARY = "summary.json"  # of a finished run
 METRICS = "metrics.jsonl"
+MESSAGES = "messages.txt"  # what the run told its user, with the time
 TENSORBOARD = "tensorboard"
 ACCELERATION = "acceleration.json"  # what was chosen when the run first started
 CHECKPOINTS = "checkpoints"
@@ -41,7 +42,7 @@ DERIVED = ("deepspeed.train_micro_batch_size_per_gpu", "deepspeed.gradient_accum
 CONTENT, VERSIONS, EARLIER_VERSIONS = "content", "versions", "earlier_versions"
 MACHINE = "machine"  # processor and accelerator of the last start, without its name
 FILES, FOLDERS = (
-    (METRICS, SUMMARY, ACCELERATION, EVALUATION_BEFORE, EVALUATION_AFTER),
+    (METRICS, MESSAGES, SUMMARY, ACCELERATION, EVALUATION_BEFORE, EVALUATION_AFTER),
     (CHECKPOINTS, SAMPLES, EXPORT, TENSORBOARD),
 )
 

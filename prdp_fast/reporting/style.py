@@ -96,7 +96,8 @@ nav,fieldset{display:none}
 .pictures .two .before,.pictures .two .after{display:block!important}
 .panel,.pair,tr{break-inside:avoid}
 h2,h3{break-after:avoid}
+.share{display:none}
 .scroll,pre{overflow:visible}
-pre{white-space:pre-wrap}
+pre{white-space:pre-wrap;columns:2}
 th.number,.number span{white-space:normal}
 """.strip()

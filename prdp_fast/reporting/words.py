@@ -110,7 +110,7 @@ def mean_of(values: Sequence[float]) -> dict[str, Any]:
 def state(run: RunData) -> str:
     """Whether the run has ended, and when its last epoch was."""
     if run.summary is not None:
-        return "The run is finished." if run.epochs >= (run.total_epochs or 0) else "The run ended before its last epoch."
+        return "The run is finished." if run.epochs >= (run.total_epochs or 0) else "The run came to its time limit."
     if not run.rows:
         return "The run has not finished an epoch yet."
     left = f"{run.total_epochs - run.epochs} epochs are left" if run.total_epochs is not None else "it has no summary yet"

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from prdp_fast.core import ranks
 from prdp_fast.core.files import write_text
-from prdp_fast.core.run_directory import METRICS, TENSORBOARD
+from prdp_fast.core.run_directory import MESSAGES, METRICS, TENSORBOARD
 
 PLAIN_INTERVAL = 10.0  # seconds between progress lines where there is no terminal to draw a bar on
 
@@ -155,7 +155,11 @@ class Telemetry:
                 self._tensorboard().add_image(tag, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
     def message(self, text: str) -> None:
-        """A line for the user, above the bar."""
+        """A line for the user, above the bar; and in messages.txt, for `prdp watch`."""
+        if self.directory is not None:
+            with contextlib.suppress(OSError):  # it is a copy: a full disk is told of where it matters
+                with (self.directory / MESSAGES).open("a", encoding="utf-8", errors="backslashreplace") as file:
+                    file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
         if self._display:
             self._display.message(text)
         elif self.directory is not None:
