@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 RESULT = "evaluation.json"  # in EVALUATION, by `prdp evaluate`
 LAST_EPOCH = 10**9  # a number beyond is no epoch's
+LARGEST = 1e100  # float32 ends at 3e38; sums and differences of these are finite
 
 
 @dataclass(frozen=True)
@@ -80,14 +81,14 @@ def at(value: Any, *keys: str, kind: type) -> Any:
 
 
 def finite(value: Any) -> float | None:
-    """A number of a file, None if it is none, or not finite."""
+    """A number of a file, None if it is none, not finite, or beyond what a run can have computed."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:
         number = float(value)
     except OverflowError:
         return None
-    return number if math.isfinite(number) else None
+    return number if math.isfinite(number) and abs(number) <= LARGEST else None
 
 
 def points_of(rows: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
