@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from prdp_fast.core.errors import brief
 from prdp_fast.reporting.images import note
 from prdp_fast.reporting.markup import Markup, join, tag
 from prdp_fast.reporting.run_data import EvaluatedSet
@@ -120,7 +119,7 @@ def sheet(path: Path, alt: str, heading: str, budget: Budget, faults: list[str])
             width, height = image.size
             data = budget.take(data_uri(image, SHEET_SIDE))
     except Exception as error:  # Pillow has many ways to say that a file is no picture
-        faults.append(f"{path.name} is no picture ({brief(error)})")
+        faults.append(f"{path.name} is no picture ({type(error).__name__})")
         return Markup()
     if data is None:
         return Markup()

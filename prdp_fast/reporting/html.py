@@ -18,6 +18,7 @@ from prdp_fast.reporting import gallery, words
 from prdp_fast.reporting.bands import BANDS, Group, band, group_runs
 from prdp_fast.reporting.evaluation_page import sampling
 from prdp_fast.reporting.markup import Markup, join, tag
+from prdp_fast.reporting.private import without_places
 from prdp_fast.reporting.run_data import EvaluatedSet, RunData, at, finite, points_of
 from prdp_fast.reporting.settings_page import settings_of
 from prdp_fast.reporting.style import stylesheet
@@ -231,7 +232,7 @@ def evaluated(run: RunData, page: Page) -> Markup | None:
         return None
     try:
         settings, sets = run.evaluation["settings"], run.evaluation["sets"]
-        models = {role: visible(model["name"], most=60) for role, model in settings["models"].items()}
+        models = {role: visible(without_places(model["name"]), most=60) for role, model in settings["models"].items()}
         what = f" of {page.label(run)}" if len(page.runs) > 1 else ""
         return join(
             tag("h3", f"prdp evaluate{what}"), reward_table(models, sets).html(f"Rewards{what}"),

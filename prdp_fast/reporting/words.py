@@ -16,7 +16,7 @@ from prdp_fast.reporting.tables import percent
 
 def title(runs: Sequence[RunData]) -> str:
     first = runs[0]
-    method = (at(first.recipe, "objective", "name", kind=str) or "a run").upper()
+    method = (at(first.recipe, "objective", "name", kind=str) or "training").upper()
     model = without_places(at(first.recipe, "model", "pretrained", kind=str) or "a model")
     return f"{method} on {model}" if len(runs) == 1 else f"{len(runs)} runs on {model}"
 
@@ -28,7 +28,7 @@ def rewards_of(run: RunData) -> str:
 
 def what_was_done(run: RunData) -> str:
     """'PRDP finetuned tiny on shapes_alignment: 97 of 110 epochs, 12,416 images, 7.0 minutes.'"""
-    method = (at(run.recipe, "objective", "name", kind=str) or "a run").upper()
+    method = (at(run.recipe, "objective", "name", kind=str) or "training").upper()
     model = without_places(at(run.recipe, "model", "pretrained", kind=str) or "a model")
     total = f" of {run.total_epochs}" if run.total_epochs is not None else ""
     parts = [f"{run.epochs}{total} epochs"]

@@ -327,7 +327,9 @@ def not_finite(run: Path) -> None:
 
 
 def of_other_kinds(run: Path) -> None:
-    (run / "metrics.jsonl").write_text('{"epoch": true}\n{"epoch": -1}\n{"epoch": 1e3}\n[]\n{"epoch": 0, "reward": "x"}\n\xff\n')
+    (run / "metrics.jsonl").write_text(
+        '{"epoch": true}\n{"epoch": -1}\n{"epoch": 100000000000000000000}\n{"epoch": 1e3}\n[]\n{"epoch": 0, "reward": "x"}\n\xff\n'
+    )
     (run / "run.json").write_text(
         '{"recipe": {"rewards": [1, {"name": 2, "options": []}], "model": [], "schedule": {"epochs": "x"}}}'
     )
@@ -353,7 +355,7 @@ STATES = {
     "no epoch": (lambda run: [without_after(run), (run / "metrics.jsonl").unlink()], "The run has not finished an epoch yet."),
     "no evaluation": (without_evaluation, "The run is finished."),
     "not finite": (not_finite, "2 epochs have no finite number here."),
-    "other kinds": (of_other_kinds, "the evaluation of unseen is none"),
+    "other kinds": (of_other_kinds, "TRAINING finetuned a model on a reward: 1 epochs."),
     "damaged": (damaged, "evaluation_before.pt cannot be read"),
 }  # fmt: skip
 
@@ -365,6 +367,7 @@ def test_a_run_in_any_state(state: str, tmp_path: Path) -> None:
     change(run)
     page = page_of(run)
     assert faults_of(page) == [] and expected in text_of(page)
+    assert str(tmp_path) not in page, "an error names a place of this machine"
     assert "NaN" not in page and ">nan<" not in page and "None" not in text_of(page).replace("None of", "")
 
 

@@ -187,7 +187,7 @@ def test_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["watch", str(run), "--once"]) == 0 and capsys.readouterr().out.startswith("run: epoch 3 of 10, 0:00:28 left\n")
     heartbeat(run, 0, left="fault")
     heartbeat(run, 1, left="fault")
-    assert main(["watch", str(run), "--once"]) == 1, "it ended, and did not finish"
+    assert main(["watch", str(run), "--once"]) == main(["watch", str(run)]) == 1, "it ended, and did not finish"
 
 
 def test_a_terminal_is_redrawn_and_keeps_the_last_view(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
