@@ -222,7 +222,7 @@ def distributions(page: Page) -> list[Markup]:
                 f"distribution-{number}", f"Rewards of {visible(name, most=60)} prompts", words.describe_samples(samples),
                 "reward", "% of images", x_whole=False,
             )  # fmt: skip
-            charts.append(histogram(chart, samples))
+            charts.append(histogram(chart, samples, notes=samples[0][0] if len(samples) == 1 else ""))
     return charts
 
 

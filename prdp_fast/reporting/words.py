@@ -113,7 +113,8 @@ def state(run: RunData) -> str:
         return "The run is finished." if run.epochs >= (run.total_epochs or 0) else "The run came to its time limit."
     if not run.rows:
         return "The run has not finished an epoch yet."
-    left = f"{run.total_epochs - run.epochs} epochs are left" if run.total_epochs is not None else "it has no summary yet"
+    count = None if run.total_epochs is None else run.total_epochs - run.epochs
+    left = "it has no summary yet" if count is None else "1 epoch is left" if count == 1 else f"{count} epochs are left"
     return f"The run is not finished: {left}. These numbers are of {time.strftime('%Y-%m-%d %H:%M:%S')}."
 
 

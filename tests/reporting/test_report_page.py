@@ -328,7 +328,7 @@ def not_finite(run: Path) -> None:
 
 def of_other_kinds(run: Path) -> None:
     (run / "metrics.jsonl").write_text(
-        '{"epoch": true}\n{"epoch": -1}\n{"epoch": 100000000000000000000}\n{"epoch": 1e3}\n[]\n{"epoch": 0, "reward": "x"}\n\xff\n'
+        '{"epoch": true}\n{"epoch": -1}\n{"epoch": 10000000000000000000}\n{"epoch": 1.0}\n[]\n{"epoch": 0, "reward": "x"}\n\xff\n'
     )
     (run / "run.json").write_text(
         '{"recipe": {"rewards": [1, {"name": 2, "options": []}], "model": [], "schedule": {"epochs": "x"}}}'
