@@ -8,16 +8,13 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from prdp_fast.config.objectives import ObjectiveSettings, PrdpSettings
+from prdp_fast.config.section import Section
 from prdp_fast.core.errors import UserError
 
-LARGEST = 1e30  # of numbers that meet float32
 COLLECTIVE_MARGIN_S = 120.0  # that ranks may differ by beside what their rewards may take
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def _switch(value: Any) -> Any:
@@ -119,25 +116,12 @@ class PromptSettings(Section):
 class RewardSettings(Section):
     name: str
     weight: float = 1.0
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field({})
     normalise: Literal["none", "running", "batch"] = Field(
         "none",
         description="in training, divide by the standard deviation over all ranks' images before weighting: of the run so far, "
         "or of the epoch. Evaluations and logged parts stay as they are",
     )
-
-
-class PrdpSettings(Section):
-    name: Literal["prdp"] = "prdp"
-    kl_weight: float = Field(3e-5, gt=0, description="beta")
-    clip_range: float = Field(1e-4, gt=0, le=LARGEST, description="epsilon, on the log-ratio of one step")
-
-
-class DdpoSettings(Section):
-    name: Literal["ddpo"]
-    clip_range: float = Field(1e-4, gt=0, le=LARGEST, description="PPO clip of one step's importance ratio")
-    normalization: Literal["per_prompt", "global"] = Field("per_prompt", description="over what rewards become advantages")
-    advantage_clip: float = Field(5.0, gt=0, le=LARGEST)
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -262,12 +246,18 @@ class Settings(Section):
     sampler: SamplerSettings = SamplerSettings()
     prompts: PromptSettings = PromptSettings()
     rewards: list[RewardSettings] = Field(min_length=1)
-    objective: Annotated[PrdpSettings | DdpoSettings, Field(discriminator="name")] = PrdpSettings()
+    objective: ObjectiveSettings = PrdpSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     schedule: ScheduleSettings = ScheduleSettings()
     performance: PerformanceSettings = PerformanceSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+
+    @model_validator(mode="after")
+    def _check_reference(self) -> Settings:
+        if getattr(self.objective, "reference", None) == "moving_average" and self.model.ema_decay is None:
+            raise ValueError("objective.reference 'moving_average' without model.ema_decay; set it, to 0.99 say")
+        return self
 
     @property
     def longest_rewards_s(self) -> float:

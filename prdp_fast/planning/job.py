@@ -106,6 +106,26 @@ class Job:
         return build_objective(self.settings.objective).needs_reference
 
     @property
+    def averages_reference(self) -> bool:
+        """Whether log-ratios are taken to the moving average of the trained weights."""
+        return getattr(self.settings.objective, "reference", None) == "moving_average"
+
+    @property
+    def keeps_reference(self) -> bool:
+        """Whether the model that training began with stays at hand: a copy, or the denoiser without its adapter."""
+        return self.needs_reference and not self.averages_reference
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether the policy samples its own trajectories, and not the frozen reference."""
+        return getattr(self.settings.objective, "trajectories", "policy") == "policy"
+
+    @property
+    def clip_range(self) -> float | None:
+        """Of the objective; None if it has none."""
+        return getattr(self.settings.objective, "clip_range", None)
+
+    @property
     def images_per_rank(self) -> int:
         """Of one epoch: trajectories that a rank samples and trains on."""
         schedule = self.settings.schedule
@@ -126,7 +146,7 @@ class Job:
         """What the job holds; activations are still to be measured."""
         return Footprint.of(
             self.settings, self.config, self.family, Activations(0), micro_batch, world_size=self.world_size,
-            needs_reference=self.needs_reference, cuda=cuda,
+            needs_reference=self.keeps_reference, cuda=cuda,
         )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from prdp_fast.acceleration.choose import Acceleration
 from prdp_fast.acceleration.process import choose_fused_optimizer, prepare_process
+from prdp_fast.config.objectives import DdpoSettings
 from prdp_fast.core import distributed, ranks, run_directory
 from prdp_fast.core.errors import OneRankError, RewardError, UserError
 from prdp_fast.core.format import format_bytes
@@ -29,7 +30,7 @@ from prdp_fast.evaluation.run import Evaluation, evaluate
 from prdp_fast.models.lora import add_adapter
 from prdp_fast.models.pipeline import Pipeline
 from prdp_fast.models.text import TextEncoder
-from prdp_fast.objectives import Objective, build_objective
+from prdp_fast.objectives import Objective, build_objective, update_statistics
 from prdp_fast.planning import micro_batch
 from prdp_fast.planning.job import Job
 from prdp_fast.planning.memory import MemoryPlan
@@ -64,7 +65,7 @@ class Trainer:
     encode: Callable[[list[Prompt]], TextEmbeddings]
     objective: Objective
     engine: ZeroEngine
-    reference: nn.Module | None  # frozen copy of the denoiser; None with an adapter, where it is the denoiser without it
+    reference: nn.Module | None  # frozen copy of the denoiser; None where not needed, or with an adapter
     acceleration: Acceleration
     stream: PromptStream
     scorer: BackgroundScores
@@ -96,7 +97,7 @@ class Trainer:
 
         pipeline = pipeline or Pipeline.load(job.family, device, dtype, settings.sampler.scheduler)
         objective, lora = build_objective(settings.objective, settings.kernels), settings.model.lora
-        reference = pipeline.frozen_denoiser(dtype) if objective.needs_reference and lora is None else None
+        reference = pipeline.frozen_denoiser(dtype) if job.keeps_reference and lora is None else None
         if lora is not None:
             add_adapter(pipeline.denoiser, lora, settings.seed)
         if performance.activation_checkpointing:
@@ -191,7 +192,8 @@ class Trainer:
     def sample(self, prompts: list[Prompt], embeddings: TextEmbeddings) -> Trajectories:
         """B trajectories of each prompt from the current policy. embeddings: one row per prompt."""
         settings = self.job.settings
-        with self.telemetry.phase("rollout"), self.engine.sampling_denoiser() as denoiser, agree():
+        sampling = self.engine.sampling_denoiser if self.job.on_policy else self.base_denoiser
+        with self.telemetry.phase("rollout"), sampling() as denoiser, agree():
             return self.in_batches(
                 "rollout", self.rollout_batch,
                 lambda size: rollout(
@@ -216,6 +218,7 @@ class Trainer:
             experience.scores, state.seen_rewards, distributed.all_reduce
         )
         self.watch.check_rewards(experience.scores)
+        statistics = self.prompt_statistics(experience)
         applied = self.engine.updates
         with self.telemetry.phase("update"):
             try:
@@ -223,7 +226,8 @@ class Trainer:
                     self.job.policy, self.engine, self.objective, experience.trajectories, experience.scores.total,
                     reference=experience.reference, updates=schedule.updates_per_epoch, micro_batch=self.micro_batch,
                     last_drift=state.last_drift, reduce=distributed.all_reduce, timesteps=schedule.update_timesteps,
-                    skipped_in_row=state.skipped_in_row, say=self.telemetry.message,
+                    skipped_in_row=state.skipped_in_row, say=self.telemetry.message, statistics=statistics,
+                    on_policy=self.job.on_policy,
                 )  # fmt: skip
             except OneRankError:
                 raise
@@ -234,6 +238,18 @@ class Trainer:
         state.micro_batch = report.micro_batch
         return report
 
+    def prompt_statistics(self, experience: Experience) -> torch.Tensor | None:
+        """(G, 2): what the run has seen of the rewards of each prompt, this epoch's included; None if nothing asks for it."""
+        objective = self.job.settings.objective
+        if not isinstance(objective, DdpoSettings) or objective.normalization != "running":
+            return None
+        trajectories = experience.trajectories
+        return update_statistics(
+            self.state.prompt_rewards, [prompt.index for prompt in trajectories.prompts],
+            experience.scores.total.view(-1, trajectories.images_per_prompt), buffer=objective.running_buffer,
+            min_count=objective.running_min_count, gather=distributed.gather_objects,
+        )  # fmt: skip
+
     def log(self, experience: Experience, report: UpdateReport) -> None:
         """Count the epoch as finished, and tell what it did."""
         state, epoch, count = self.state, self.state.epoch, len(experience.scores.total) * self.job.world_size
@@ -242,7 +258,7 @@ class Trainer:
         own_batches = [-float(state.batches.get(phase, math.inf)) for phase in phases]
         state.last_drift, *batches = distributed.all_reduce([report.drift, *own_batches], "max")
         state.batches = {phase: int(-size) for phase, size in zip(phases, batches, strict=True) if size > -math.inf}
-        if warning := drift_warning(state.last_drift, self.job.settings.objective.clip_range, self.told_drift):
+        if warning := drift_warning(state.last_drift, self.job.clip_range, self.told_drift):
             self.told_drift = state.last_drift
             self.telemetry.message(f"epoch {epoch}: {warning}")
         steps = torch.arange(len(self.job.transitions))
@@ -366,7 +382,7 @@ class Trainer:
         self.telemetry.message(f"{run_directory.EVALUATION_BEFORE} is missing or damaged: the reference is evaluated again")
 
         def run() -> dict[str, Evaluation]:
-            with self.reference_denoiser() as denoiser:
+            with self.base_denoiser() as denoiser:
                 return {name: self.evaluate_set(denoiser, name) for name in names}
 
         return self.repeatable("evaluation", run)
@@ -442,6 +458,16 @@ class Trainer:
 
     @contextlib.contextmanager
     def reference_denoiser(self) -> Iterator[nn.Module]:
+        """What log-ratios are taken to: the frozen model, or the moving average of the policy."""
+        if self.job.averages_reference:
+            with self.engine.averaged(), self.engine.whole_denoiser() as denoiser:
+                yield denoiser
+            return
+        with self.base_denoiser() as denoiser:
+            yield denoiser
+
+    @contextlib.contextmanager
+    def base_denoiser(self) -> Iterator[nn.Module]:
         """The frozen model: a copy made before training, or the trained denoiser without its adapter."""
         if self.reference is not None:
             yield self.reference
