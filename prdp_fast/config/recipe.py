@@ -228,6 +228,9 @@ class EvaluationSettings(Section):
     prompts: int = Field(96, ge=0, description="prompts of each evaluation set; 0 evaluates nothing")
     images_per_prompt: int = Field(1, ge=1)
     every: int = Field(0, ge=0, description="epochs between evaluations of the seen set and sample grids; 0: ends only")
+    rewards: list[RewardSettings] = Field(
+        [], description="held out from training: scored at every evaluation, beside the trained ones, to see them over-optimised"
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="draws the evaluation prompts and their noise, the same before and after")
 
 
@@ -262,7 +265,7 @@ class Settings(Section):
     @property
     def longest_rewards_s(self) -> float:
         """That the rewards of a rank may take while the others wait."""
-        return len(self.rewards) * self.schedule.reward_timeout_s
+        return (len(self.rewards) + len(self.evaluation.rewards)) * self.schedule.reward_timeout_s
 
     @property
     def collective_timeout_s(self) -> float:
@@ -274,7 +277,8 @@ class Settings(Section):
         if self.collective_timeout_s <= self.longest_rewards_s:
             raise ValueError(
                 f"schedule.collective_timeout_minutes {self.schedule.collective_timeout_minutes:g} is not above what the rewards "
-                f"may take ({len(self.rewards)} x schedule.reward_timeout_s {self.schedule.reward_timeout_s:g} s = "
+                f"may take ({len(self.rewards) + len(self.evaluation.rewards)} x schedule.reward_timeout_s "
+                f"{self.schedule.reward_timeout_s:g} s = "
                 f"{self.longest_rewards_s / 60:g} minutes); raise the first, or lower the second"
             )
         return self

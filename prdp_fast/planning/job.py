@@ -47,6 +47,7 @@ class Job:
     train_prompts: PromptSet
     evaluation_prompts: dict[str, list[Prompt]]  # "seen", "unseen"
     rewards: WeightedRewards
+    held_rewards: WeightedRewards | None = None  # held out from training, scored at evaluations
 
     @classmethod
     def prepare(cls, settings: Settings, config_name: str, *, world_size: int, cuda: bool) -> Job:
@@ -54,6 +55,8 @@ class Job:
         settings.check_ranks(world_size)
         check_kernels(settings.kernels, cuda)
         rewards = build_rewards(settings.rewards, settings.schedule.reward_timeout_s)
+        held_rewards = settings.evaluation.rewards
+        held_out = build_rewards(held_rewards, settings.schedule.reward_timeout_s) if held_rewards else None
         family = read_family(settings.model.pretrained, settings.model.lora)
         if settings.model.lora is not None:
             family.meta_denoiser()  # refuses an adapter that does not fit
@@ -66,7 +69,7 @@ class Job:
         check_subsets(settings, stochastic_steps)
         policy = build_policy(sampler, transitions, family.predict, settings.kernels)
         train, held = open_prompts(settings, world_size)
-        return cls(settings, config, world_size, family, policy, train, held, rewards)
+        return cls(settings, config, world_size, family, policy, train, held, rewards, held_out)
 
     def record(self) -> dict[str, Any]:
         """What identifies the job in its run directory."""
@@ -92,9 +95,10 @@ class Job:
                 found[f"prompts.{name}"] = text_digest("\n".join(lines))
             if settings.prompts.stored_embeddings:
                 found["prompts.stored_embeddings"] = file_digest(self.train_prompts.directory / EMBEDDINGS)
-            for reward in settings.rewards:
-                if files := reward_files(reward.options):
-                    found[f"rewards.{reward.name}"] = files_digest(files)
+            for section, rewards in (("rewards", settings.rewards), ("evaluation.rewards", settings.evaluation.rewards)):
+                for reward in rewards:
+                    if files := reward_files(reward.options):
+                        found[f"{section}.{reward.name}"] = files_digest(files)
         return found
 
     @property

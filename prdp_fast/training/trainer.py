@@ -27,6 +27,7 @@ from prdp_fast.core.memory import smaller_on_oom
 from prdp_fast.core.records import Prompt, TextEmbeddings, Trajectories
 from prdp_fast.core.stops import Stopped
 from prdp_fast.evaluation.run import Evaluation, evaluate
+from prdp_fast.evaluation.statistics import mean_and_error, over_optimised
 from prdp_fast.models.lora import add_adapter
 from prdp_fast.models.pipeline import Pipeline
 from prdp_fast.models.text import TextEncoder
@@ -92,6 +93,8 @@ class Trainer:
         settings, schedule, performance, dtype = job.settings, job.settings.schedule, job.settings.performance, job.config.dtype
         with agree():  # first: what their models hold is no longer free when the micro-batch is chosen
             job.rewards.prepare()
+            if job.held_rewards is not None:
+                job.held_rewards.prepare()
         decisions = prepare_process(performance, device, dtype)
         fused = choose_fused_optimizer(performance.fused_optimizer, device, job.config.offloads_optimizer)
 
@@ -322,6 +325,8 @@ class Trainer:
         with self.engine.averaged():
             weights = self.engine.full_state_dict()
         summary: dict[str, Any] = {"evaluation": results.compare_all(before, after)}
+        for warning in over_optimised(summary["evaluation"]):
+            self.telemetry.message(warning)
         if distributed.is_main() and self.output is not None:
             phase_s = {name: round(seconds, 3) for name, seconds in self.telemetry.phase_seconds.items()}
             summary |= self.state.summary() | {"phase_s": phase_s}
@@ -394,7 +399,7 @@ class Trainer:
             part = evaluate(
                 self.job.policy, denoiser, self.pipeline, self.encode, self.job.rewards,
                 prompts[distributed.rank() :: self.job.world_size], images_per_prompt=settings.evaluation.images_per_prompt,
-                batch=self.rollout_batch, seed=settings.evaluation.seed,
+                batch=self.rollout_batch, seed=settings.evaluation.seed, held_rewards=self.job.held_rewards,
             )  # fmt: skip
         whole = Evaluation.merge(distributed.gather_objects(part), len(prompts))
         if whole.unscored == len(whole.images):  # the same on every rank
@@ -419,7 +424,10 @@ class Trainer:
             return
         with self.telemetry.phase("evaluate", throughput=False):
             seen = self.evaluate(["seen"])["seen"]
-        self.telemetry.log_scalars(state.epoch - 1, {"evaluation/seen": seen.summary()["mean"]})
+        held = {f"evaluation/seen/held/{name}": mean_and_error(values)["mean"] for name, values in seen.held.items()}
+        self.telemetry.log_scalars(state.epoch - 1, {"evaluation/seen": seen.summary()["mean"]} | held)
+        for warning in over_optimised(results.compare_all({"seen": before["seen"]}, {"seen": seen})):
+            self.telemetry.message(f"epoch {state.epoch - 1}: {warning}")
         results.write_samples(self.output, f"epoch-{state.epoch:06d}", seen, self.telemetry, state.epoch - 1)
 
     # What the methods above share.
