@@ -28,7 +28,7 @@ FLOORS = (
     frozenset({"config", "world"}),
     frozenset({"prompts", "models", "acceleration", "sampling", "rewards", "objectives"}),
     frozenset({"planning", "evaluation", "reporting", "doctor"}),
-    frozenset({"training"}),
+    frozenset({"training", "studies"}),
     frozenset({"commands", "cli", "train"}),
 )
 ROOT_MODULES = {"cli", "train"}
