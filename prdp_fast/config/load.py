@@ -11,7 +11,9 @@ from typing import Any, get_args
 import yaml
 from pydantic import ValidationError
 
-from prdp_fast.config.recipe import DdpoSettings, PrdpSettings, RewardSettings, Section, Settings
+from prdp_fast.config.objectives import OBJECTIVES
+from prdp_fast.config.recipe import RewardSettings, Settings
+from prdp_fast.config.section import Section
 from prdp_fast.core.errors import UserError
 from prdp_fast.core.run_directory import brief
 
@@ -182,7 +184,7 @@ def _explain(error: ValidationError) -> str:
 
 
 def _fields_at(location: tuple[int | str, ...]) -> list[str]:
-    sections: dict[str, type[Section]] = {"rewards": RewardSettings, "prdp": PrdpSettings, "ddpo": DdpoSettings}
+    sections: dict[str, type[Section]] = {"rewards": RewardSettings} | OBJECTIVES
     section: type[Section] = Settings
     for part in location:
         if part in sections:
