@@ -29,8 +29,7 @@ from prdp_fast.models.lora import WEIGHTS
 from prdp_fast.models.schedulers import SCHEDULERS
 from prdp_fast.prompts.stream import SHIPPED, PromptSet
 from prdp_fast.rewards import WeightedRewards, build_reward
-from prdp_fast.sampling.policy import Policy, build_policy
-from prdp_fast.sampling.transitions import Transitions
+from prdp_fast.sampling.policy import Policy, build_policy, build_transitions
 
 RUN_SETS = ("seen", "unseen")  # of a run's recipe
 
@@ -95,14 +94,10 @@ def plan_evaluation(request: EvaluationRequest, *, cuda: bool) -> EvaluationPlan
     models = choose_models(request, recipe)
     families = {role: read_family(model.pretrained) for role, model in models.items()}
     check_sizes(models, families)
-    schedulers = {role: family.scheduler(sampler.scheduler) for role, family in families.items()}
     policies = {
-        role: build_policy(
-            sampler, Transitions.from_scheduler(schedulers[role], sampler.num_inference_steps, sampler.eta), family.predict,
-            setting="--guidance-interval",
-        )
+        role: build_policy(sampler, build_transitions(family, sampler), family.predict, setting="--guidance-interval")
         for role, family in families.items()
-    }  # fmt: skip
+    }
 
     *_, last = models.values()  # of two the second
     output = request.output or (directory / EVALUATION if recipe else Path("evaluations") / last.name)
@@ -111,7 +106,7 @@ def plan_evaluation(request: EvaluationRequest, *, cuda: bool) -> EvaluationPlan
     settings = {
         "models": {
             role: {"name": model.name, "pretrained": model.pretrained, "adapter": model.adapter and str(model.adapter)}
-            | {"digest": model.digest, "scheduler": type(schedulers[role]).__name__}
+            | {"digest": model.digest, "scheduler": type(families[role].scheduler(sampler.scheduler)).__name__}
             for role, model in models.items()
         },
         "sampler": sampler.model_dump(mode="json"),
@@ -222,7 +217,7 @@ def choose_sampler(request: EvaluationRequest, recipe: Settings | None) -> Sampl
             f"--scheduler is {request.scheduler!r}; expected {' or '.join(SCHEDULERS)}, or nothing for the model's own"
         )
     given: dict[str, Any] = {"scheduler": request.scheduler, "num_inference_steps": request.steps}
-    given |= {"eta": request.eta, "rollout_batch": request.batch}
+    given |= {"eta": request.eta, "rollout_batch": request.batch, "method": request.method, "noise_level": request.noise_level}
     values |= {key: value for key, value in given.items() if value is not None}
     if request.guidance is not None:
         try:
@@ -233,6 +228,9 @@ def choose_sampler(request: EvaluationRequest, recipe: Settings | None) -> Sampl
             values["guidance_interval"] = None
     if request.guidance_interval is not None:
         values["guidance_interval"] = tuple(request.guidance_interval)
+    if request.stochastic_steps is not None:
+        words = list(request.stochastic_steps)
+        values["stochastic_steps"] = None if words == ["all"] else [int(word) if word.isdecimal() else word for word in words]
     try:
         return SamplerSettings(**values)
     except ValidationError as error:

@@ -27,10 +27,11 @@ from prdp_fast.prompts.embeddings import MANIFEST as EMBEDDINGS
 from prdp_fast.prompts.embeddings import has_embeddings
 from prdp_fast.prompts.stream import PromptSet, PromptStream
 from prdp_fast.rewards import WeightedRewards, build_rewards
-from prdp_fast.sampling.policy import Policy, build_policy
+from prdp_fast.sampling.policy import Policy, build_policy, build_transitions, flow_method
 from prdp_fast.sampling.transitions import Transitions
 from prdp_kernels import dispatch
 
+LARGE_KAPPA = 10.0  # a step that counts so many times as much as another is told of
 READ_OPTIONS = ("function", "model", "processor", "tokenizer", "weights")  # of rewards: what they name is read
 LIBRARIES = ("prdp-fast", "torch", "triton", "deepspeed", "diffusers", "transformers", "peft", "xformers", "numpy", "pillow")
 
@@ -61,8 +62,8 @@ class Job:
         if settings.model.lora is not None:
             family.meta_denoiser()  # refuses an adapter that does not fit
         sampler = settings.sampler
-        transitions = Transitions.from_scheduler(family.scheduler(sampler.scheduler), sampler.num_inference_steps, sampler.eta)
-        stochastic_steps = len(transitions.stochastic)
+        transitions = build_transitions(family, sampler)
+        stochastic_steps = transitions.trained
         config = resolve_config(
             config_name, settings, world_size=world_size, stochastic_steps=stochastic_steps, cuda=cuda
         )  # fmt: skip
@@ -105,6 +106,30 @@ class Job:
     def transitions(self) -> Transitions:
         return self.policy.transitions
 
+    def step_lines(self) -> list[str]:
+        """For the user: which steps are noisy and trained, and how much each counts, where that is a choice."""
+        sampler, table, weights = self.settings.sampler, self.transitions, self.step_weights
+        flow, lines = table.timesteps.is_floating_point(), []
+        kappa = table.kappa[table.stochastic]
+        first, last = int(table.stochastic[0]), int(table.stochastic[-1])
+        if flow or sampler.stochastic_steps is not None:
+            method = f"{flow_method(sampler)}; " if flow else ""
+            run = f"a run of {table.trained} of steps {first} to {last} for each trajectory"
+            which = f"steps {first} to {last}" if table.window is None else run
+            lines.append(f"sampler: {method}{len(table)} steps, of which {which} are noisy and trained, the others the ODE's")
+        if weights == "uniform" and flow and kappa.max() > LARGE_KAPPA * kappa.min():
+            lines.append(
+                f"objective.step_weights uniform: the model's output counts {kappa.max() / kappa.min():.0f} times as much in the "
+                f"log-prob of step {int(table.stochastic[kappa.argmax()])} as of step {int(table.stochastic[kappa.argmin()])}; "
+                "inverse_kappa evens that out, and sampler.stochastic_steps can leave steps out"
+            )
+        elif weights != "uniform":
+            inverse = kappa.reciprocal() / kappa.reciprocal().mean()
+            lines.append(
+                f"objective.step_weights {weights}: {inverse[0]:.2g} at step {first} to {inverse[-1]:.2g} at step {last}"
+            )
+        return lines
+
     @property
     def needs_reference(self) -> bool:
         return build_objective(self.settings.objective).needs_reference
@@ -130,6 +155,11 @@ class Job:
         return getattr(self.settings.objective, "clip_range", None)
 
     @property
+    def step_weights(self) -> str:
+        """Of the objective: how a trajectory's steps count in the mean over them."""
+        return getattr(self.settings.objective, "step_weights", "uniform")
+
+    @property
     def images_per_rank(self) -> int:
         """Of one epoch: trajectories that a rank samples and trains on."""
         schedule = self.settings.schedule
@@ -138,7 +168,7 @@ class Job:
     @property
     def rows_per_update(self) -> int:
         """Of one rank: more in a micro-batch there never are."""
-        stochastic = len(self.transitions.stochastic)
+        stochastic = self.transitions.trained
         return self.images_per_rank * min(self.settings.schedule.update_timesteps or stochastic, stochastic)
 
     @property
