@@ -28,7 +28,7 @@ from prdp_fast.core.records import Prompt, TextEmbeddings, Trajectories
 from prdp_fast.core.stops import Stopped
 from prdp_fast.evaluation.run import Evaluation, evaluate
 from prdp_fast.evaluation.statistics import mean_and_error, over_optimised
-from prdp_fast.models.lora import add_adapter
+from prdp_fast.models.lora import add_adapter, cast_frozen
 from prdp_fast.models.pipeline import Pipeline
 from prdp_fast.models.text import TextEncoder
 from prdp_fast.objectives import Objective, build_objective, update_statistics
@@ -99,17 +99,21 @@ class Trainer:
         decisions = prepare_process(performance, device, dtype)
         fused = choose_fused_optimizer(performance.fused_optimizer, device, job.config.offloads_optimizer)
 
-        pipeline = pipeline or Pipeline.load(job.family, device, dtype, settings.sampler.scheduler)
-        objective, lora = build_objective(settings.objective, settings.kernels), settings.model.lora
+        known = job.knows_embeddings()
+        pipeline = pipeline or Pipeline.load(job.family, device, dtype, settings.sampler.scheduler, texts=not known)
+        objective, lora = build_objective(settings.objective, settings.kernels), job.family.lora
         reference = pipeline.frozen_denoiser(dtype) if job.keeps_reference and lora is None else None
         if lora is not None:
             add_adapter(pipeline.denoiser, lora, settings.seed)
+            cast_frozen(pipeline.denoiser, dtype)
         if performance.activation_checkpointing:
             pipeline.denoiser.enable_gradient_checkpointing()
         encode = choose_encoder(
             TextEncoder(pipeline, dtype).encode, job.train_prompts, stored=settings.prompts.stored_embeddings, device=device,
-            dtype=dtype,
+            dtype=dtype, known=known,
         )  # fmt: skip
+        if settings.prompts.stored_embeddings:  # evaluation prompts and the empty one are there too
+            pipeline.release_text_encoders()
 
         kept = settings.checkpoint
         checkpoints = Checkpoints(output, keep=kept.keep, milestone=kept.keep_every and kept.every * kept.keep_every)
