@@ -84,7 +84,8 @@ class Page:
                     paired = after if after is not None and after.scores.shape == before.scores.shape else None
                     computed = self.compare(before.scores.numpy(), None if paired is None else paired.scores.numpy(), seed=0)
                     known = {moment: dict(computed[moment]) | part for moment, part in known.items()}
-                found[str(name)] = known
+                further = {key: part for key, part in told.get(name, {}).items() if key not in known}  # held-out rewards
+                found[str(name)] = known | further
             except MALFORMED as error:
                 self.faults.append(f"{run.name}: the evaluation of {visible(name, most=60)} is none ({type(error).__name__})")
         return found

@@ -10,10 +10,17 @@ PRIVATE = ("url", "token_env", "arguments")  # options that name a server, a sec
 
 def recipe_for_others(recipe: dict[str, Any]) -> dict[str, Any]:
     """A resolved recipe, as JSON, without addresses, secrets and places of this machine. What is no recipe is passed through."""
-    rewards = recipe.get("rewards")
-    if isinstance(rewards, list):
-        recipe = recipe | {"rewards": [reward_for_others(reward) for reward in rewards]}
+    recipe = with_rewards_for_others(recipe)
+    if isinstance(recipe.get("evaluation"), dict):  # which has held-out ones
+        recipe = recipe | {"evaluation": with_rewards_for_others(recipe["evaluation"])}
     return without_places(recipe)
+
+
+def with_rewards_for_others(section: dict[str, Any]) -> dict[str, Any]:
+    rewards = section.get("rewards")
+    if not isinstance(rewards, list):
+        return section
+    return section | {"rewards": [reward_for_others(reward) for reward in rewards]}
 
 
 def reward_for_others(reward: Any) -> Any:

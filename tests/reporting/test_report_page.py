@@ -163,7 +163,9 @@ def told(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
 
 
 def recipe(seed: int, **objective: Any) -> dict[str, Any]:
+    held = {"name": "http", "weight": 1.0, "options": {"url": f"https://{SECRET}.example"}}
     return {
+        "evaluation": {"prompts": 6, "rewards": [held]},
         "seed": seed,
         "model": {"pretrained": "/home/somebody/models/base-model", "lora": None},
         "rewards": [
@@ -206,6 +208,7 @@ def a_run(directory: Path, seed: int = 0, *, side: int = 8, epochs: int = 6, **o
         "evaluation": {name: told(before[name], after[name]) for name in before}, "epochs": epochs,
         "images": 8 * epochs, "wall_s": 40.0, "unet_forwards": {"rollout": 600, "reference": 600, "update": 600},
     }  # fmt: skip
+    summary["evaluation"]["unseen"]["held"] = {"jpeg_size": told(before["unseen"], after["unseen"])}
     (directory / "summary.json").write_text(json.dumps(summary))
     (directory / "acceleration.json").write_text(json.dumps({"compile": {"value": "off", "reason": HOSTILE}}))
     return directory
@@ -241,6 +244,7 @@ def test_a_finished_run_has_every_part(finished: Path) -> None:
         f"from {summary['before']['mean']:.3f} to {summary['after']['mean']:.3f}: {summary['difference']['mean']:+.3f} ±" in lead
     )
     assert len(root.find("img")) == 2 * len(PROMPTS) and "The run is finished." in text
+    assert "unseen, jpeg_size (held out)" in text
     assert len(root.find("input")) == 3 and "2e-7" in page and "A processor" in text and "stage" in text
     (table,) = (node for node in root.find("table") if node.find("caption")[0].text.startswith("Seconds by phase"))
     cells = [[cell.text.strip() for cell in line.find("th") + line.find("td")] for line in table.find("tr")]
@@ -270,7 +274,7 @@ def test_the_table_has_the_summary_s_numbers_and_intervals_of_the_same_scores(fi
 def test_no_secret_and_no_place_of_this_machine(finished: Path) -> None:
     page = page_of(finished)
     assert SECRET not in page and "somebody" not in page and "example" not in page
-    assert page.count("left out") == 3 and "batch: 4" in page and "base-model" in page and "nvme" in page
+    assert page.count("left out") == 4 and "batch: 4" in page and "base-model" in page and "nvme" in page
     assert str(finished.parent) not in page
 
 
