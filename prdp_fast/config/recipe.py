@@ -71,6 +71,14 @@ class ModelSettings(Section):
         return value
 
 
+class RandomSteps(Section):
+    """A run of consecutive steps, another one for each trajectory, drawn from its noise key."""
+
+    count: int = Field(..., ge=1, description="steps of a run")
+    first: int = Field(0, ge=0, description="number of the first step that a run may have")
+    last: int | None = Field(None, ge=0, description="of the last; null: the last step with noise")
+
+
 class SamplerSettings(Section):
     num_inference_steps: int = Field(50, ge=1, description="T")
     guidance_scale: float | None = Field(5.0, description="s of classifier-free guidance; null samples without it")
@@ -82,7 +90,18 @@ class SamplerSettings(Section):
         None,
         description="sample with this class on the model's noise schedule; null: its own if it is one of them, else DDIM",
     )
-    eta: float = Field(1.0, description="DDIM's share of noise, 0 < eta <= 1; DDPM has only 1")
+    eta: float = Field(1.0, description="DDIM's share of noise, 0 < eta <= 1; DDPM and flow matching have only 1")
+    method: Literal["flow_sde", "dance_sde", "cps", "exact", "exact_dance"] | None = Field(
+        None, description="of flow-matching models: how a noisy step is taken; null: flow_sde"
+    )
+    noise_level: float | None = Field(
+        None, description="of flow-matching models; null: the method's own, 0.7 flow_sde and exact, 0.3 dance_sde, 0.8 cps"
+    )
+    stochastic_steps: tuple[int, int] | RandomSteps | None = Field(
+        None,
+        description="numbers of the first and last step that are noisy and trained, 0 the noisiest, or {count, first, last} for "
+        "a random run of each trajectory; the others are the ODE's. null: all that can be",
+    )
     rollout_batch: int = Field(
         64, ge=1, description="trajectories per denoiser call (guidance doubles the rows); changes speed only"
     )

@@ -29,8 +29,7 @@ from prdp_fast.models.lora import WEIGHTS
 from prdp_fast.models.schedulers import SCHEDULERS
 from prdp_fast.prompts.stream import SHIPPED, PromptSet
 from prdp_fast.rewards import WeightedRewards, build_reward
-from prdp_fast.sampling.policy import Policy, build_policy
-from prdp_fast.sampling.transitions import Transitions
+from prdp_fast.sampling.policy import Policy, build_policy, build_transitions
 
 RUN_SETS = ("seen", "unseen")  # of a run's recipe
 
@@ -95,14 +94,10 @@ def plan_evaluation(request: EvaluationRequest, *, cuda: bool) -> EvaluationPlan
     models = choose_models(request, recipe)
     families = {role: read_family(model.pretrained) for role, model in models.items()}
     check_sizes(models, families)
-    schedulers = {role: family.scheduler(sampler.scheduler) for role, family in families.items()}
     policies = {
-        role: build_policy(
-            sampler, Transitions.from_scheduler(schedulers[role], sampler.num_inference_steps, sampler.eta), family.predict,
-            setting="--guidance-interval",
-        )
+        role: build_policy(sampler, build_transitions(family, sampler), family.predict, setting="--guidance-interval")
         for role, family in families.items()
-    }  # fmt: skip
+    }
 
     *_, last = models.values()  # of two the second
     output = request.output or (directory / EVALUATION if recipe else Path("evaluations") / last.name)
@@ -111,7 +106,7 @@ def plan_evaluation(request: EvaluationRequest, *, cuda: bool) -> EvaluationPlan
     settings = {
         "models": {
             role: {"name": model.name, "pretrained": model.pretrained, "adapter": model.adapter and str(model.adapter)}
-            | {"digest": model.digest, "scheduler": type(schedulers[role]).__name__}
+            | {"digest": model.digest, "scheduler": type(families[role].scheduler(sampler.scheduler)).__name__}
             for role, model in models.items()
         },
         "sampler": sampler.model_dump(mode="json"),

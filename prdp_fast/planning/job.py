@@ -27,7 +27,7 @@ from prdp_fast.prompts.embeddings import MANIFEST as EMBEDDINGS
 from prdp_fast.prompts.embeddings import has_embeddings
 from prdp_fast.prompts.stream import PromptSet, PromptStream
 from prdp_fast.rewards import WeightedRewards, build_rewards
-from prdp_fast.sampling.policy import Policy, build_policy
+from prdp_fast.sampling.policy import Policy, build_policy, build_transitions
 from prdp_fast.sampling.transitions import Transitions
 from prdp_kernels import dispatch
 
@@ -58,8 +58,8 @@ class Job:
         if settings.model.lora is not None:
             family.meta_denoiser()  # refuses an adapter that does not fit
         sampler = settings.sampler
-        transitions = Transitions.from_scheduler(family.scheduler(sampler.scheduler), sampler.num_inference_steps, sampler.eta)
-        stochastic_steps = len(transitions.stochastic)
+        transitions = build_transitions(family, sampler)
+        stochastic_steps = transitions.trained
         config = resolve_config(
             config_name, settings, world_size=world_size, stochastic_steps=stochastic_steps, cuda=cuda
         )  # fmt: skip
@@ -114,7 +114,7 @@ class Job:
     @property
     def rows_per_update(self) -> int:
         """Of one rank: more in a micro-batch there never are."""
-        stochastic = len(self.transitions.stochastic)
+        stochastic = self.transitions.trained
         return self.images_per_rank * min(self.settings.schedule.update_timesteps or stochastic, stochastic)
 
     @property

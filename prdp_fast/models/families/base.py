@@ -177,6 +177,10 @@ class Family(ABC):
         """The scheduler to sample with: `wanted`, or the model's own. Raises: UserError if the model has none that serves."""
         return load_beta_scheduler(self.pretrained, wanted)
 
+    def schedule_options(self, num_inference_steps: int) -> dict[str, Any]:
+        """What the pipeline gives to the scheduler's `set_timesteps` beside the number of steps: `mu`, `sigmas`."""
+        return {}
+
     @cached_property
     def denoiser_parameters(self) -> int:
         """The adapter's included."""
@@ -235,7 +239,7 @@ class Family(ABC):
 
         Args:
             latents: (N, C, H, W) float32; cast to the denoiser's dtype at its door.
-            timesteps: (N,) int64, the scheduler's timesteps.
+            timesteps: (N,) the scheduler's timesteps: int64, or of a flow-matching model float32.
             embeddings: N rows.
             guided: every row is, or none.
             shared: the denoiser takes the latents and timesteps of a guided call once, for both of its halves.
