@@ -48,8 +48,8 @@ class LoraSettings(Section):
 
     rank: int = Field(16, ge=1)
     alpha: float | None = Field(None, gt=0, description="the adapter is scaled by alpha / rank; null: alpha = rank")
-    targets: list[str] = Field(
-        ["to_q", "to_k", "to_v", "to_out.0"], min_length=1, description="layers that get one, by the end of their name"
+    targets: list[str] | None = Field(
+        None, min_length=1, description="layers that get one, by the end of their name; null: the model's attention projections"
     )
 
 
@@ -96,6 +96,18 @@ class SamplerSettings(Section):
     )
     noise_level: float | None = Field(
         None, description="of flow-matching models; null: the method's own, 0.7 flow_sde and exact, 0.3 dance_sde, 0.8 cps"
+    )
+    embedded_guidance: float | None = Field(
+        None,
+        ge=0,
+        le=LARGEST,
+        description="guidance that a guidance-distilled model is told, at no further cost; null: its pipeline's default",
+    )
+    image_size: int | tuple[int, int] | None = Field(
+        None, description="pixels of a side, or [height, width], of models for many sizes; null: the model's own"
+    )
+    max_sequence_length: int | None = Field(
+        None, ge=1, description="tokens of a prompt for a T5 text encoder; null: its pipeline's default"
     )
     stochastic_steps: tuple[int, int] | RandomSteps | None = Field(
         None,

@@ -21,7 +21,6 @@ from prdp_fast.core.run_directory import EVALUATION, EXPORT, RUN
 from prdp_fast.evaluation.blocks import ALONE, BASE, FINETUNED, BlockName, digest
 from prdp_fast.evaluation.features import Features, choose_features
 from prdp_fast.evaluation.request import EvaluationRequest
-from prdp_fast.models.configs import VaeConfig, read_config
 from prdp_fast.models.families import find_family, read_family
 from prdp_fast.models.families.base import Family
 from prdp_fast.models.files import find_file, resolve, what_else
@@ -48,6 +47,7 @@ class EvaluationPlan:
     """What is evaluated, checked before a weight is in memory."""
 
     models: dict[str, Model]  # by role
+    families: dict[str, Family]  # by role, as they are sampled from
     policies: dict[str, Policy]  # by role
     prompts: dict[str, list[Prompt]]  # by the set's label
     rewards: dict[str, WeightedRewards]  # by label
@@ -92,7 +92,7 @@ def plan_evaluation(request: EvaluationRequest, *, cuda: bool) -> EvaluationPlan
     )
     features = choose_features(request.features)
     models = choose_models(request, recipe)
-    families = {role: read_family(model.pretrained) for role, model in models.items()}
+    families = {role: read_family(model.pretrained).for_sampler(sampler) for role, model in models.items()}
     check_sizes(models, families)
     policies = {
         role: build_policy(sampler, build_transitions(family, sampler), family.predict, setting="--guidance-interval")
@@ -120,8 +120,8 @@ def plan_evaluation(request: EvaluationRequest, *, cuda: bool) -> EvaluationPlan
         "block": block,
     }
     return EvaluationPlan(
-        models, policies, prompts, rewards, trained, features, request.samples, request.seed, block, sampler.rollout_batch,
-        dtype, output, settings,
+        models, families, policies, prompts, rewards, trained, features, request.samples, request.seed, block,
+        sampler.rollout_batch, dtype, output, settings,
     )  # fmt: skip
 
 
@@ -205,8 +205,7 @@ def check_sizes(models: dict[str, Model], families: dict[str, Family]) -> None:
 def size_of(family: Family) -> str:
     """Of latents and pictures, in words, from configurations alone."""
     channels, height, width = family.latent_shape
-    blocks = len(read_config(family.pretrained, "vae/config.json", VaeConfig)[0].block_out_channels)
-    return f"{channels} channels of {height} x {width} latents, 2^{blocks - 1} pixels a latent"
+    return f"{channels} channels of {height} x {width} latents, {family.vae_scale} pixels a latent"
 
 
 def choose_sampler(request: EvaluationRequest, recipe: Settings | None) -> SamplerSettings:

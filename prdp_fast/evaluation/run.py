@@ -24,6 +24,7 @@ from prdp_fast.core.weight_files import check_weight_file
 from prdp_fast.evaluation.blocks import KEPT_PICTURES, Block, BlockName, EvaluationDirectory
 from prdp_fast.evaluation.plan import EvaluationPlan, Model
 from prdp_fast.evaluation.statistics import diversity, mean_and_error, paired_mean_and_error, prompt_means
+from prdp_fast.models.families.base import Family
 from prdp_fast.models.lora import WEIGHTS
 from prdp_fast.models.pipeline import Pipeline
 from prdp_fast.models.text import TextEncoder
@@ -214,7 +215,7 @@ def compute_blocks(
             if not own:
                 continue
             say(f"{model.name} ({role}): {len(own)} blocks of up to {plan.block} prompts, {plan.samples} images each")
-            pipeline = load_model(model, device, dtype)
+            pipeline = load_model(model, plan.families[role], device, dtype)
             for note in pipeline.family.notes:
                 say(note)
             encode, told = TextEncoder(pipeline, dtype).encode, time.monotonic()
@@ -273,9 +274,9 @@ def compute_block(plan: EvaluationPlan, name: BlockName, pipeline: Pipeline, enc
     )
 
 
-def load_model(model: Model, device: torch.device, dtype: torch.dtype) -> Pipeline:
+def load_model(model: Model, family: Family, device: torch.device, dtype: torch.dtype) -> Pipeline:
     """A model to sample from, its LoRA weights merged. Raises: UserError if they do not fit."""
-    pipeline = Pipeline.load(model.pretrained, device, frozen_dtype=dtype)
+    pipeline = Pipeline.load(family, device, frozen_dtype=dtype)
     if model.adapter is not None:
         check_weight_file(f"the LoRA weights of {model.name}", model.adapter / WEIGHTS)
         try:

@@ -20,11 +20,11 @@ from prdp_fast.core.records import Prompt
 from prdp_fast.core.run_directory import CONTENT, VERSIONS
 from prdp_fast.models.families import read_family
 from prdp_fast.models.families.base import Family
-from prdp_fast.models.weights import pipeline_digest
+from prdp_fast.models.weights import encoder_digest, pipeline_digest
 from prdp_fast.objectives import build_objective
 from prdp_fast.planning.memory import Activations, Footprint
 from prdp_fast.prompts.embeddings import MANIFEST as EMBEDDINGS
-from prdp_fast.prompts.embeddings import has_embeddings
+from prdp_fast.prompts.embeddings import StoredEmbeddings, has_embeddings
 from prdp_fast.prompts.stream import PromptSet, PromptStream
 from prdp_fast.rewards import WeightedRewards, build_rewards
 from prdp_fast.sampling.policy import Policy, build_policy, build_transitions
@@ -54,9 +54,11 @@ class Job:
         settings.check_ranks(world_size)
         check_kernels(settings.kernels, cuda)
         rewards = build_rewards(settings.rewards, settings.schedule.reward_timeout_s)
-        family = read_family(settings.model.pretrained, settings.model.lora)
-        if settings.model.lora is not None:
+        family = read_family(settings.model.pretrained, settings.model.lora).for_sampler(settings.sampler)
+        if family.lora is not None:
             family.meta_denoiser()  # refuses an adapter that does not fit
+            # With its layers named: what is resumed is the adapter that was started.
+            settings = settings.model_copy(update={"model": settings.model.model_copy(update={"lora": family.lora})})
         sampler = settings.sampler
         transitions = build_transitions(family, sampler)
         stochastic_steps = transitions.trained
@@ -121,6 +123,17 @@ class Job:
     def evaluations(self) -> int:
         """Denoiser rows of one row (trajectory, timestep): 2 with guidance."""
         return 1 if self.settings.sampler.guidance_scale is None else 2
+
+    def knows_embeddings(self) -> bool:
+        """Whether every embedding of the job is stored, and by its own text encoders: then they need not be in memory.
+
+        Raises: UserError if what is stored is damaged or of other prompts.
+        """
+        stored = StoredEmbeddings.open(self.train_prompts.directory) if self.settings.prompts.stored_embeddings else None
+        if stored is None:
+            return False
+        with told("the files of the job cannot be read", "check the paths of the recipe and their permissions"):
+            return stored.is_of(encoder_digest(self.settings.model.pretrained), self.family.text_length)
 
     def footprint(self, *, cuda: bool, micro_batch: int = 1) -> Footprint:
         """What the job holds; activations are still to be measured."""

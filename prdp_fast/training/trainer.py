@@ -94,8 +94,9 @@ class Trainer:
         decisions = prepare_process(performance, device, dtype)
         fused = choose_fused_optimizer(performance.fused_optimizer, device, job.config.offloads_optimizer)
 
-        pipeline = pipeline or Pipeline.load(job.family, device, dtype, settings.sampler.scheduler)
-        objective, lora = build_objective(settings.objective, settings.kernels), settings.model.lora
+        known = job.knows_embeddings()
+        pipeline = pipeline or Pipeline.load(job.family, device, dtype, settings.sampler.scheduler, texts=not known)
+        objective, lora = build_objective(settings.objective, settings.kernels), job.family.lora
         reference = pipeline.frozen_denoiser(dtype) if objective.needs_reference and lora is None else None
         if lora is not None:
             add_adapter(pipeline.denoiser, lora, settings.seed)
@@ -103,8 +104,10 @@ class Trainer:
             pipeline.denoiser.enable_gradient_checkpointing()
         encode = choose_encoder(
             TextEncoder(pipeline, dtype).encode, job.train_prompts, stored=settings.prompts.stored_embeddings, device=device,
-            dtype=dtype,
+            dtype=dtype, known=known,
         )  # fmt: skip
+        if settings.prompts.stored_embeddings:  # evaluation prompts and the empty one are there too
+            pipeline.release_text_encoders()
 
         kept = settings.checkpoint
         checkpoints = Checkpoints(output, keep=kept.keep, milestone=kept.keep_every and kept.every * kept.keep_every)
