@@ -54,7 +54,7 @@ class LoraSettings(Section):
 
 
 class ModelSettings(Section):
-    pretrained: str = Field("tiny", description="'tiny' (embedded), a diffusers directory, or a hub id")
+    pretrained: str = Field("tiny", description="'tiny' or 'tiny_flow' (embedded), a diffusers directory, or a hub id")
     lora: LoraSettings | None = Field(None, description="null trains the whole denoiser")
     ema_decay: float | None = Field(
         None, gt=0, lt=1, description="evaluate and export a moving average of the trained weights, e.g. 0.999; stages 0 to 2"

@@ -202,7 +202,8 @@ def train_flow(
         if trainer.step % 500 == 0:
             trainer.log(**text_losses(trainer.ema, *aside))
         if trainer.step % 1000 == 0:
-            report_samples(assemble(tokenizer, vae, trainer.ema), work / f"samples_{trainer.step}.png")
+            pipeline = assemble(tokenizer, vae, trainer.ema)
+            report_samples(pipeline, work / f"samples_{trainer.step}.png", max_sequence_length=EMPTY_TOKENS[0])
     return trainer.ema.eval()
 
 

@@ -7,6 +7,7 @@ import math
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
@@ -100,8 +101,11 @@ def encode_dataset(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
     return torch.cat([vae.encode(to_model_range(part).to(vae.device)).latent_dist.mode().cpu() for part in images.split(256)])
 
 
-def report_samples(pipeline: DiffusionPipeline, path: Path) -> None:
-    """Sample 96 held-out prompts, print how many attributes are right, write an 8 x 6 grid of the first 48."""
+def report_samples(pipeline: DiffusionPipeline, path: Path, **options: Any) -> None:
+    """Sample 96 held-out prompts, print how many attributes are right, write an 8 x 6 grid of the first 48.
+
+    Args: options: further ones of the pipeline's call.
+    """
     chooser = random.Random(1)
     prompts: list[str] = []
     while len(prompts) < 96:
@@ -109,8 +113,9 @@ def report_samples(pipeline: DiffusionPipeline, path: Path) -> None:
         if scenes.split_of(scene) != "train":
             prompts.append(scene.prompt())
     pixels = pipeline(
-        prompts, num_inference_steps=10, guidance_scale=2.0, output_type="pt", generator=torch.Generator().manual_seed(1)
-    ).images
+        prompts, num_inference_steps=10, guidance_scale=2.0, output_type="pt", generator=torch.Generator().manual_seed(1),
+        **options,
+    ).images  # fmt: skip
     images = (pixels * 255).round().to(torch.uint8).cpu()
     reading = read_images(images, prompts)
     rates = zip(scenes.ATTRIBUTES, reading.attribute_right.float().mean(0).tolist(), strict=True)
