@@ -79,6 +79,25 @@ class RandomSteps(Section):
     last: int | None = Field(None, ge=0, description="of the last; null: the last step with noise")
 
 
+def _stochastic_steps(value: Any) -> Any:
+    def whole(number: Any) -> bool:
+        return isinstance(number, int) and not isinstance(number, bool) and number >= 0
+
+    match value:
+        case None | RandomSteps():
+            return value
+        case [first, last] if whole(first) and whole(last) and first <= last:
+            return value
+        case dict() if value.keys() <= RandomSteps.model_fields.keys() and whole(value.get("count")) and value["count"]:
+            first, last = value.get("first", 0), value.get("last")
+            if whole(first) and (last is None or (whole(last) and first <= last)):
+                return RandomSteps(**value)
+    raise ValueError(
+        f"{value!r}; expected [first, last] with 0 <= first <= last, numbers of steps, or {{count: 2, first: 0, last: 5}} for a "
+        "random run of each trajectory, or null for all"
+    )
+
+
 class SamplerSettings(Section):
     num_inference_steps: int = Field(50, ge=1, description="T")
     guidance_scale: float | None = Field(5.0, description="s of classifier-free guidance; null samples without it")
@@ -109,7 +128,7 @@ class SamplerSettings(Section):
     max_sequence_length: int | None = Field(
         None, ge=1, description="tokens of a prompt for a T5 text encoder; null: its pipeline's default"
     )
-    stochastic_steps: tuple[int, int] | RandomSteps | None = Field(
+    stochastic_steps: Annotated[tuple[int, int] | RandomSteps | None, BeforeValidator(_stochastic_steps)] = Field(
         None,
         description="numbers of the first and last step that are noisy and trained, 0 the noisiest, or {count, first, last} for "
         "a random run of each trajectory; the others are the ODE's. null: all that can be",
@@ -158,10 +177,20 @@ class RewardSettings(Section):
     )
 
 
+StepWeights = Annotated[
+    Literal["uniform", "inverse_kappa"],
+    Field(
+        description="of a trajectory's steps in the mean over them: all alike, or by the inverse of kappa, with which the "
+        "model's output counts in a step's log-prob"
+    ),
+]
+
+
 class PrdpSettings(Section):
     name: Literal["prdp"] = "prdp"
     kl_weight: float = Field(3e-5, gt=0, description="beta")
-    clip_range: float = Field(1e-4, gt=0, le=LARGEST, description="epsilon, on the log-ratio of one step")
+    clip_range: float = Field(1e-4, gt=0, le=LARGEST, description="epsilon, on the weighted log-ratio of one step")
+    step_weights: StepWeights = "uniform"
 
 
 class DdpoSettings(Section):
@@ -169,6 +198,7 @@ class DdpoSettings(Section):
     clip_range: float = Field(1e-4, gt=0, le=LARGEST, description="PPO clip of one step's importance ratio")
     normalization: Literal["per_prompt", "global"] = Field("per_prompt", description="over what rewards become advantages")
     advantage_clip: float = Field(5.0, gt=0, le=LARGEST)
+    step_weights: StepWeights = "uniform"
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]

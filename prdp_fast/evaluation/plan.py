@@ -216,7 +216,7 @@ def choose_sampler(request: EvaluationRequest, recipe: Settings | None) -> Sampl
             f"--scheduler is {request.scheduler!r}; expected {' or '.join(SCHEDULERS)}, or nothing for the model's own"
         )
     given: dict[str, Any] = {"scheduler": request.scheduler, "num_inference_steps": request.steps}
-    given |= {"eta": request.eta, "rollout_batch": request.batch}
+    given |= {"eta": request.eta, "rollout_batch": request.batch, "method": request.method, "noise_level": request.noise_level}
     values |= {key: value for key, value in given.items() if value is not None}
     if request.guidance is not None:
         try:
@@ -227,6 +227,9 @@ def choose_sampler(request: EvaluationRequest, recipe: Settings | None) -> Sampl
             values["guidance_interval"] = None
     if request.guidance_interval is not None:
         values["guidance_interval"] = tuple(request.guidance_interval)
+    if request.stochastic_steps is not None:
+        words = list(request.stochastic_steps)
+        values["stochastic_steps"] = None if words == ["all"] else [int(word) if word.isdecimal() else word for word in words]
     try:
         return SamplerSettings(**values)
     except ValidationError as error:

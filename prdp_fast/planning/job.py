@@ -27,10 +27,11 @@ from prdp_fast.prompts.embeddings import MANIFEST as EMBEDDINGS
 from prdp_fast.prompts.embeddings import StoredEmbeddings, has_embeddings
 from prdp_fast.prompts.stream import PromptSet, PromptStream
 from prdp_fast.rewards import WeightedRewards, build_rewards
-from prdp_fast.sampling.policy import Policy, build_policy, build_transitions
+from prdp_fast.sampling.policy import Policy, build_policy, build_transitions, flow_method
 from prdp_fast.sampling.transitions import Transitions
 from prdp_kernels import dispatch
 
+LARGE_KAPPA = 10.0  # a step that counts so many times as much as another is told of
 READ_OPTIONS = ("function", "model", "processor", "tokenizer", "weights")  # of rewards: what they name is read
 LIBRARIES = ("prdp-fast", "torch", "triton", "deepspeed", "diffusers", "transformers", "peft", "xformers", "numpy", "pillow")
 
@@ -102,6 +103,30 @@ class Job:
     @property
     def transitions(self) -> Transitions:
         return self.policy.transitions
+
+    def step_lines(self) -> list[str]:
+        """For the user: which steps are noisy and trained, and how much each counts, where that is a choice."""
+        sampler, table, weights = self.settings.sampler, self.transitions, self.settings.objective.step_weights
+        flow, lines = table.timesteps.is_floating_point(), []
+        kappa = table.kappa[table.stochastic]
+        first, last = int(table.stochastic[0]), int(table.stochastic[-1])
+        if flow or sampler.stochastic_steps is not None:
+            method = f"{flow_method(sampler)}; " if flow else ""
+            run = f"a run of {table.trained} of steps {first} to {last} for each trajectory"
+            which = f"steps {first} to {last}" if table.window is None else run
+            lines.append(f"sampler: {method}{len(table)} steps, of which {which} are noisy and trained, the others the ODE's")
+        if weights == "uniform" and flow and kappa.max() > LARGE_KAPPA * kappa.min():
+            lines.append(
+                f"objective.step_weights uniform: the model's output counts {kappa.max() / kappa.min():.0f} times as much in the "
+                f"log-prob of step {int(table.stochastic[kappa.argmax()])} as of step {int(table.stochastic[kappa.argmin()])}; "
+                "inverse_kappa evens that out, and sampler.stochastic_steps can leave steps out"
+            )
+        elif weights != "uniform":
+            inverse = kappa.reciprocal() / kappa.reciprocal().mean()
+            lines.append(
+                f"objective.step_weights {weights}: {inverse[0]:.2g} at step {first} to {inverse[-1]:.2g} at step {last}"
+            )
+        return lines
 
     @property
     def needs_reference(self) -> bool:

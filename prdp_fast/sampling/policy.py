@@ -17,6 +17,7 @@ from torch import nn
 from prdp_fast.config.recipe import SamplerSettings
 from prdp_fast.core.errors import UserError
 from prdp_fast.core.records import TextEmbeddings
+from prdp_fast.sampling.flow import DEFAULT, SAMPLERS
 from prdp_fast.sampling.transitions import Transitions
 from prdp_kernels import denoise_step, gaussian_log_prob, gaussian_log_prob_and_grad, philox_normal
 
@@ -199,6 +200,13 @@ def build_transitions(model: Scheduled, sampler: SamplerSettings, scheduler: Sch
         scheduler or model.scheduler(sampler.scheduler), sampler.num_inference_steps, sampler.eta, sampler=sampler.method,
         noise_level=sampler.noise_level, window=sampler.stochastic_steps, **model.schedule_options(sampler.num_inference_steps),
     )  # fmt: skip
+
+
+def flow_method(sampler: SamplerSettings) -> str:
+    """In words: how a flow-matching model's noisy steps are taken."""
+    method = sampler.method or DEFAULT
+    noise = SAMPLERS[method].noise_level if sampler.noise_level is None else sampler.noise_level
+    return f"{method} of noise level {noise:g}"
 
 
 def build_policy(

@@ -70,6 +70,12 @@ class Transitions:
         """S, the number of stochastic steps that every trajectory has."""
         return self.possible_steps.shape[1]
 
+    @property
+    def kappa(self) -> torch.Tensor:
+        """(T,) float64, |output_coef| / std: how a change of the model's output counts in a step's log-prob, which is linear in
+        it. Infinite for a deterministic step."""
+        return self.output_coef.abs() / self.std
+
     def steps_of(self, seeds: torch.Tensor) -> torch.Tensor:
         """(N, S) int64 on the CPU: the stochastic steps of the trajectories with these noise keys, (N,) int64."""
         possible = self.possible_steps

@@ -97,13 +97,19 @@ def gradient_pass(
 
 
 def reference_pass(
-    policy: Policy, reference: nn.Module, trajectories: Trajectories, micro_batch: int, timesteps: int | None = None
+    policy: Policy,
+    reference: nn.Module,
+    trajectories: Trajectories,
+    micro_batch: int,
+    timesteps: int | None = None,
+    step_weights: torch.Tensor | None = None,
 ) -> Reference:
     """Log-probs of the stored steps under the frozen model.
 
     Args:
         timesteps: evaluate this many steps of each trajectory, one of each stratum. The loss needs the mean log-ratio over the
             steps alone, which the subset estimates without bias; every step then carries that mean. For K = 1 only.
+        step_weights: (N, S) of mean 1, by which the steps count in that mean; None: all alike.
     """
     sampled = trajectories.log_probs
     total = sampled.shape[1]
@@ -114,6 +120,8 @@ def reference_pass(
     on_device = chosen.to(sampled.device)
     evaluated = log_prob_pass(policy, reference, trajectories, micro_batch, chosen).gather(1, on_device)
     log_ratio = sampled.gather(1, on_device) - evaluated
+    if step_weights is not None:
+        log_ratio = log_ratio * step_weights.gather(1, chosen).to(log_ratio.device)
     borders = strata(total, timesteps)
     sizes = (borders[1:] - borders[:-1]).to(log_ratio)
     mean = (sizes * log_ratio).sum(1) / total

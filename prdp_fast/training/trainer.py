@@ -45,6 +45,7 @@ from prdp_fast.training.metrics import epoch_metrics
 from prdp_fast.training.passes import Reference, reference_pass
 from prdp_fast.training.speed import remember, speed_up
 from prdp_fast.training.state import TrainState
+from prdp_fast.training.step_weights import step_weights
 from prdp_fast.training.telemetry import Telemetry
 from prdp_fast.training.update import Experience, UpdateReport, drift_warning, run_updates
 from prdp_fast.training.watch import Watch
@@ -209,7 +210,9 @@ class Trainer:
         with self.telemetry.phase("reference"), self.reference_denoiser() as frozen, agree():
             return self.in_batches(
                 "reference", self.state.batches.get("reference", self.micro_batch),
-                lambda size: reference_pass(self.job.policy, frozen, trajectories, size, timesteps),
+                lambda size: reference_pass(
+                    self.job.policy, frozen, trajectories, size, timesteps, self.step_weights(trajectories)
+                ),
             )  # fmt: skip
 
     def update(self, experience: Experience) -> UpdateReport:
@@ -226,6 +229,7 @@ class Trainer:
                     self.job.policy, self.engine, self.objective, experience.trajectories, experience.scores.total,
                     reference=experience.reference, updates=schedule.updates_per_epoch, micro_batch=self.micro_batch,
                     last_drift=state.last_drift, reduce=distributed.all_reduce, timesteps=schedule.update_timesteps,
+                    step_weights=self.step_weights(experience.trajectories),
                     skipped_in_row=state.skipped_in_row, say=self.telemetry.message,
                 )  # fmt: skip
             except OneRankError:
@@ -276,7 +280,7 @@ class Trainer:
     def say_hello(self) -> None:
         """What was planned and chosen."""
         say, state = self.telemetry.message, self.state
-        for note in self.job.family.notes:
+        for note in (*self.job.family.notes, *self.job.step_lines()):
             say(note)
         say(self.memory_plan.table())
         say(str(self.acceleration))
@@ -410,6 +414,9 @@ class Trainer:
         results.write_samples(self.output, f"epoch-{state.epoch:06d}", seen, self.telemetry, state.epoch - 1)
 
     # What the methods above share.
+
+    def step_weights(self, trajectories: Trajectories) -> torch.Tensor | None:
+        return step_weights(self.job.transitions, self.job.settings.objective.step_weights, trajectories.steps)
 
     @property
     def micro_batch(self) -> int:

@@ -110,13 +110,18 @@ class EpochInputs:
         rewards: torch.Tensor,
         reference: Reference | None,
         reduce: AllReduce,
+        step_weights: torch.Tensor | None = None,
     ) -> None:
-        """The mean and deviation of the rewards are over all ranks. Every rank calls this."""
+        """The mean and deviation of the rewards are over all ranks. Every rank calls this.
+
+        Args: step_weights: (N, S) of `step_weights`; the objective sees every log-prob multiplied by its own.
+        """
         groups, steps = len(trajectories.prompts), trajectories.log_probs.shape[1]
         self.grouped = (groups, trajectories.images_per_prompt, steps)
         self.rewards = rewards
         self.policy_is_reference = objective.needs_reference and reference is None
         self.ref_log_probs = None if reference is None else reference.log_probs  # (N, S)
+        self.step_weights = None if step_weights is None else step_weights.to(trajectories.log_probs.device)
         finite = rewards[rewards.isfinite()].double()
         count, total, squares = reduce([float(len(finite)), float(finite.sum()), float(finite.square().sum())], "sum")
         self.reward_mean = total / max(count, 1.0)
@@ -126,11 +131,15 @@ class EpochInputs:
         """Args: log_probs, old: (N, S)."""
         ref = log_probs if self.policy_is_reference and self.ref_log_probs is None else self.ref_log_probs
         return ObjectiveInput(
-            log_probs=log_probs.view(self.grouped), old_log_probs=old.view(self.grouped),
-            ref_log_probs=None if ref is None else ref.view(self.grouped),
+            log_probs=self.weighted(log_probs).view(self.grouped), old_log_probs=self.weighted(old).view(self.grouped),
+            ref_log_probs=None if ref is None else self.weighted(ref).view(self.grouped),
             rewards=self.rewards.to(log_probs.device).view(self.grouped[:2]), reward_mean=self.reward_mean,
             reward_std=self.reward_std,
         )  # fmt: skip
+
+    def weighted(self, values: torch.Tensor) -> torch.Tensor:
+        """(N, S) log-probs as the objective takes them; and, by the chain rule, its weights as those of the log-probs."""
+        return values if self.step_weights is None else values * self.step_weights
 
 
 def draw_steps(trajectories: Trajectories, timesteps: int | None) -> tuple[torch.Tensor | None, torch.Tensor]:
@@ -175,6 +184,7 @@ def run_updates(
     last_drift: float | None,
     reduce: AllReduce,
     timesteps: int | None = None,
+    step_weights: torch.Tensor | None = None,
     skipped_in_row: int = 0,
     say: Callable[[str], None] = print,
 ) -> UpdateReport:
@@ -186,12 +196,13 @@ def run_updates(
         last_drift: `UpdateReport.drift` of the epoch before; None (first epoch) runs pass (1) to measure it, if it could matter.
         reduce: `distributed.all_reduce`; ranks must agree on the loss scale and on the number of forwards.
         timesteps: backpropagate this many steps of each trajectory, one of each stratum; for K = 1 only.
+        step_weights: (N, S) of mean 1 over each trajectory's steps, by which they count in the objective; None: all alike.
         skipped_in_row: updates before this epoch's that were skipped, since the last one that was not.
         say: tells the user a line: that a micro-batch was too large for the memory, say.
     """
     report, sampled = UpdateReport(skipped_in_row=skipped_in_row), trajectories.log_probs
     every_row = policy.evaluations(trajectories.steps)
-    inputs = EpochInputs(objective, trajectories, rewards, reference, reduce)
+    inputs = EpochInputs(objective, trajectories, rewards, reference, reduce, step_weights)
     chosen, strata_sizes = draw_steps(trajectories, timesteps)
     assert chosen is None or updates == 1, "a subset of timesteps is unbiased for one update only"
     trained_rows = every_row if chosen is None else policy.evaluations(trajectories.steps.gather(1, chosen))
@@ -208,7 +219,7 @@ def run_updates(
             log_probs = current_log_probs(policy, engine, trajectories, geometry, whole)
             report.denoiser_rows += every_row
         output = objective(inputs.of(log_probs, log_probs if old is None else old))
-        weights = output.weights.reshape(sampled.shape) * strata_sizes
+        weights = inputs.weighted(output.weights.reshape(sampled.shape)) * strata_sizes
         trained, micro_batch = backpropagate(policy, engine, trajectories, weights, chosen, part, micro_batch, reduce, say)
         report.denoiser_rows += trained_rows
         if old is None:

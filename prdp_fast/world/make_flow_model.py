@@ -225,7 +225,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, default=49_152, help="training scenes drawn")
-    parser.add_argument("--steps", type=int, default=6_000)
+    parser.add_argument("--steps", type=int, default=4_000)
     args = parser.parse_args()
 
     args.work.mkdir(parents=True, exist_ok=True)
