@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import sys
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPTokenizer
 
-from prdp_fast.world import TINY, TINY_FLOW, make_flow_model, scenes
+from prdp_fast.world import TINY, TINY_FLOW, make_flow_model, making, scenes
 from prdp_fast.world.reader import read_images
 
 FLOOR = 0.6  # of the soft score on unseen prompts; pictures that ignore their prompts score about 0.3
@@ -23,8 +24,9 @@ FLOOR = 0.6  # of the soft score on unseen prompts; pictures that ignore their p
 
 def unseen_prompts(count: int) -> list[str]:
     chooser = random.Random(5)
-    drawn = (scenes.scene_at(chooser.randrange(scenes.NUM_SCENES)) for _ in iter(int, 1))
-    return [scene.prompt() for scene, _ in zip((each for each in drawn if scenes.split_of(each) != "train"), range(count))]
+    drawn = (scenes.scene_at(chooser.randrange(scenes.NUM_SCENES)) for _ in itertools.repeat(None))
+    unseen = (scene.prompt() for scene in drawn if scenes.split_of(scene) != "train")
+    return list(itertools.islice(unseen, count))
 
 
 @pytest.fixture(scope="module")
@@ -76,19 +78,36 @@ def test_a_counted_token_is_that_many_of_the_pipeline(modules: nn.ModuleDict, co
     assert (other - ours).abs().min() > 1e-4  # the number matters to these weights
 
 
+class Stopped(Exception):
+    pass
+
+
 def test_the_command_makes_a_pipeline_and_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two steps at once, and one and another, leave the same weights."""
-    monkeypatch.setattr(make_flow_model, "report_samples", lambda *_, **__: None)
+    """Three steps, and three of which the first was saved before the machine went down, leave the same weights."""
+    monkeypatch.setattr(make_flow_model, "report_samples", lambda *_, **__: None)  # which takes minutes
 
-    def run(work: str, steps: int, stop: int) -> dict[str, torch.Tensor]:
-        words = ["make", "--work", str(tmp_path / work), "--output", str(tmp_path / "out"), "--device", "cpu"]
-        monkeypatch.setattr(sys, "argv", [*words, "--images", str(make_flow_model.KEPT_ASIDE + 64), "--steps", str(steps)])
+    def run(name: str) -> dict[str, torch.Tensor]:
+        words = ["make", "--work", tmp_path / name, "--output", tmp_path / f"{name}_made", "--device", "cpu"]
+        words += ["--images", make_flow_model.KEPT_ASIDE + 64, "--steps", 3]
+        monkeypatch.setattr(sys, "argv", list(map(str, words)))
         make_flow_model.main()
-        return load_file(tmp_path / "out/transformer/diffusion_pytorch_model.safetensors")
+        return load_file(tmp_path / f"{name}_made/transformer/diffusion_pytorch_model.safetensors")
 
-    whole = run("whole", 2, 2)
-    again = run("whole", 2, 2)
-    assert all(torch.equal(again[name], value) for name, value in whole.items())
+    def save_and_stop(self: making.Trainer) -> None:
+        save(self)
+        raise Stopped
+
+    whole = run("whole")
+    save = making.Trainer.save
+    with monkeypatch.context() as patch:
+        patch.setattr(making.Trainer, "save", save_and_stop)
+        patch.setattr(making.time, "monotonic", itertools.count(0, 100).__next__)  # a minute is over after every step
+        with pytest.raises(Stopped):
+            run("stopped")
+    assert torch.load(tmp_path / "stopped/flow.pt", weights_only=True)["step"] == 1
+    resumed = run("stopped")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
 
 
 # The weights
