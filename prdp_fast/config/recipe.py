@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from prdp_fast.config.objectives import ObjectiveSettings, PrdpSettings
-from prdp_fast.config.section import Section
+from prdp_fast.config.section import LARGEST, Section
 from prdp_fast.core.errors import UserError
 
 COLLECTIVE_MARGIN_S = 120.0  # that ranks may differ by beside what their rewards may take
@@ -51,7 +51,7 @@ class LoraSettings(Section):
 
 
 class ModelSettings(Section):
-    pretrained: str = Field("tiny", description="'tiny' (embedded), a diffusers directory, or a hub id")
+    pretrained: str = Field("tiny", description="'tiny' or 'tiny_flow' (embedded), a diffusers directory, or a hub id")
     lora: LoraSettings | None = Field(None, description="null trains the whole denoiser")
     ema_decay: float | None = Field(
         None, gt=0, lt=1, description="evaluate and export a moving average of the trained weights, e.g. 0.999; stages 0 to 2"

@@ -15,6 +15,7 @@ from prdp_fast.models.families.base import Family
 from prdp_fast.models.lora import KOHYA, PEFT
 from prdp_fast.reporting.private import recipe_for_others
 from prdp_fast.reporting.tables import before_after, left_out
+from prdp_fast.world import EMBEDDED
 
 CARD = "README.md"
 PICTURE = "before_after.png"
@@ -50,12 +51,12 @@ def write_model_card(directory: Path, settings: Settings, family: Family, summar
 
 
 def on_the_hub(pretrained: str) -> bool:
-    return pretrained != "tiny" and not Path(pretrained).is_dir()
+    return pretrained not in EMBEDDED and not Path(pretrained).is_dir()
 
 
 def base_name(pretrained: str) -> str:
     """The hub id; of a directory its name alone."""
-    return pretrained if on_the_hub(pretrained) or pretrained == "tiny" else Path(pretrained).resolve().name
+    return pretrained if on_the_hub(pretrained) or pretrained in EMBEDDED else Path(pretrained).resolve().name
 
 
 def title(settings: Settings, denoiser: str) -> str:

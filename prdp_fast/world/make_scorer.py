@@ -20,7 +20,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from prdp_fast.core.files import write_tensors
 from prdp_fast.world import TINY, scenes
-from prdp_fast.world.make_model import MAX_TOKENS, Trainer, draw_dataset, step_generator, to_model_range
+from prdp_fast.world.making import MAX_TOKENS, Trainer, draw_dataset, step_generator, to_model_range
 
 WIDTH = 96
 NEGATIVES = 3  # captions of a picture with one attribute changed: what a batch of random scenes does not teach
