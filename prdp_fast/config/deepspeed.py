@@ -29,6 +29,11 @@ class DeepSpeedConfig:
     def offloads_optimizer(self) -> bool:
         return self.values["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
 
+    @property
+    def offloads_to_nvme(self) -> bool:
+        sections = (self.values["zero_optimization"].get(f"offload_{what}") for what in ("optimizer", "param"))
+        return any(section and section.get("device") == "nvme" for section in sections)
+
     def coalesces(self, wanted: str) -> bool:
         """Whether the gradients of an update are reduced over ranks once, after its last micro-batch.
 
