@@ -398,10 +398,10 @@ class ZeroEngine:
             alike = distributed.all_reduce([float(same_steps and shards.layout(self.rank) == own.layout)], "min")[0] > 0
         if alike:
             self._load_own(directory)
-        elif shards.on_nvme or self.config.offloads_to_nvme:
+        elif shards.on_nvme or "nvme" in self.config.offloads:
             raise UserError(
-                f"checkpoint {directory} was written by {shards}, this job has {self.world_size} at stage {self.config.stage}, and "
-                "what is offloaded to NVMe cannot be resharded; resume with the ranks and --config of the run, or offload to cpu"
+                f"checkpoint {directory} was written by {shards}, now {self.world_size} at {self.config.stage}, and what is "
+                "offloaded to NVMe cannot be resharded; resume with the ranks and --config of the run, or offload to cpu"
             )
         else:
             own.fill(shards, self.average, count_in_integers=integers)

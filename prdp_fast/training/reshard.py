@@ -123,9 +123,7 @@ class OwnShards:
         """
         if self.stage == 3:
             self.optimizer.checkpoint_event_prologue()
-            self.optimizer.load_state_dict(
-                [self.stage_3_state(state)] * (self.rank + 1), load_optimizer_states=state is not None
-            )
+            self.optimizer.load_state_dict([self.stage_3_state(state)] * (self.rank + 1), load_optimizer_states=state is not None)
             self.optimizer.checkpoint_event_epilogue()
             return
         if state is not None:

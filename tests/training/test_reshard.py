@@ -1,4 +1,4 @@
-"""A checkpoint is gone on from on other ranks and at another ZeRO stage: the same state to the bit, the same course to rounding."""
+"""A checkpoint goes on on other ranks and at another ZeRO stage: its state to the bit, and its course to rounding."""
 
 from __future__ import annotations
 
