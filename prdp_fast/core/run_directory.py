@@ -132,12 +132,12 @@ def check_kinds(directory: Path) -> None:
 
 def refuse_another(directory: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     """Raises: UserError if the records are of two jobs. What decides the rest is compared first."""
-    was, now = precision(old), precision(new)
-    if was != now:
-        name = {"bfloat16": "bf16", "float16": "fp16"}.get(was)
-        mend = f'"{name}": {{"enabled": true}}' if name else '"bf16": {"enabled": false}'
+    computed, wanted = precision(old), precision(new)
+    if computed != wanted:
+        section = {"bfloat16": "bf16", "float16": "fp16"}.get(computed)
+        mend = f'"{section}": {{"enabled": true}}' if section else '"bf16": {"enabled": false}'
         raise UserError(
-            f"--output {directory}: this run computes in {was}, now {now}, which is more than rounding of what it has; write "
+            f"--output {directory}: this run computes in {computed}, now {wanted}, which is more than rounding of what it has; write "
             f"{mend} into --config, or choose another directory"
         )
     contents = {CONTENT, VERSIONS, EARLIER_VERSIONS, "prompts"}
