@@ -137,8 +137,8 @@ def refuse_another(directory: Path, old: dict[str, Any], new: dict[str, Any]) ->
         section = {"bfloat16": "bf16", "float16": "fp16"}.get(computed)
         mend = f'"{section}": {{"enabled": true}}' if section else '"bf16": {"enabled": false}'
         raise UserError(
-            f"--output {directory}: this run computes in {computed}, now {wanted}, which is more than rounding of what it has; write "
-            f"{mend} into --config, or choose another directory"
+            f"--output {directory}: this run computes in {computed}, now {wanted}, which is more than rounding of what it has; "
+            f"write {mend} into --config, or choose another directory"
         )
     contents = {CONTENT, VERSIONS, EARLIER_VERSIONS, "prompts"}
     for section in ("recipe", *sorted((old.keys() | new.keys()) - contents - {"recipe", "world_size"})):

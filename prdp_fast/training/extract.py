@@ -36,7 +36,6 @@ class Extract:
     record: dict[str, Any]  # the run's
     settings: Settings
     weights: dict[str, torch.Tensor]  # by name, float32 on the CPU: an adapter's, or all of the denoiser's
-    buffers: dict[str, torch.Tensor]
     averaged: bool  # the weights are their moving average
 
     def __str__(self) -> str:
@@ -70,7 +69,7 @@ def extract(path: Path, *, last: bool, say: Callable[[str], None] = print) -> Ex
             raise UserError(f"checkpoint {checkpoint} has its float32 weights in files of DeepSpeed's for NVMe; finish the run")
         averaged = shards.has_average and not last
         weights = shards.state_dict(averaged=averaged)
-        return Extract(run, checkpoint, record, settings, weights, shards.buffers(), averaged)
+        return Extract(run, checkpoint, record, settings, weights, averaged)
     except UserError:
         raise
     except Exception as error:  # of torch, pickle and zip: bytes that no manifest vouches for
@@ -121,17 +120,19 @@ def export(taken: Extract, directory: Path, say: Callable[[str], None] = print) 
         shutil.rmtree(partial, ignore_errors=True)
         partial.parent.mkdir(parents=True, exist_ok=True)
         try:
-            family = read_family(settings.model.pretrained, settings.model.lora)
+            family = read_family(settings.model.pretrained, settings.model.lora).for_sampler(settings.sampler)
             if settings.model.lora is not None:
                 write_adapter(partial, family, family.scheduler(settings.sampler.scheduler), taken.weights)
             else:
                 check_base(taken)
                 pipeline = Pipeline.load(family, torch.device("cpu"), torch.float32, settings.sampler.scheduler)
-                for note in pipeline.export(partial, taken.weights | taken.buffers):
+                kept = pipeline.denoiser.state_dict().keys()
+                tables = {name: value for name, value in pipeline.denoiser.named_buffers() if name in kept}
+                for note in pipeline.export(partial, tables | taken.weights):
                     say(note)
-            state = checkpoint_files.read_state(taken.checkpoint)
-            summary = {"epochs": state["epoch"], "images": state["images"]}
-            write_model_card(partial, settings, type(family), summary, partial / "no picture")
+            progress = checkpoint_files.read_state(taken.checkpoint)
+            summary = {"epochs": progress["epoch"], "images": progress["images"]}
+            write_model_card(partial, settings, family, summary, partial / "no picture")
             if directory.is_dir():
                 directory.rmdir()
             partial.rename(directory)
