@@ -92,6 +92,11 @@ def test_batches_that_were_found_follow_a_recipe_that_changes() -> None:
     assert again.micro_batch == 4 and again.batches == {"reference": 1}
     again.follow(first | {"rollout": 8, "micro_batch": "auto", "reference": "auto"})
     assert again.micro_batch is None and again.batches == {}
+    spread = TrainState(micro_batch=4, batches={"rollout": 2, "reference": 1}, asked=first | {"spread": [2, 2, ["none", "none"]]})
+    spread.follow(first | {"spread": [2, 2, ["none", "none"]]})
+    assert spread.micro_batch == 4 and spread.batches == {"rollout": 2, "reference": 1}
+    spread.follow(first | {"spread": [1, 2, ["none", "none"]]})
+    assert spread.micro_batch is None and spread.batches == {}
 
 
 def test_a_state_of_an_earlier_version_is_read() -> None:
