@@ -119,8 +119,11 @@ class Trainer:
         checkpoints = Checkpoints(output, keep=kept.keep, milestone=kept.keep_every and kept.every * kept.keep_every)
         state = checkpoints.choose()
         state.follow(
-            {"micro_batch": schedule.micro_batch, "reference": schedule.micro_batch, "rollout": settings.sampler.rollout_batch}
-        )
+            {
+                "micro_batch": schedule.micro_batch, "reference": schedule.micro_batch, "rollout": settings.sampler.rollout_batch,
+                "spread": [job.world_size, job.config.stage, job.config.offloads],
+            }
+        )  # fmt: skip
         state.micro_batch, plan, available = micro_batch.fit(
             job.footprint(cuda=device.type == "cuda"), pipeline.denoiser, job.family,
             # A resumed run keeps its micro-batch, whatever is free now: another one would round differently.
@@ -317,7 +320,8 @@ class Trainer:
         if latest is not None:
             if fault := self.watch.weight_fault():
                 raise UserError(self.checkpoints.damaged(fault))
-            self.telemetry.message(f"continuing after epoch {self.state.epoch} from {latest.name}")
+            resharded = f", resharded from {self.engine.resharded}" if self.engine.resharded else ""
+            self.telemetry.message(f"continuing after epoch {self.state.epoch} from {latest.name}{resharded}")
         self.state.start_clock()
 
     def finish(self, before: dict[str, Evaluation]) -> dict[str, Any]:
