@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from prdp_fast.config.objectives import ObjectiveSettings, PrdpSettings
 from prdp_fast.config.section import Section
+from prdp_fast.config.tracking import TrackingSettings
 from prdp_fast.core.errors import UserError
 
 COLLECTIVE_MARGIN_S = 120.0  # that ranks may differ by beside what their rewards may take
@@ -252,6 +253,7 @@ class Settings(Section):
     performance: PerformanceSettings = PerformanceSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    tracking: TrackingSettings = TrackingSettings()
 
     @model_validator(mode="after")
     def _check_reference(self) -> Settings:

@@ -17,6 +17,7 @@ RUN = "run.json"  # the job: resolved recipe, DeepSpeed configuration, ranks, di
 SUMMARY = "summary.json"  # of a finished run
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
+TRACKERS = "trackers"  # what each tracker has been sent
 ACCELERATION = "acceleration.json"  # what was chosen when the run first started
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
@@ -26,12 +27,12 @@ EVALUATION = "evaluation"  # what `prdp evaluate` found
 EVALUATION_BEFORE, EVALUATION_AFTER = "evaluation_before.pt", "evaluation_after.pt"
 
 # What a resumed run may change: how long it goes on, what it keeps, and what decides about memory and speed alone, whose results
-# differ by rounding. Never what an epoch computes.
+# differ by rounding, and where its numbers go. Never what an epoch computes. A section stands for all that is in it.
 MAY_CHANGE = (
     "schedule.epochs", "schedule.time_limit_minutes", "schedule.on_failure", "schedule.max_repeats",
     "schedule.reward_timeout_s", "schedule.stop_after", "schedule.collective_timeout_minutes", "schedule.max_skipped_updates",
     "schedule.max_nonfinite_epochs", "schedule.micro_batch", "sampler.rollout_batch", "performance.activation_checkpointing",
-    "checkpoint.every", "checkpoint.keep", "checkpoint.keep_every", "model.push_to_hub",
+    "checkpoint.every", "checkpoint.keep", "checkpoint.keep_every", "model.push_to_hub", "tracking",
 )  # fmt: skip
 # They follow from the micro-batch, and from settings that may not change and are compared by their own names.
 DERIVED = ("deepspeed.train_micro_batch_size_per_gpu", "deepspeed.gradient_accumulation_steps")
@@ -41,7 +42,7 @@ DERIVED = ("deepspeed.train_micro_batch_size_per_gpu", "deepspeed.gradient_accum
 CONTENT, VERSIONS, EARLIER_VERSIONS = "content", "versions", "earlier_versions"
 FILES, FOLDERS = (
     (METRICS, SUMMARY, ACCELERATION, EVALUATION_BEFORE, EVALUATION_AFTER),
-    (CHECKPOINTS, SAMPLES, EXPORT, TENSORBOARD),
+    (CHECKPOINTS, SAMPLES, EXPORT, TENSORBOARD, TRACKERS),
 )
 
 
@@ -192,7 +193,8 @@ def first_difference(old: Any, new: Any, place: str = "") -> str | None:
             if found:
                 return found
         return None
-    allowed = place.removeprefix("recipe.") in MAY_CHANGE or place in DERIVED
+    setting = place.removeprefix("recipe.")
+    allowed = any(setting == one or setting.startswith(f"{one}.") for one in MAY_CHANGE) or place in DERIVED
     return None if old == new or allowed else f"{place} was {brief(old)}, now {brief(new)}"
 
 

@@ -112,10 +112,15 @@ def scores(evaluation: dict[str, Any]) -> str:
 
 
 def training(settings: Settings, summary: dict[str, Any]) -> str:
-    values = settings.model_dump(mode="json")
-    values["rewards"] = [reward | {"options": for_others(reward["options"])} for reward in values["rewards"]]
-    recipe = yaml.safe_dump(without_places(values), sort_keys=False, allow_unicode=True).rstrip()
+    recipe = yaml.safe_dump(recipe_for_others(settings), sort_keys=False, allow_unicode=True).rstrip()
     return f"## Training\n\n{summary['epochs']} epochs, {summary['images']} images. The recipe:\n\n```yaml\n{recipe}\n```"
+
+
+def recipe_for_others(settings: Settings) -> dict[str, Any]:
+    """A recipe, as JSON, without addresses, secrets, places of this machine, and where the user's numbers go."""
+    values = settings.model_dump(mode="json", exclude={"tracking"})
+    values["rewards"] = [reward | {"options": for_others(reward["options"])} for reward in values["rewards"]]
+    return without_places(values)  # type: ignore[no-any-return]
 
 
 PRIVATE = ("url", "token_env", "arguments")  # options that name a server, a secret's variable, and whatever else a user sends
