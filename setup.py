@@ -82,8 +82,7 @@ setup(
         "wandb": WANDB,
         "mlflow": MLFLOW,
         "prometheus": PROMETHEUS,
-        "tracking": [*WANDB, *MLFLOW, *PROMETHEUS],
         "docs": DOCS,
-        "dev": [*DEV, *LORA, *DATA, *REWARDS],
+        "dev": [*DEV, *LORA, *DATA, *REWARDS, *WANDB, *MLFLOW, *PROMETHEUS],
     },
 )

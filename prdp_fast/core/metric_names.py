@@ -45,7 +45,7 @@ METRICS = (
     Metric("log_prob", "nats", "mean log-prob of a sampled step under the policy, a mean over the elements of the latent"),
     Metric("kl_to_reference", "nats", "mean log-ratio of policy to reference, of a step", "where there is a reference"),
     Metric("kl_to_reference/step_NNN", "nats", "the same of one step of the sampler, in the last update", REFERENCE),
-    Metric("clip_fraction", "share", "of steps whose ratio to the start of the epoch is outside the clip range", f"{PRDP}, {PPO}"),
+    Metric("clip_fraction", "share", "of steps whose ratio to the start of the epoch is out of the clip range", f"{PRDP}, {PPO}"),
     Metric("clip_fraction/step_NNN", "share", "the same of one step of the sampler", f"{PRDP}, {PPO}; {SEVERAL}"),
     Metric("ratio/step_NNN", "nats", "largest log-ratio of one step to the start of the epoch, without its sign", SEVERAL),
     Metric("drift", "nats", "largest difference between sampler's and trainer's log-prob of a step, a mean over ranks"),

@@ -43,7 +43,7 @@ class Objective(Protocol):
     def __call__(self, batch: ObjectiveInput) -> ObjectiveOutput: ...
 
     def outside_clip(self, log_ratio: torch.Tensor) -> torch.Tensor | None:
-        """Where a log-ratio to the start of the epoch is outside the clip range, bool of its shape; None if nothing is clipped."""
+        """Where a log-ratio to the start of the epoch is out of the clip range, bool of its shape; None without a range."""
         ...
 
     def too_large(self, spread: float, largest: float, images: int) -> str | None:
