@@ -83,17 +83,17 @@ def quantiles(rewards: list[list[float]], sources: list[list[Any]]) -> dict[str,
     found = {}
     values = np.array([value for of_rank in rewards for value in of_rank])
     finite = np.isfinite(values)
-    groups = {"": finite}
+    groups = {"reward_quantile": finite}
     named = [
         source for own, of_rank in zip(sources, rewards, strict=True) for source in (own or [None] * len(of_rank))
     ]  # fmt: skip
     common = Counter(source for source in named if source is not None).most_common(MOST_SOURCES)
     for source in sorted(source for source, _ in common):
-        groups[f"{source}/"] = finite & np.array([one == source for one in named])
-    for prefix, chosen in groups.items():
+        groups[f"reward_quantile/{source}"] = finite & np.array([one == source for one in named])
+    for name, chosen in groups.items():
         if chosen.any():
             for percent, value in zip(QUANTILES, np.percentile(values[chosen], QUANTILES), strict=True):
-                found[f"reward_quantile/{prefix}q{percent:02d}"] = float(value)
+                found[f"{name}/q{percent:02d}"] = float(value)
     return found
 
 

@@ -79,7 +79,7 @@ class Feed:
         self.tracker, self.say, self.sent = tracker, say, sent
         self._calls: deque[Call] = deque()
         self._change = threading.Condition()
-        self._awake = self._closing = self._finished = self._begun = False
+        self._awake = self._working = self._closing = self._finished = self._begun = False
         self._told: set[str] = set()
         self._lost = 0
         self._thread: threading.Thread | None = None
@@ -97,6 +97,12 @@ class Feed:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name=f"tracker {self.tracker.name}", daemon=True)
             self._thread.start()
+
+    @property
+    def idle(self) -> bool:
+        """Whether every call that waits has been tried."""
+        with self._change:
+            return not (self._awake or self._working)
 
     def finish(self, finished: bool) -> None:
         """Ask for the end; `join` waits for it."""
@@ -120,8 +126,9 @@ class Feed:
     def _run(self) -> None:
         while True:
             with self._change:
+                self._working = False
                 self._change.wait_for(lambda: self._awake or self._closing)
-                self._awake, closing = False, self._closing
+                self._working, self._awake, closing = True, False, self._closing
             self._make_calls()
             if closing:
                 if self._begun:
