@@ -2,9 +2,9 @@
 
     python -m benchmarks.epoch.exactly_once [--prompts 1000000] [--output FILE.json]
 
-A pass over a made-up set is drawn in many starts, each with another number of ranks, whose parts are all drawn here. A start opens
-the set anew, and begins up to a few epochs before the end of the one before it, as one that goes on from a checkpoint does. The
-rate is a job's whose ranks each draw their own part, by the time of the first one.
+A pass over a made-up set is drawn in many starts, each with another number of ranks, whose parts are all drawn here. A start
+opens the set anew, and begins up to a few epochs before the end of the one before it, as one that goes on from a checkpoint does.
+The rate is a job's whose ranks each draw their own part, by the time of the first one.
 """
 
 from __future__ import annotations
