@@ -182,6 +182,12 @@ class ZeroEngine:
         )
         # DeepSpeed casts the weights and then makes the master weights of what is left of them.
         loaded = [] if self.dtype == torch.float32 else [value.detach().to("cpu", copy=True) for value in self.trained]
+        kept = set(denoiser.state_dict())
+        # Tables that are no weights, as they were loaded: DeepSpeed casts them too.
+        self.buffers = {
+            name: buffer.detach().to("cpu", copy=self.dtype != torch.float32)
+            for name, buffer in denoiser.named_buffers() if name in kept
+        }  # fmt: skip
         join_process_group()
         try:
             self.engine, *_ = deepspeed.initialize(model=denoiser, optimizer=optimizer, config=values)
@@ -356,7 +362,7 @@ class ZeroEngine:
                 full = parameter.detach()
             state[name] = full.detach().to("cpu", torch.float32, copy=True)
         if not self.has_adapter:
-            state.update({name: buffer.cpu() for name, buffer in self.engine.module.named_buffers()})
+            state |= self.buffers
         return state
 
     def save(self, directory: Path) -> list[Path]:

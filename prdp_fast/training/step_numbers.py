@@ -38,19 +38,25 @@ class RatioWatch:
         self._largest: torch.Tensor | None = None  # (N, S)
         self._clipped: torch.Tensor | None = None  # (N, S), in how many updates
 
-    def add(self, log_ratio: torch.Tensor, clipped: torch.Tensor | None) -> None:
-        """Args: log_ratio: (N, S) of an update that is about to be taken. clipped: (N, S) bool; None without a clip range."""
+    def add(self, log_ratio: torch.Tensor | None, clipped: torch.Tensor | None) -> None:
+        """
+        Args:
+            log_ratio: (N, S) of an update that is about to be taken, None in the first one, where it is 0.
+            clipped: (N, S) bool; None if nothing is.
+        """
         self.updates += 1
+        if log_ratio is None:
+            return
         size = log_ratio.abs()
         self._largest = size if self._largest is None else torch.fmax(self._largest, size)
         if clipped is not None:
             self._clipped = clipped.to(size) if self._clipped is None else self._clipped + clipped
 
-    def read(self, numbers: StepNumbers, steps: torch.Tensor, kept: torch.Tensor, updates: int) -> None:
-        """Waits for the device. Args: kept: (N,) bool, images with a reward. updates: of the epoch, those not seen included."""
+    def read(self, numbers: StepNumbers, steps: torch.Tensor, kept: torch.Tensor) -> None:
+        """Waits for the device. Args: kept: (N,) bool, images with a reward."""
         if self._largest is None:  # of a single update: the ratio is 1, and nothing is clipped
             return
         numbers.add_peaks("ratio", self._largest.cpu(), steps)
         if self._clipped is not None:
-            shares = (self._clipped.cpu() / updates).masked_fill(~kept.cpu()[:, None], math.nan)
+            shares = (self._clipped.cpu() / self.updates).masked_fill(~kept.cpu()[:, None], math.nan)
             numbers.add_means("clip_fraction", shares, steps)
