@@ -38,7 +38,7 @@ def written_names() -> set[str]:
     def add(node: ast.expr | None) -> None:
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             found.add(node.value)
-        elif isinstance(node, ast.JoinedStr):
+        elif isinstance(node, ast.JoinedStr) and isinstance(node.values[0], ast.Constant):
             found.add("".join(part.value if isinstance(part, ast.Constant) else "0" for part in node.values))
 
     def is_metrics(node: ast.expr) -> bool:
