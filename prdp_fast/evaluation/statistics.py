@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -103,6 +103,29 @@ def paired_mean_and_error(before: Any, after: Any) -> dict[str, float]:
     return mean_and_error(np.asarray(after) - np.asarray(before))
 
 
+def over_optimised(evaluation: Mapping[str, Any], errors: float = 2.0) -> list[str]:
+    """A line for every prompt set on which the trained reward has risen and one that was held out has fallen.
+
+    Args:
+        evaluation: of a summary: before, after, difference and held by prompt set.
+        errors: how many of its own standard errors a difference has to be away from 0.
+    """
+    lines = []
+    for name, sets in evaluation.items():
+        trained = sets["difference"]
+        if not trained["mean"] > errors * trained["stderr"]:
+            continue
+        for reward, held in sets.get("held", {}).items():
+            difference = held["difference"]
+            if difference["mean"] < -errors * difference["stderr"]:
+                lines.append(
+                    f"warning: on {name} the trained reward has risen by {trained['mean']:.3g} ± {trained['stderr']:.2g}, and "
+                    f"{reward}, held out, has fallen by {-difference['mean']:.3g} ± {difference['stderr']:.2g}: the reward may "
+                    "be over-optimised; raise objective.kl_weight, or take an earlier checkpoint"
+                )
+    return lines
+
+
 def mean(values: np.ndarray, *, seed: int) -> Estimate:
     """The mean of (P,) values. Its standard error is that of `mean_and_error`, not the bootstrap's; NaN of a single value."""
     estimate = bootstrap(lambda part: part.mean(-1), values, seed=seed)
@@ -114,6 +137,18 @@ def paired_difference(base: np.ndarray, finetuned: np.ndarray, *, seed: int) -> 
     both = np.isfinite(base) & np.isfinite(finetuned)
     base, finetuned = np.where(both, base, np.nan), np.where(both, finetuned, np.nan)
     return mean(prompt_means(finetuned) - prompt_means(base), seed=seed)
+
+
+def compare(before: np.ndarray, after: np.ndarray | None, *, seed: int) -> dict[str, dict[str, Any]]:
+    """Before, after and difference of (P, B) scores, as JSON with intervals; the last two are empty without an after.
+
+    Means and standard errors are those that training reports of the same scores.
+    """
+    found: dict[str, dict[str, Any]] = {"before": mean(prompt_means(before), seed=seed)._asdict(), "after": {}, "difference": {}}
+    if after is not None:
+        found["after"] = mean(prompt_means(after), seed=seed)._asdict()
+        found["difference"] = paired_difference(np.asarray(before), np.asarray(after), seed=seed)._asdict()
+    return found
 
 
 def win_rate(base: np.ndarray, finetuned: np.ndarray, *, seed: int) -> Estimate:

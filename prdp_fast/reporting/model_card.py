@@ -13,7 +13,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from prdp_fast.config.recipe import Settings
 from prdp_fast.models.families.base import Family
 from prdp_fast.models.lora import KOHYA, PEFT
+from prdp_fast.reporting.private import recipe_for_others
 from prdp_fast.reporting.tables import before_after, left_out
+from prdp_fast.world import EMBEDDED
 
 CARD = "README.md"
 PICTURE = "before_after.png"
@@ -49,12 +51,12 @@ def write_model_card(directory: Path, settings: Settings, family: Family, summar
 
 
 def on_the_hub(pretrained: str) -> bool:
-    return pretrained != "tiny" and not Path(pretrained).is_dir()
+    return pretrained not in EMBEDDED and not Path(pretrained).is_dir()
 
 
 def base_name(pretrained: str) -> str:
     """The hub id; of a directory its name alone."""
-    return pretrained if on_the_hub(pretrained) or pretrained == "tiny" else Path(pretrained).resolve().name
+    return pretrained if on_the_hub(pretrained) or pretrained in EMBEDDED else Path(pretrained).resolve().name
 
 
 def title(settings: Settings, denoiser: str) -> str:
@@ -113,24 +115,6 @@ def scores(evaluation: dict[str, Any]) -> str:
 
 
 def training(settings: Settings, summary: dict[str, Any]) -> str:
-    values = settings.model_dump(mode="json")
-    values["rewards"] = [reward | {"options": for_others(reward["options"])} for reward in values["rewards"]]
-    recipe = yaml.safe_dump(without_places(values), sort_keys=False, allow_unicode=True).rstrip()
+    values = recipe_for_others(settings.model_dump(mode="json"))
+    recipe = yaml.safe_dump(values, sort_keys=False, allow_unicode=True).rstrip()
     return f"## Training\n\n{summary['epochs']} epochs, {summary['images']} images. The recipe:\n\n```yaml\n{recipe}\n```"
-
-
-PRIVATE = ("url", "token_env", "arguments")  # options that name a server, a secret's variable, and whatever else a user sends
-
-
-def for_others(options: dict[str, Any]) -> dict[str, Any]:
-    """A reward's options without what is the user's own business."""
-    return {name: "left out" if name in PRIVATE and value else value for name, value in options.items()}
-
-
-def without_places(value: Any) -> Any:
-    """A recipe for others: of an absolute path of this machine the last name alone."""
-    if isinstance(value, dict):
-        return {key: without_places(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [without_places(inner) for inner in value]
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

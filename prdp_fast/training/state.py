@@ -6,7 +6,8 @@ import time
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-ADDED = ("batches", "asked", "skipped_in_row", "nonfinite_in_row")  # fields that checkpoints of earlier versions lack
+# Fields that checkpoints of earlier versions lack.
+ADDED = ("batches", "asked", "skipped_in_row", "nonfinite_in_row", "prompt_rewards", "trackers")
 
 
 @dataclass
@@ -23,7 +24,9 @@ class TrainState:
     skipped_in_row: int = 0  # updates since the last one that was applied
     nonfinite_in_row: int = 0  # epochs with an image that was not finite, since the last one without
     seen_rewards: dict[str, list[float]] = field(default_factory=dict)  # moments of those with a running normalisation
+    prompt_rewards: dict[str, list[float]] = field(default_factory=dict)  # the newest of each prompt, for running statistics
     unet_forwards: dict[str, int] = field(default_factory=lambda: {"rollout": 0, "reference": 0, "update": 0})  # rows
+    trackers: dict[str, str] = field(default_factory=dict)  # the run's id in each tracker that keeps one
     _started: float | None = field(default=None, repr=False)  # a clock that began with the run
     _earlier_s: float = field(default=0.0, repr=False)  # wall_s of the starts before this one
 
@@ -50,9 +53,12 @@ class TrainState:
     def follow(self, asked: dict[str, Any]) -> None:
         """Forget batch sizes that were found for another request: the recipe's new one counts.
 
-        Args: asked: settings by what they are the batch of; "micro_batch" is one.
+        Args: asked: settings by what they are the batch of; "micro_batch" is one. "spread" is what a rank holds of the job: with
+            another one it has another memory, and all sizes are found anew.
         """
         changed = {name for name, value in asked.items() if name in self.asked and self.asked[name] != value}
+        if "spread" in changed:
+            changed |= {"micro_batch", *self.batches}
         if "micro_batch" in changed:
             self.micro_batch = None
         self.batches = {name: size for name, size in self.batches.items() if name not in changed}

@@ -22,16 +22,18 @@ from torch import nn
 
 from prdp_fast.core.distributed import AllReduce
 from prdp_fast.core.memory import release
-from prdp_fast.core.records import Scores, Trajectories
+from prdp_fast.core.records import Prompt, Scores, Trajectories
 from prdp_fast.objectives import Objective, ObjectiveInput
 from prdp_fast.planning.micro_batch import halve_on_oom
 from prdp_fast.sampling.draws import UPDATE_STREAM
 from prdp_fast.sampling.policy import Policy
 from prdp_fast.sampling.rows import RowCounts, count_rows, strata, stratified
 from prdp_fast.training.passes import Reference, gradient_pass, log_prob_pass
+from prdp_fast.training.step_numbers import RatioWatch, StepNumbers
 
 # Of the clip range: a drift beyond it is more than rounding, and is told.
 LOUD_DRIFT = 0.1
+ROUNDING_16_BIT = 5e-3  # nats; a drift beyond it is told where nothing is clipped
 # The rollout's log-probs serve as pass (1) of the first update while their error moves the weights by less than this share.
 MAX_WEIGHT_ERROR = 1e-3
 
@@ -62,6 +64,17 @@ class Experience:
     divisors: dict[str, float] = field(default_factory=dict)  # of rewards that are divided by their standard deviation
     nonfinite_images: int = 0  # over all ranks; they have no reward
 
+    @property
+    def sources(self) -> list[str | None]:
+        """(N) where each image's prompt comes from, if its metadata say so; empty if those of no prompt do."""
+        found = [source_of(prompt) for prompt in self.trajectories.prompts]
+        return [one for one in found for _ in range(self.trajectories.images_per_prompt)] if any(found) else []
+
+
+def source_of(prompt: Prompt) -> str | None:
+    """As its metadata say: `source`, or the `part` that `prdp shards build` names."""
+    return next((value for name in ("source", "part") if isinstance(value := prompt.metadata.get(name), str) and value), None)
+
 
 @dataclass
 class UpdateReport:
@@ -70,6 +83,7 @@ class UpdateReport:
     metrics: dict[str, float] = field(default_factory=dict)  # means over the updates; first_ratio_error is of the first
     # By the step's number: the largest over trajectories of |sampler log-prob - trainer log-prob|, nats.
     drift_by_step: dict[int, float] = field(default_factory=dict)
+    by_step: StepNumbers = field(default_factory=StepNumbers)
     denoiser_rows: int = 0
     free_first_pass: bool = True
     skipped_updates: int = 0
@@ -88,13 +102,20 @@ class UpdateReport:
         return max((value for value in self.drift_by_step.values() if not math.isnan(value)), default=0.0)
 
 
-def drift_warning(drift: float, clip_range: float, told: float) -> str | None:
-    """What to tell the user of a drift; None if it is small, or no tenfold of one that was `told` (0: none was)."""
-    if drift <= max(LOUD_DRIFT * clip_range, 10 * told):
+def drift_warning(drift: float, clip_range: float | None, told: float) -> str | None:
+    """What to tell the user of a drift; None if it is small, or no tenfold of one that was `told` (0: none was).
+
+    Args: clip_range: of the objective; None if it has none.
+    """
+    loud = ROUNDING_16_BIT if clip_range is None else LOUD_DRIFT * clip_range
+    if drift <= max(loud, 10 * told):
         return None
+    clipping = "" if clip_range is None else (
+        f", more than a tenth of objective.clip_range ({clip_range:.0e}). Clipping does not see it, for old log-probs come from "
+        "the trainer"
+    )  # fmt: skip
     return (
-        f"drift: sampler and trainer disagree by up to {drift:.1e} nats on one step's log-prob, more than a tenth of "
-        f"objective.clip_range ({clip_range:.0e}). Clipping does not see it, for old log-probs come from the trainer; but if "
+        f"drift: sampler and trainer disagree by up to {drift:.1e} nats on one step's log-prob{clipping}; but if "
         "it is more than a 16-bit policy rounds by (1e-5 to 5e-3), rollout and update do not run the same U-Net: "
         "set performance.compile off and performance.attention sdpa to find out which choice it is"
     )
@@ -111,14 +132,20 @@ class EpochInputs:
         reference: Reference | None,
         reduce: AllReduce,
         step_weights: torch.Tensor | None = None,
+        statistics: torch.Tensor | None = None,
     ) -> None:
         """The mean and deviation of the rewards are over all ranks. Every rank calls this.
 
-        Args: step_weights: (N, S) of `step_weights`; the objective sees every log-prob multiplied by its own.
+        Args:
+            step_weights: (N, S) of `step_weights`; the objective sees every log-prob multiplied by its own.
+            statistics: (G, 2) running mean and deviation of the prompts' rewards, if the objective wants them.
         """
         groups, steps = len(trajectories.prompts), trajectories.log_probs.shape[1]
         self.grouped = (groups, trajectories.images_per_prompt, steps)
         self.rewards = rewards
+        self.elements = trajectories.latents[0, 0].numel()
+        self.seeds = trajectories.seeds.view(self.grouped[:2])
+        self.statistics = statistics
         self.policy_is_reference = objective.needs_reference and reference is None
         self.ref_log_probs = None if reference is None else reference.log_probs  # (N, S)
         self.step_weights = None if step_weights is None else step_weights.to(trajectories.log_probs.device)
@@ -134,7 +161,7 @@ class EpochInputs:
             log_probs=self.weighted(log_probs).view(self.grouped), old_log_probs=self.weighted(old).view(self.grouped),
             ref_log_probs=None if ref is None else self.weighted(ref).view(self.grouped),
             rewards=self.rewards.to(log_probs.device).view(self.grouped[:2]), reward_mean=self.reward_mean,
-            reward_std=self.reward_std,
+            reward_std=self.reward_std, elements=self.elements, seeds=self.seeds, statistics=self.statistics,
         )  # fmt: skip
 
     def weighted(self, values: torch.Tensor) -> torch.Tensor:
@@ -187,6 +214,8 @@ def run_updates(
     step_weights: torch.Tensor | None = None,
     skipped_in_row: int = 0,
     say: Callable[[str], None] = print,
+    statistics: torch.Tensor | None = None,
+    on_policy: bool = True,
 ) -> UpdateReport:
     """K updates on one epoch's trajectories.
 
@@ -199,10 +228,12 @@ def run_updates(
         step_weights: (N, S) of mean 1 over each trajectory's steps, by which they count in the objective; None: all alike.
         skipped_in_row: updates before this epoch's that were skipped, since the last one that was not.
         say: tells the user a line: that a micro-batch was too large for the memory, say.
+        statistics: (G, 2) running mean and deviation of the prompts' rewards, if the objective wants them.
+        on_policy: the policy itself has sampled; else its log-probs are never those of the rollout.
     """
     report, sampled = UpdateReport(skipped_in_row=skipped_in_row), trajectories.log_probs
     every_row = policy.evaluations(trajectories.steps)
-    inputs = EpochInputs(objective, trajectories, rewards, reference, reduce, step_weights)
+    inputs = EpochInputs(objective, trajectories, rewards, reference, reduce, step_weights, statistics)
     chosen, strata_sizes = draw_steps(trajectories, timesteps)
     assert chosen is None or updates == 1, "a subset of timesteps is unbiased for one update only"
     trained_rows = every_row if chosen is None else policy.evaluations(trajectories.steps.gather(1, chosen))
@@ -211,13 +242,16 @@ def run_updates(
     old = None  # log-probs at the start of the epoch, by the training path
     geometry = micro_batch  # of `old`, and so of every log-prob that is compared with it
     told: list[dict[str, float]] = []  # of each update
+    ratios = RatioWatch()
     for _ in range(updates):
-        if old is None and sampled_will_do(objective, inputs, sampled, last_drift, reduce):
+        if old is None and on_policy and sampled_will_do(objective, inputs, sampled, last_drift, reduce):
             log_probs = sampled
         else:  # pass (1)
             report.free_first_pass &= old is not None
             log_probs = current_log_probs(policy, engine, trajectories, geometry, whole)
             report.denoiser_rows += every_row
+        ratio = None if old is None else log_probs - old
+        ratios.add(ratio, None if ratio is None else objective.outside_clip(inputs.weighted(ratio)))
         output = objective(inputs.of(log_probs, log_probs if old is None else old))
         weights = inputs.weighted(output.weights.reshape(sampled.shape)) * strata_sizes
         trained, micro_batch = backpropagate(policy, engine, trajectories, weights, chosen, part, micro_batch, reduce, say)
@@ -225,7 +259,8 @@ def run_updates(
         if old is None:
             # From here on old log-probs come from the training path: same code, dtype and batch geometry as the new ones.
             old, geometry = trained, micro_batch
-            report.drift_by_step = largest_by_step((sampled - trained).abs(), trajectories.steps)
+            drift = ((sampled if on_policy else log_probs) - trained).abs()
+            report.drift_by_step = largest_by_step(drift, trajectories.steps)
             first_error = (log_probs - trained).abs().nan_to_num().max()
             if inputs.policy_is_reference:
                 inputs.ref_log_probs = trained
@@ -238,12 +273,28 @@ def run_updates(
 
     report.micro_batch = micro_batch
     report.metrics = {name: sum(one[name] for one in told) / updates for name in told[0]}
+    tell_steps(report, ratios, trained, rewards, trajectories.steps, reference)
     if reference is not None and reference.error is not None:
         error = objective.weight_error(inputs.of(sampled, sampled), reference.error / 2)
         report.metrics["reference_weight_error"] = error
     report.metrics["drift"] = report.drift
     report.metrics["skipped_updates"] = float(report.skipped_updates)
     return report
+
+
+def tell_steps(
+    report: UpdateReport, ratios: RatioWatch, trained: torch.Tensor, rewards: torch.Tensor, steps: torch.Tensor,
+    reference: Reference | None,
+) -> None:  # fmt: skip
+    """Numbers by the sampler's step. Waits for the device, after the last update.
+
+    Args: trained: (N, S), of the last update. steps: (N, S) on the CPU.
+    """
+    drift = {f"drift/step_{step:03d}": value for step, value in report.drift_by_step.items() if not math.isnan(value)}
+    report.by_step.peaks |= drift
+    ratios.read(report.by_step, steps, rewards.isfinite())
+    if reference is not None and reference.error is None:  # else every step carries the mean over some
+        report.by_step.add_means("kl_to_reference", (trained - reference.log_probs).cpu(), steps)
 
 
 def agreed_counts(policy: Policy, trajectories: Trajectories, chosen: torch.Tensor | None, reduce: AllReduce) -> RowCounts:
