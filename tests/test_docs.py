@@ -315,6 +315,7 @@ def check_program(file: Path, name: str, words: Sequence[str], whole: bool) -> N
 def recipe_keys() -> dict[str, Any]:
     """Every key of the schema with its default; ... where it has none. Items of the list of rewards are `rewards.N`."""
     from prdp_fast.config import recipe
+    from prdp_fast.config.objectives import OBJECTIVES
 
     found: dict[str, Any] = {}
 
@@ -328,7 +329,8 @@ def recipe_keys() -> dict[str, Any]:
 
     for section, prefix in (
         (recipe.Settings, ""), (recipe.LoraSettings, "model.lora."), (recipe.RewardSettings, "rewards.N."),
-        (recipe.DdpoSettings, "objective."),
+        (recipe.RandomSteps, "sampler.stochastic_steps."),
+        *((section, "objective.") for section in OBJECTIVES.values()),
     ):  # fmt: skip
         walk(section, prefix)
     return found

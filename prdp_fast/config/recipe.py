@@ -8,16 +8,13 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from prdp_fast.config.objectives import ObjectiveSettings, PrdpSettings
+from prdp_fast.config.section import Section
 from prdp_fast.core.errors import UserError
 
-LARGEST = 1e30  # of numbers that meet float32
 COLLECTIVE_MARGIN_S = 120.0  # that ranks may differ by beside what their rewards may take
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def _switch(value: Any) -> Any:
@@ -169,36 +166,12 @@ class PromptSettings(Section):
 class RewardSettings(Section):
     name: str
     weight: float = 1.0
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field({})
     normalise: Literal["none", "running", "batch"] = Field(
         "none",
         description="in training, divide by the standard deviation over all ranks' images before weighting: of the run so far, "
         "or of the epoch. Evaluations and logged parts stay as they are",
     )
-
-
-StepWeights = Annotated[
-    Literal["uniform", "inverse_kappa"],
-    Field(
-        description="of a trajectory's steps in the mean over them: all alike, or by the inverse of kappa, with which the "
-        "model's output counts in a step's log-prob"
-    ),
-]
-
-
-class PrdpSettings(Section):
-    name: Literal["prdp"] = "prdp"
-    kl_weight: float = Field(3e-5, gt=0, description="beta")
-    clip_range: float = Field(1e-4, gt=0, le=LARGEST, description="epsilon, on the weighted log-ratio of one step")
-    step_weights: StepWeights = "uniform"
-
-
-class DdpoSettings(Section):
-    name: Literal["ddpo"]
-    clip_range: float = Field(1e-4, gt=0, le=LARGEST, description="PPO clip of one step's importance ratio")
-    normalization: Literal["per_prompt", "global"] = Field("per_prompt", description="over what rewards become advantages")
-    advantage_clip: float = Field(5.0, gt=0, le=LARGEST)
-    step_weights: StepWeights = "uniform"
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -305,6 +278,9 @@ class EvaluationSettings(Section):
     prompts: int = Field(96, ge=0, description="prompts of each evaluation set; 0 evaluates nothing")
     images_per_prompt: int = Field(1, ge=1)
     every: int = Field(0, ge=0, description="epochs between evaluations of the seen set and sample grids; 0: ends only")
+    rewards: list[RewardSettings] = Field(
+        [], description="held out from training: scored at every evaluation, beside the trained ones, to see them over-optimised"
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="draws the evaluation prompts and their noise, the same before and after")
 
 
@@ -323,17 +299,23 @@ class Settings(Section):
     sampler: SamplerSettings = SamplerSettings()
     prompts: PromptSettings = PromptSettings()
     rewards: list[RewardSettings] = Field(min_length=1)
-    objective: Annotated[PrdpSettings | DdpoSettings, Field(discriminator="name")] = PrdpSettings()
+    objective: ObjectiveSettings = PrdpSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     schedule: ScheduleSettings = ScheduleSettings()
     performance: PerformanceSettings = PerformanceSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
 
+    @model_validator(mode="after")
+    def _check_reference(self) -> Settings:
+        if getattr(self.objective, "reference", None) == "moving_average" and self.model.ema_decay is None:
+            raise ValueError("objective.reference 'moving_average' without model.ema_decay; set it, to 0.99 say")
+        return self
+
     @property
     def longest_rewards_s(self) -> float:
         """That the rewards of a rank may take while the others wait."""
-        return len(self.rewards) * self.schedule.reward_timeout_s
+        return (len(self.rewards) + len(self.evaluation.rewards)) * self.schedule.reward_timeout_s
 
     @property
     def collective_timeout_s(self) -> float:
@@ -345,7 +327,8 @@ class Settings(Section):
         if self.collective_timeout_s <= self.longest_rewards_s:
             raise ValueError(
                 f"schedule.collective_timeout_minutes {self.schedule.collective_timeout_minutes:g} is not above what the rewards "
-                f"may take ({len(self.rewards)} x schedule.reward_timeout_s {self.schedule.reward_timeout_s:g} s = "
+                f"may take ({len(self.rewards) + len(self.evaluation.rewards)} x schedule.reward_timeout_s "
+                f"{self.schedule.reward_timeout_s:g} s = "
                 f"{self.longest_rewards_s / 60:g} minutes); raise the first, or lower the second"
             )
         return self

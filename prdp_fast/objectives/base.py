@@ -20,10 +20,13 @@ class ObjectiveInput:
 
     log_probs: torch.Tensor  # (G, B, S) float32, of the policy as it is now
     old_log_probs: torch.Tensor  # (G, B, S) float32, of the policy at the start of the epoch
-    ref_log_probs: torch.Tensor | None  # (G, B, S) float32, of the frozen reference; None if `needs_reference` is False
+    ref_log_probs: torch.Tensor | None  # (G, B, S) float32, of the reference; None if `needs_reference` is False
     rewards: torch.Tensor  # (G, B) float32; NaN removes an image
     reward_mean: float  # over the finite rewards of all ranks
     reward_std: float  # likewise, population
+    elements: int = 1  # C * H * W: log-probs are means over them
+    seeds: torch.Tensor | None = None  # (G, B) int64, the Philox keys of the trajectories; for draws that ranks agree on
+    statistics: torch.Tensor | None = None  # (G, 2) float32, mean and deviation of what the run has seen of each prompt
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class ObjectiveOutput:
 
 class Objective(Protocol):
     name: str
-    needs_reference: bool
+    needs_reference: bool  # log-probs under the reference, in every epoch
 
     def __call__(self, batch: ObjectiveInput) -> ObjectiveOutput: ...
 

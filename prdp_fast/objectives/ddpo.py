@@ -7,45 +7,41 @@ from typing import Literal
 
 import torch
 
-from prdp_fast.objectives.base import FLOAT32_MAX, ObjectiveInput, ObjectiveOutput
-
-STD_FLOOR = 1e-8  # as in the authors' code: a group of equal rewards gets advantage 0, not NaN
+from prdp_fast.objectives.base import ObjectiveInput, ObjectiveOutput
+from prdp_fast.objectives.policy_gradient import STD_FLOOR, centred_rewards, clipped_surrogate, overflow
 
 
 class DdpoObjective:
     name = "ddpo"
     needs_reference = False
 
-    def __init__(self, clip_range: float, normalization: Literal["per_prompt", "global"], advantage_clip: float) -> None:
+    def __init__(
+        self, clip_range: float, normalization: Literal["per_prompt", "global", "running"], advantage_clip: float
+    ) -> None:
         self.clip_range, self.normalization, self.advantage_clip = clip_range, normalization, advantage_clip
 
     def advantages(self, batch: ObjectiveInput) -> torch.Tensor:
         """(G, B) float32: normalised rewards, clipped; 0 for an image whose reward is not finite."""
         finite = batch.rewards.isfinite()
         rewards = torch.where(finite, batch.rewards, 0.0)
-        if self.normalization == "global":
-            centred = rewards - batch.reward_mean
-            std = torch.full_like(rewards[:, :1], batch.reward_std)
-        else:
-            count = finite.sum(-1, keepdim=True).clamp(min=1)
-            centred = rewards - rewards.sum(-1, keepdim=True) / count
-            std = (torch.where(finite, centred, 0.0).square().sum(-1, keepdim=True) / count).sqrt()
-        advantages = (centred / (std + STD_FLOOR)).clamp(-self.advantage_clip, self.advantage_clip)
-        return torch.where(finite, advantages, 0.0)
+        match self.normalization:
+            case "global":
+                centred, std = rewards - batch.reward_mean, torch.full_like(rewards[:, :1], batch.reward_std) + STD_FLOOR
+            case "running":
+                assert batch.statistics is not None
+                mean, std = batch.statistics.to(rewards).unsqueeze(2).unbind(1)
+                centred = rewards - mean
+            case _:
+                centred, std = centred_rewards(batch.rewards)
+                std = std + STD_FLOOR
+        return torch.where(finite, (centred / std).clamp(-self.advantage_clip, self.advantage_clip), 0.0)
 
     def __call__(self, batch: ObjectiveInput) -> ObjectiveOutput:
         """loss = mean over images and steps of max(-A ratio, -A clip(ratio, 1 - eps, 1 + eps))."""
-        advantages = self.advantages(batch)[:, :, None]
-        ratio = (batch.log_probs - batch.old_log_probs).exp()
-        # An image without a reward may have no log-probs either: 0 times NaN would be NaN.
-        ratio = torch.where(batch.rewards.isfinite()[:, :, None] | ratio.isfinite(), ratio, 1.0)
-        plain = -advantages * ratio
-        clipped = -advantages * ratio.clamp(1 - self.clip_range, 1 + self.clip_range)
-        loss = torch.maximum(plain, clipped).mean()
-        # Where the clipped branch wins the ratio is outside the interval and its gradient is 0; d ratio / d log_prob = ratio.
-        weights = torch.where(plain >= clipped, plain, 0.0) / ratio.numel()
+        advantages = self.advantages(batch)
+        loss, weights, clip_fraction = clipped_surrogate(batch, advantages, self.clip_range)
         metrics = {
-            "clip_fraction": ((ratio - 1).abs() > self.clip_range).float().mean(),
+            "clip_fraction": clip_fraction,
             "mean_abs_advantage": advantages.abs().mean(),
             "dropped_images": (~batch.rewards.isfinite()).sum(),
         }
@@ -54,10 +50,8 @@ class DdpoObjective:
     def too_large(self, spread: float, largest: float, images: int) -> str | None:
         """Advantages are rewards over their standard deviation: a square, or a sum, that overflows makes them 0 or NaN."""
         squares = images * spread**2 if self.normalization == "per_prompt" else 0.0
-        if max(squares, images * largest, 2 * largest) < FLOAT32_MAX:
-            return None
-        mend = "; set objective.normalization global" if squares >= FLOAT32_MAX else ""
-        return f"float32 cannot hold the sum of their squares, so that every advantage would be 0 or NaN{mend}"
+        fault = overflow(squares, max(images * largest, 2 * largest))
+        return fault and fault + ("; set objective.normalization global" if overflow(squares, 0.0) else "")
 
     def weight_error(self, batch: ObjectiveInput, drift: float) -> float:
         return 0.0  # with old = log_prob the ratio is exactly 1, whatever the log-probs are

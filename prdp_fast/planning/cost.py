@@ -72,12 +72,13 @@ class PhaseRows:
 
 
 def epoch_rows(
-    schedule: ScheduleSettings, policy: Policy, *, needs_reference: bool, first_epoch: bool = False
+    schedule: ScheduleSettings, policy: Policy, *, needs_reference: bool, first_epoch: bool = False, on_policy: bool = True
 ) -> dict[str, PhaseRows]:
     """denoiser rows of one epoch by phase, on the fast path (no pass (1) before the first update).
 
     Args:
         first_epoch: before the first update the policy is the reference, and no reference pass is run.
+        on_policy: the policy samples; where the reference does, pass (1) is always run.
     """
     images = schedule.prompts_per_epoch * schedule.images_per_prompt
     each = policy.trained_evaluations
@@ -97,7 +98,7 @@ def epoch_rows(
     return {
         "rollout": PhaseRows(images * policy.evaluations(torch.arange(len(policy.transitions)))),
         "reference": PhaseRows(images * reference),
-        "update": PhaseRows(images * (trained + later), images * trained),
+        "update": PhaseRows(images * (trained + later + (0 if on_policy else every)), images * trained),
     }
 
 

@@ -32,8 +32,9 @@ def epoch_lines(job: Job, device_name: str | None) -> list[str]:
     settings, family = job.settings, job.family
     tf32 = settings.performance.tf32 == "on"  # auto leaves it off in a float32 job
     peak = cost.device_peak(device_name, job.config.dtype, tf32=tf32) if device_name else None
+    rows = cost.epoch_rows(settings.schedule, job.policy, needs_reference=job.needs_reference, on_policy=job.on_policy)
     lines = cost.describe_epoch(
-        cost.epoch_rows(settings.schedule, job.policy, needs_reference=job.needs_reference), cost.denoiser_flop(family),
+        rows, cost.denoiser_flop(family),
         recompute=settings.performance.activation_checkpointing, peak=peak, gpus=job.world_size,
         backward=cost.backward_per_forward(family), title=family.denoiser_title,
     )  # fmt: skip

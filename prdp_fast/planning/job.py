@@ -48,6 +48,7 @@ class Job:
     train_prompts: PromptSet
     evaluation_prompts: dict[str, list[Prompt]]  # "seen", "unseen"
     rewards: WeightedRewards
+    held_rewards: WeightedRewards | None = None  # held out from training, scored at evaluations
 
     @classmethod
     def prepare(cls, settings: Settings, config_name: str, *, world_size: int, cuda: bool) -> Job:
@@ -55,6 +56,8 @@ class Job:
         settings.check_ranks(world_size)
         check_kernels(settings.kernels, cuda)
         rewards = build_rewards(settings.rewards, settings.schedule.reward_timeout_s)
+        held_rewards = settings.evaluation.rewards
+        held_out = build_rewards(held_rewards, settings.schedule.reward_timeout_s) if held_rewards else None
         family = read_family(settings.model.pretrained, settings.model.lora).for_sampler(settings.sampler)
         if family.lora is not None:
             family.meta_denoiser()  # refuses an adapter that does not fit
@@ -69,7 +72,7 @@ class Job:
         check_subsets(settings, stochastic_steps)
         policy = build_policy(sampler, transitions, family.predict, settings.kernels)
         train, held = open_prompts(settings, world_size)
-        return cls(settings, config, world_size, family, policy, train, held, rewards)
+        return cls(settings, config, world_size, family, policy, train, held, rewards, held_out)
 
     def record(self) -> dict[str, Any]:
         """What identifies the job in its run directory."""
@@ -95,9 +98,10 @@ class Job:
                 found[f"prompts.{name}"] = text_digest("\n".join(lines))
             if settings.prompts.stored_embeddings:
                 found["prompts.stored_embeddings"] = file_digest(self.train_prompts.directory / EMBEDDINGS)
-            for reward in settings.rewards:
-                if files := reward_files(reward.options):
-                    found[f"rewards.{reward.name}"] = files_digest(files)
+            for section, rewards in (("rewards", settings.rewards), ("evaluation.rewards", settings.evaluation.rewards)):
+                for reward in rewards:
+                    if files := reward_files(reward.options):
+                        found[f"{section}.{reward.name}"] = files_digest(files)
         return found
 
     @property
@@ -106,7 +110,7 @@ class Job:
 
     def step_lines(self) -> list[str]:
         """For the user: which steps are noisy and trained, and how much each counts, where that is a choice."""
-        sampler, table, weights = self.settings.sampler, self.transitions, self.settings.objective.step_weights
+        sampler, table, weights = self.settings.sampler, self.transitions, self.step_weights
         flow, lines = table.timesteps.is_floating_point(), []
         kappa = table.kappa[table.stochastic]
         first, last = int(table.stochastic[0]), int(table.stochastic[-1])
@@ -131,6 +135,31 @@ class Job:
     @property
     def needs_reference(self) -> bool:
         return build_objective(self.settings.objective).needs_reference
+
+    @property
+    def averages_reference(self) -> bool:
+        """Whether log-ratios are taken to the moving average of the trained weights."""
+        return getattr(self.settings.objective, "reference", None) == "moving_average"
+
+    @property
+    def keeps_reference(self) -> bool:
+        """Whether the model that training began with stays at hand: a copy, or the denoiser without its adapter."""
+        return self.needs_reference and not self.averages_reference
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether the policy samples its own trajectories, and not the frozen reference."""
+        return getattr(self.settings.objective, "trajectories", "policy") == "policy"
+
+    @property
+    def clip_range(self) -> float | None:
+        """Of the objective; None if it has none."""
+        return getattr(self.settings.objective, "clip_range", None)
+
+    @property
+    def step_weights(self) -> str:
+        """Of the objective: how a trajectory's steps count in the mean over them."""
+        return getattr(self.settings.objective, "step_weights", "uniform")
 
     @property
     def images_per_rank(self) -> int:
@@ -164,7 +193,7 @@ class Job:
         """What the job holds; activations are still to be measured."""
         return Footprint.of(
             self.settings, self.config, self.family, Activations(0), micro_batch, world_size=self.world_size,
-            needs_reference=self.needs_reference, cuda=cuda,
+            needs_reference=self.keeps_reference, cuda=cuda,
         )  # fmt: skip
 
 

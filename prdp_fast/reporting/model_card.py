@@ -115,7 +115,8 @@ def scores(evaluation: dict[str, Any]) -> str:
 
 def training(settings: Settings, summary: dict[str, Any]) -> str:
     values = settings.model_dump(mode="json")
-    values["rewards"] = [reward | {"options": for_others(reward["options"])} for reward in values["rewards"]]
+    for section in (values, values["evaluation"]):
+        section["rewards"] = [reward | {"options": for_others(reward["options"])} for reward in section["rewards"]]
     recipe = yaml.safe_dump(without_places(values), sort_keys=False, allow_unicode=True).rstrip()
     return f"## Training\n\n{summary['epochs']} epochs, {summary['images']} images. The recipe:\n\n```yaml\n{recipe}\n```"
 

@@ -66,7 +66,7 @@ def remember(acceleration: Acceleration, output: Path, say: Callable[[str], None
 def work_left(job: Job, state: TrainState) -> WorkLeft:
     """Denoiser rows of one rank until the job's end, for which something may be compiled."""
     schedule = job.settings.schedule
-    rows = epoch_rows(schedule, job.policy, needs_reference=job.needs_reference)
+    rows = epoch_rows(schedule, job.policy, needs_reference=job.needs_reference, on_policy=job.on_policy)
     left = (schedule.epochs - state.epoch) / job.world_size
     per_role = {
         "trained": rows["update"].backward, "rollout": rows["rollout"].forward, "reference": rows["reference"].forward

@@ -6,7 +6,8 @@ import time
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-ADDED = ("batches", "asked", "skipped_in_row", "nonfinite_in_row")  # fields that checkpoints of earlier versions lack
+# Fields that checkpoints of earlier versions lack.
+ADDED = ("batches", "asked", "skipped_in_row", "nonfinite_in_row", "prompt_rewards")
 
 
 @dataclass
@@ -23,6 +24,7 @@ class TrainState:
     skipped_in_row: int = 0  # updates since the last one that was applied
     nonfinite_in_row: int = 0  # epochs with an image that was not finite, since the last one without
     seen_rewards: dict[str, list[float]] = field(default_factory=dict)  # moments of those with a running normalisation
+    prompt_rewards: dict[str, list[float]] = field(default_factory=dict)  # the newest of each prompt, for running statistics
     unet_forwards: dict[str, int] = field(default_factory=lambda: {"rollout": 0, "reference": 0, "update": 0})  # rows
     _started: float | None = field(default=None, repr=False)  # a clock that began with the run
     _earlier_s: float = field(default=0.0, repr=False)  # wall_s of the starts before this one

@@ -19,6 +19,7 @@ from torch import nn
 
 from prdp_fast.acceleration.choose import Acceleration
 from prdp_fast.acceleration.process import choose_fused_optimizer, prepare_process
+from prdp_fast.config.objectives import DdpoSettings
 from prdp_fast.core import distributed, ranks, run_directory
 from prdp_fast.core.errors import OneRankError, RewardError, UserError
 from prdp_fast.core.format import format_bytes
@@ -26,10 +27,11 @@ from prdp_fast.core.memory import smaller_on_oom
 from prdp_fast.core.records import Prompt, TextEmbeddings, Trajectories
 from prdp_fast.core.stops import Stopped
 from prdp_fast.evaluation.run import Evaluation, evaluate
+from prdp_fast.evaluation.statistics import mean_and_error, over_optimised
 from prdp_fast.models.lora import add_adapter
 from prdp_fast.models.pipeline import Pipeline
 from prdp_fast.models.text import TextEncoder
-from prdp_fast.objectives import Objective, build_objective
+from prdp_fast.objectives import Objective, build_objective, update_statistics
 from prdp_fast.planning import micro_batch
 from prdp_fast.planning.job import Job
 from prdp_fast.planning.memory import MemoryPlan
@@ -65,7 +67,7 @@ class Trainer:
     encode: Callable[[list[Prompt]], TextEmbeddings]
     objective: Objective
     engine: ZeroEngine
-    reference: nn.Module | None  # frozen copy of the denoiser; None with an adapter, where it is the denoiser without it
+    reference: nn.Module | None  # frozen copy of the denoiser; None where not needed, or with an adapter
     acceleration: Acceleration
     stream: PromptStream
     scorer: BackgroundScores
@@ -92,13 +94,15 @@ class Trainer:
         settings, schedule, performance, dtype = job.settings, job.settings.schedule, job.settings.performance, job.config.dtype
         with agree():  # first: what their models hold is no longer free when the micro-batch is chosen
             job.rewards.prepare()
+            if job.held_rewards is not None:
+                job.held_rewards.prepare()
         decisions = prepare_process(performance, device, dtype)
         fused = choose_fused_optimizer(performance.fused_optimizer, device, job.config.offloads_optimizer)
 
         known = job.knows_embeddings()
         pipeline = pipeline or Pipeline.load(job.family, device, dtype, settings.sampler.scheduler, texts=not known)
         objective, lora = build_objective(settings.objective, settings.kernels), job.family.lora
-        reference = pipeline.frozen_denoiser(dtype) if objective.needs_reference and lora is None else None
+        reference = pipeline.frozen_denoiser(dtype) if job.keeps_reference and lora is None else None
         if lora is not None:
             add_adapter(pipeline.denoiser, lora, settings.seed)
         if performance.activation_checkpointing:
@@ -195,7 +199,8 @@ class Trainer:
     def sample(self, prompts: list[Prompt], embeddings: TextEmbeddings) -> Trajectories:
         """B trajectories of each prompt from the current policy. embeddings: one row per prompt."""
         settings = self.job.settings
-        with self.telemetry.phase("rollout"), self.engine.sampling_denoiser() as denoiser, agree():
+        sampling = self.engine.sampling_denoiser if self.job.on_policy else self.base_denoiser
+        with self.telemetry.phase("rollout"), sampling() as denoiser, agree():
             return self.in_batches(
                 "rollout", self.rollout_batch,
                 lambda size: rollout(
@@ -222,6 +227,7 @@ class Trainer:
             experience.scores, state.seen_rewards, distributed.all_reduce
         )
         self.watch.check_rewards(experience.scores)
+        statistics = self.prompt_statistics(experience)
         applied = self.engine.updates
         with self.telemetry.phase("update"):
             try:
@@ -229,8 +235,8 @@ class Trainer:
                     self.job.policy, self.engine, self.objective, experience.trajectories, experience.scores.total,
                     reference=experience.reference, updates=schedule.updates_per_epoch, micro_batch=self.micro_batch,
                     last_drift=state.last_drift, reduce=distributed.all_reduce, timesteps=schedule.update_timesteps,
-                    step_weights=self.step_weights(experience.trajectories),
-                    skipped_in_row=state.skipped_in_row, say=self.telemetry.message,
+                    step_weights=self.step_weights(experience.trajectories), skipped_in_row=state.skipped_in_row,
+                    say=self.telemetry.message, statistics=statistics, on_policy=self.job.on_policy,
                 )  # fmt: skip
             except OneRankError:
                 raise
@@ -241,6 +247,18 @@ class Trainer:
         state.micro_batch = report.micro_batch
         return report
 
+    def prompt_statistics(self, experience: Experience) -> torch.Tensor | None:
+        """(G, 2): what the run has seen of the rewards of each prompt, this epoch's included; None if nothing asks for it."""
+        objective = self.job.settings.objective
+        if not isinstance(objective, DdpoSettings) or objective.normalization != "running":
+            return None
+        trajectories = experience.trajectories
+        return update_statistics(
+            self.state.prompt_rewards, [prompt.index for prompt in trajectories.prompts],
+            experience.scores.total.view(-1, trajectories.images_per_prompt), buffer=objective.running_buffer,
+            min_count=objective.running_min_count, gather=distributed.gather_objects,
+        )  # fmt: skip
+
     def log(self, experience: Experience, report: UpdateReport) -> None:
         """Count the epoch as finished, and tell what it did."""
         state, epoch, count = self.state, self.state.epoch, len(experience.scores.total) * self.job.world_size
@@ -249,7 +267,7 @@ class Trainer:
         own_batches = [-float(state.batches.get(phase, math.inf)) for phase in phases]
         state.last_drift, *batches = distributed.all_reduce([report.drift, *own_batches], "max")
         state.batches = {phase: int(-size) for phase, size in zip(phases, batches, strict=True) if size > -math.inf}
-        if warning := drift_warning(state.last_drift, self.job.settings.objective.clip_range, self.told_drift):
+        if warning := drift_warning(state.last_drift, self.job.clip_range, self.told_drift):
             self.told_drift = state.last_drift
             self.telemetry.message(f"epoch {epoch}: {warning}")
         steps = torch.arange(len(self.job.transitions))
@@ -313,6 +331,8 @@ class Trainer:
         with self.engine.averaged():
             weights = self.engine.full_state_dict()
         summary: dict[str, Any] = {"evaluation": results.compare_all(before, after)}
+        for warning in over_optimised(summary["evaluation"]):
+            self.telemetry.message(warning)
         if distributed.is_main() and self.output is not None:
             phase_s = {name: round(seconds, 3) for name, seconds in self.telemetry.phase_seconds.items()}
             summary |= self.state.summary() | {"phase_s": phase_s}
@@ -373,7 +393,7 @@ class Trainer:
         self.telemetry.message(f"{run_directory.EVALUATION_BEFORE} is missing or damaged: the reference is evaluated again")
 
         def run() -> dict[str, Evaluation]:
-            with self.reference_denoiser() as denoiser:
+            with self.base_denoiser() as denoiser:
                 return {name: self.evaluate_set(denoiser, name) for name in names}
 
         return self.repeatable("evaluation", run)
@@ -385,7 +405,7 @@ class Trainer:
             part = evaluate(
                 self.job.policy, denoiser, self.pipeline, self.encode, self.job.rewards,
                 prompts[distributed.rank() :: self.job.world_size], images_per_prompt=settings.evaluation.images_per_prompt,
-                batch=self.rollout_batch, seed=settings.evaluation.seed,
+                batch=self.rollout_batch, seed=settings.evaluation.seed, held_rewards=self.job.held_rewards,
             )  # fmt: skip
         whole = Evaluation.merge(distributed.gather_objects(part), len(prompts))
         if whole.unscored == len(whole.images):  # the same on every rank
@@ -410,13 +430,16 @@ class Trainer:
             return
         with self.telemetry.phase("evaluate", throughput=False):
             seen = self.evaluate(["seen"])["seen"]
-        self.telemetry.log_scalars(state.epoch - 1, {"evaluation/seen": seen.summary()["mean"]})
+        held = {f"evaluation/seen/held/{name}": mean_and_error(values)["mean"] for name, values in seen.held.items()}
+        self.telemetry.log_scalars(state.epoch - 1, {"evaluation/seen": seen.summary()["mean"]} | held)
+        for warning in over_optimised(results.compare_all({"seen": before["seen"]}, {"seen": seen})):
+            self.telemetry.message(f"epoch {state.epoch - 1}: {warning}")
         results.write_samples(self.output, f"epoch-{state.epoch:06d}", seen, self.telemetry, state.epoch - 1)
 
     # What the methods above share.
 
     def step_weights(self, trajectories: Trajectories) -> torch.Tensor | None:
-        return step_weights(self.job.transitions, self.job.settings.objective.step_weights, trajectories.steps)
+        return step_weights(self.job.transitions, self.job.step_weights, trajectories.steps)
 
     @property
     def micro_batch(self) -> int:
@@ -452,6 +475,16 @@ class Trainer:
 
     @contextlib.contextmanager
     def reference_denoiser(self) -> Iterator[nn.Module]:
+        """What log-ratios are taken to: the frozen model, or the moving average of the policy."""
+        if self.job.averages_reference:
+            with self.engine.averaged(), self.engine.whole_denoiser() as denoiser:
+                yield denoiser
+            return
+        with self.base_denoiser() as denoiser:
+            yield denoiser
+
+    @contextlib.contextmanager
+    def base_denoiser(self) -> Iterator[nn.Module]:
         """The frozen model: a copy made before training, or the trained denoiser without its adapter."""
         if self.reference is not None:
             yield self.reference

@@ -32,6 +32,7 @@ from prdp_fast.training.passes import Reference, gradient_pass, log_prob_pass
 
 # Of the clip range: a drift beyond it is more than rounding, and is told.
 LOUD_DRIFT = 0.1
+ROUNDING_16_BIT = 5e-3  # nats; a drift beyond it is told where nothing is clipped
 # The rollout's log-probs serve as pass (1) of the first update while their error moves the weights by less than this share.
 MAX_WEIGHT_ERROR = 1e-3
 
@@ -88,13 +89,20 @@ class UpdateReport:
         return max((value for value in self.drift_by_step.values() if not math.isnan(value)), default=0.0)
 
 
-def drift_warning(drift: float, clip_range: float, told: float) -> str | None:
-    """What to tell the user of a drift; None if it is small, or no tenfold of one that was `told` (0: none was)."""
-    if drift <= max(LOUD_DRIFT * clip_range, 10 * told):
+def drift_warning(drift: float, clip_range: float | None, told: float) -> str | None:
+    """What to tell the user of a drift; None if it is small, or no tenfold of one that was `told` (0: none was).
+
+    Args: clip_range: of the objective; None if it has none.
+    """
+    loud = ROUNDING_16_BIT if clip_range is None else LOUD_DRIFT * clip_range
+    if drift <= max(loud, 10 * told):
         return None
+    clipping = "" if clip_range is None else (
+        f", more than a tenth of objective.clip_range ({clip_range:.0e}). Clipping does not see it, for old log-probs come from "
+        "the trainer"
+    )  # fmt: skip
     return (
-        f"drift: sampler and trainer disagree by up to {drift:.1e} nats on one step's log-prob, more than a tenth of "
-        f"objective.clip_range ({clip_range:.0e}). Clipping does not see it, for old log-probs come from the trainer; but if "
+        f"drift: sampler and trainer disagree by up to {drift:.1e} nats on one step's log-prob{clipping}; but if "
         "it is more than a 16-bit policy rounds by (1e-5 to 5e-3), rollout and update do not run the same U-Net: "
         "set performance.compile off and performance.attention sdpa to find out which choice it is"
     )
@@ -111,14 +119,20 @@ class EpochInputs:
         reference: Reference | None,
         reduce: AllReduce,
         step_weights: torch.Tensor | None = None,
+        statistics: torch.Tensor | None = None,
     ) -> None:
         """The mean and deviation of the rewards are over all ranks. Every rank calls this.
 
-        Args: step_weights: (N, S) of `step_weights`; the objective sees every log-prob multiplied by its own.
+        Args:
+            step_weights: (N, S) of `step_weights`; the objective sees every log-prob multiplied by its own.
+            statistics: (G, 2) running mean and deviation of the prompts' rewards, if the objective wants them.
         """
         groups, steps = len(trajectories.prompts), trajectories.log_probs.shape[1]
         self.grouped = (groups, trajectories.images_per_prompt, steps)
         self.rewards = rewards
+        self.elements = trajectories.latents[0, 0].numel()
+        self.seeds = trajectories.seeds.view(self.grouped[:2])
+        self.statistics = statistics
         self.policy_is_reference = objective.needs_reference and reference is None
         self.ref_log_probs = None if reference is None else reference.log_probs  # (N, S)
         self.step_weights = None if step_weights is None else step_weights.to(trajectories.log_probs.device)
@@ -134,7 +148,7 @@ class EpochInputs:
             log_probs=self.weighted(log_probs).view(self.grouped), old_log_probs=self.weighted(old).view(self.grouped),
             ref_log_probs=None if ref is None else self.weighted(ref).view(self.grouped),
             rewards=self.rewards.to(log_probs.device).view(self.grouped[:2]), reward_mean=self.reward_mean,
-            reward_std=self.reward_std,
+            reward_std=self.reward_std, elements=self.elements, seeds=self.seeds, statistics=self.statistics,
         )  # fmt: skip
 
     def weighted(self, values: torch.Tensor) -> torch.Tensor:
@@ -187,6 +201,8 @@ def run_updates(
     step_weights: torch.Tensor | None = None,
     skipped_in_row: int = 0,
     say: Callable[[str], None] = print,
+    statistics: torch.Tensor | None = None,
+    on_policy: bool = True,
 ) -> UpdateReport:
     """K updates on one epoch's trajectories.
 
@@ -199,10 +215,12 @@ def run_updates(
         step_weights: (N, S) of mean 1 over each trajectory's steps, by which they count in the objective; None: all alike.
         skipped_in_row: updates before this epoch's that were skipped, since the last one that was not.
         say: tells the user a line: that a micro-batch was too large for the memory, say.
+        statistics: (G, 2) running mean and deviation of the prompts' rewards, if the objective wants them.
+        on_policy: the policy itself has sampled; else its log-probs are never those of the rollout.
     """
     report, sampled = UpdateReport(skipped_in_row=skipped_in_row), trajectories.log_probs
     every_row = policy.evaluations(trajectories.steps)
-    inputs = EpochInputs(objective, trajectories, rewards, reference, reduce, step_weights)
+    inputs = EpochInputs(objective, trajectories, rewards, reference, reduce, step_weights, statistics)
     chosen, strata_sizes = draw_steps(trajectories, timesteps)
     assert chosen is None or updates == 1, "a subset of timesteps is unbiased for one update only"
     trained_rows = every_row if chosen is None else policy.evaluations(trajectories.steps.gather(1, chosen))
@@ -212,7 +230,7 @@ def run_updates(
     geometry = micro_batch  # of `old`, and so of every log-prob that is compared with it
     told: list[dict[str, float]] = []  # of each update
     for _ in range(updates):
-        if old is None and sampled_will_do(objective, inputs, sampled, last_drift, reduce):
+        if old is None and on_policy and sampled_will_do(objective, inputs, sampled, last_drift, reduce):
             log_probs = sampled
         else:  # pass (1)
             report.free_first_pass &= old is not None
@@ -225,7 +243,8 @@ def run_updates(
         if old is None:
             # From here on old log-probs come from the training path: same code, dtype and batch geometry as the new ones.
             old, geometry = trained, micro_batch
-            report.drift_by_step = largest_by_step((sampled - trained).abs(), trajectories.steps)
+            drift = ((sampled if on_policy else log_probs) - trained).abs()
+            report.drift_by_step = largest_by_step(drift, trajectories.steps)
             first_error = (log_probs - trained).abs().nan_to_num().max()
             if inputs.policy_is_reference:
                 inputs.ref_log_probs = trained
