@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from prdp_fast.config.objectives import ObjectiveSettings, PrdpSettings
-from prdp_fast.config.section import Section
+from prdp_fast.config.section import LARGEST, Section
 from prdp_fast.core.errors import UserError
 
 COLLECTIVE_MARGIN_S = 120.0  # that ranks may differ by beside what their rewards may take

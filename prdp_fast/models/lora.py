@@ -69,6 +69,13 @@ def check_targets(denoiser: nn.Module, settings: LoraSettings) -> None:
             )
 
 
+def cast_frozen(denoiser: nn.Module, dtype: torch.dtype) -> None:
+    """Round what is not trained, in place, as DeepSpeed would later: so a large model is never twice in memory in float32."""
+    for parameter in denoiser.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+
+
 def trained_parameters(denoiser: nn.Module) -> list[nn.Parameter]:
     """What an update moves: what requires gradients, and everything if nothing does."""
     parameters = list(denoiser.parameters())

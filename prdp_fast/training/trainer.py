@@ -28,7 +28,7 @@ from prdp_fast.core.records import Prompt, TextEmbeddings, Trajectories
 from prdp_fast.core.stops import Stopped
 from prdp_fast.evaluation.run import Evaluation, evaluate
 from prdp_fast.evaluation.statistics import mean_and_error, over_optimised
-from prdp_fast.models.lora import add_adapter
+from prdp_fast.models.lora import add_adapter, cast_frozen
 from prdp_fast.models.pipeline import Pipeline
 from prdp_fast.models.text import TextEncoder
 from prdp_fast.objectives import Objective, build_objective, update_statistics
@@ -105,6 +105,7 @@ class Trainer:
         reference = pipeline.frozen_denoiser(dtype) if job.keeps_reference and lora is None else None
         if lora is not None:
             add_adapter(pipeline.denoiser, lora, settings.seed)
+            cast_frozen(pipeline.denoiser, dtype)
         if performance.activation_checkpointing:
             pipeline.denoiser.enable_gradient_checkpointing()
         encode = choose_encoder(
