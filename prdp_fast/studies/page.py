@@ -40,8 +40,8 @@ def page(study: Study, arms: dict[str, Any], how: dict[str, Any], picture: str |
         parts.append(f"Source of the claim: {study.source}.")
     parts += [
         f"Recipe `{study.recipe}`. A gain is after less before, on the same prompts and noise. A number is the mean over the "
-        f"seeds ± its standard error. The last columns are the gain less that of `{study.baseline}`, seed by seed, with its 95% t "
-        "interval over the seeds, and what that says: higher or lower where the interval leaves 0 out.",
+        f"seeds ± its standard error. The last columns are the gain less that of `{study.baseline}`, seed by seed, with its 95% "
+        "t interval over the seeds, and what that says: higher or lower where the interval leaves 0 out.",
     ]  # fmt: skip
     quantities = dict.fromkeys(name for arm in arms.values() for name in arm["measured"])
     for name in quantities:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 # Fields that checkpoints of earlier versions lack.
-ADDED = ("batches", "asked", "skipped_in_row", "nonfinite_in_row", "prompt_rewards")
+ADDED = ("batches", "asked", "skipped_in_row", "nonfinite_in_row", "prompt_rewards", "trackers")
 
 
 @dataclass
@@ -26,6 +26,7 @@ class TrainState:
     seen_rewards: dict[str, list[float]] = field(default_factory=dict)  # moments of those with a running normalisation
     prompt_rewards: dict[str, list[float]] = field(default_factory=dict)  # the newest of each prompt, for running statistics
     unet_forwards: dict[str, int] = field(default_factory=lambda: {"rollout": 0, "reference": 0, "update": 0})  # rows
+    trackers: dict[str, str] = field(default_factory=dict)  # the run's id in each tracker that keeps one
     _started: float | None = field(default=None, repr=False)  # a clock that began with the run
     _earlier_s: float = field(default=0.0, repr=False)  # wall_s of the starts before this one
 
@@ -52,9 +53,12 @@ class TrainState:
     def follow(self, asked: dict[str, Any]) -> None:
         """Forget batch sizes that were found for another request: the recipe's new one counts.
 
-        Args: asked: settings by what they are the batch of; "micro_batch" is one.
+        Args: asked: settings by what they are the batch of; "micro_batch" is one. "spread" is what a rank holds of the job: with
+            another one it has another memory, and all sizes are found anew.
         """
         changed = {name for name, value in asked.items() if name in self.asked and self.asked[name] != value}
+        if "spread" in changed:
+            changed |= {"micro_batch", *self.batches}
         if "micro_batch" in changed:
             self.micro_batch = None
         self.batches = {name: size for name, size in self.batches.items() if name not in changed}

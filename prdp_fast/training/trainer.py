@@ -37,6 +37,7 @@ from prdp_fast.planning.job import Job
 from prdp_fast.planning.memory import MemoryPlan
 from prdp_fast.prompts.embeddings import choose_encoder
 from prdp_fast.prompts.stream import PromptStream
+from prdp_fast.reporting.private import recipe_for_others
 from prdp_fast.rewards import BackgroundScores
 from prdp_fast.sampling.rollout import rollout
 from prdp_fast.training import results
@@ -119,8 +120,11 @@ class Trainer:
         checkpoints = Checkpoints(output, keep=kept.keep, milestone=kept.keep_every and kept.every * kept.keep_every)
         state = checkpoints.choose()
         state.follow(
-            {"micro_batch": schedule.micro_batch, "reference": schedule.micro_batch, "rollout": settings.sampler.rollout_batch}
-        )
+            {
+                "micro_batch": schedule.micro_batch, "reference": schedule.micro_batch, "rollout": settings.sampler.rollout_batch,
+                "spread": [job.world_size, job.config.stage, job.config.offloads],
+            }
+        )  # fmt: skip
         state.micro_batch, plan, available = micro_batch.fit(
             job.footprint(cuda=device.type == "cuda"), pipeline.denoiser, job.family,
             # A resumed run keeps its micro-batch, whatever is free now: another one would round differently.
@@ -144,8 +148,10 @@ class Trainer:
         # On a CPU the rewards would take the denoiser's own cores.
         in_background = {"on": True, "off": False, "auto": device.type != "cpu"}[performance.background_rewards]
         telemetry = Telemetry(
-            output if distributed.is_main() else None, total_epochs=schedule.epochs, first_epoch=state.epoch
+            output if distributed.is_main() else None, total_epochs=schedule.epochs, first_epoch=state.epoch,
+            tracking=settings.tracking, recipe=recipe_for_others(settings.model_dump(mode="json")), run_ids=state.trackers,
         )  # fmt: skip
+        state.trackers |= telemetry.run_ids
         return cls(
             job, output, state, checkpoints, pipeline, encode, objective, engine, reference, acceleration, stream,
             BackgroundScores(in_background), telemetry, plan, available,
@@ -277,7 +283,9 @@ class Trainer:
         state.finish_epoch(
             count, rollout=count * self.job.policy.evaluations(steps), reference=int(reference_rows), update=int(update_rows)
         )  # fmt: skip
-        self.telemetry.log_epoch(epoch, epoch_metrics(experience, report), count)
+        finished, drawn = self.stream.position(state.epoch)
+        position = {"position/pass": finished, "position/prompt": drawn}
+        self.telemetry.log_epoch(epoch, epoch_metrics(experience, report) | position, count)
         self.watch.check_updates(epoch, report)
 
     def finished(self) -> bool:
@@ -317,7 +325,8 @@ class Trainer:
         if latest is not None:
             if fault := self.watch.weight_fault():
                 raise UserError(self.checkpoints.damaged(fault))
-            self.telemetry.message(f"continuing after epoch {self.state.epoch} from {latest.name}")
+            resharded = f", resharded from {self.engine.resharded}" if self.engine.resharded else ""
+            self.telemetry.message(f"continuing after epoch {self.state.epoch} from {latest.name}{resharded}")
         self.state.start_clock()
 
     def finish(self, before: dict[str, Evaluation]) -> dict[str, Any]:
