@@ -9,7 +9,11 @@ PRIVATE = ("url", "token_env", "arguments")  # options that name a server, a sec
 
 
 def recipe_for_others(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A resolved recipe, as JSON, without addresses, secrets and places of this machine. What is no recipe is passed through."""
+    """A resolved recipe, as JSON, without addresses, secrets, places of this machine, and where the user's numbers go.
+
+    What is no recipe is passed through.
+    """
+    recipe = {name: section for name, section in recipe.items() if name != "tracking"}
     recipe = with_rewards_for_others(recipe)
     if isinstance(recipe.get("evaluation"), dict):  # which has held-out ones
         recipe = recipe | {"evaluation": with_rewards_for_others(recipe["evaluation"])}

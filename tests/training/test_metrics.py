@@ -6,6 +6,7 @@ import json
 import math
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,7 +59,9 @@ def on_ranks(monkeypatch, runs: list[Callable[[], dict]]) -> list[dict]:
 def epoch(total: list[float], details: dict[str, list[float]], metrics: dict[str, float]) -> Callable[[], dict]:
     tensors = {name: torch.tensor(values) for name, values in details.items()}
     scores = Scores(torch.tensor(total), {"a": torch.tensor(total)}, tensors)
-    return lambda: epoch_metrics(Experience(None, scores, None, nonfinite_images=1), UpdateReport(metrics=metrics))  # type: ignore[arg-type]
+    return lambda: epoch_metrics(
+        Experience(SimpleNamespace(prompts=[]), scores, None, nonfinite_images=1), UpdateReport(metrics=metrics)
+    )  # type: ignore[arg-type]
 
 
 def test_names_that_only_some_ranks_have_are_means_over_those(monkeypatch) -> None:
