@@ -5,6 +5,7 @@ How the job is spread over devices is DeepSpeed's own JSON (`deepspeed.py`).
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Any, Literal
 
@@ -15,6 +16,7 @@ from prdp_fast.config.section import LARGEST, Section
 from prdp_fast.config.tracking import TrackingSettings
 from prdp_fast.core.errors import UserError
 
+MOST_NAMED = 12  # numbers in one line
 COLLECTIVE_MARGIN_S = 120.0  # that ranks may differ by beside what their rewards may take
 
 
@@ -338,7 +340,17 @@ class Settings(Section):
     def check_ranks(self, world_size: int) -> None:
         """Refuse a rank count that would split a prompt's group, before anything is loaded."""
         if self.schedule.prompts_per_epoch % world_size:
+            prompts = self.schedule.prompts_per_epoch
+            fits = [count for count in divisors(prompts) if count <= 2 * world_size][-MOST_NAMED:]
+            named = " or ".join(filter(None, [", ".join(map(str, fits[:-1])), str(fits[-1])]))
+            near = max(count for count in fits if count <= world_size)
             raise UserError(
-                f"schedule.prompts_per_epoch is {self.schedule.prompts_per_epoch}, not divisible by {world_size} ranks; "
-                f"use a multiple of {world_size}, or another --num_gpus"
+                f"schedule.prompts_per_epoch is {prompts}, not divisible by {world_size} ranks; start {named} "
+                f"(--num_gpus {near}), or a run with a multiple of {world_size} prompts"
             )
+
+
+def divisors(number: int) -> list[int]:
+    """Ascending."""
+    small = [one for one in range(1, math.isqrt(number) + 1) if number % one == 0]
+    return sorted({*small, *(number // one for one in small)})

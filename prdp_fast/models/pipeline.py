@@ -200,8 +200,7 @@ class Pipeline:
     def _export(self, directory: Path, state: dict[str, torch.Tensor]) -> list[str]:
         family = self.family
         if family.lora is not None:
-            export_adapter(directory, family.denoiser_component, family.meta_denoiser(), state, family.pretrained)
-            self.scheduler.save_pretrained(directory / "scheduler")
+            write_adapter(directory, family, self.scheduler, state)
             return []
         denoiser = family.denoiser_class.from_config(self.denoiser.config)
         denoiser.load_state_dict(state)
@@ -240,6 +239,15 @@ class Pipeline:
                 notes.append(f"warning: the exported {name} is rounded to {own.dtype}, as it was used: {reason}")
             networks[name] = again.requires_grad_(False).eval()
         return networks, notes
+
+
+def write_adapter(directory: Path, family: Family, scheduler: SchedulerMixin, state: dict[str, torch.Tensor]) -> None:
+    """An adapter for every loader, with the scheduler that it was sampled with. No weight of the base is needed.
+
+    Args: state: the adapter's weights by their names in the denoiser, float32 on the CPU.
+    """
+    export_adapter(directory, family.denoiser_component, family.meta_denoiser(), state, family.pretrained)
+    scheduler.save_pretrained(directory / "scheduler")
 
 
 def cast(encoder: nn.Module, dtype: torch.dtype) -> None:

@@ -18,7 +18,7 @@ from prdp_fast.config.tracking import TrackingSettings
 from prdp_fast.core import ranks
 from prdp_fast.core.files import write_text
 from prdp_fast.core.metric_names import SCHEMA
-from prdp_fast.core.run_directory import METRICS
+from prdp_fast.core.run_directory import MESSAGES, METRICS
 from prdp_fast.training.trackers.base import RunToTrack
 from prdp_fast.training.trackers.build import Trackers
 
@@ -152,7 +152,11 @@ class Telemetry:
             self._trackers.image(tag, path_to_png, step)
 
     def message(self, text: str) -> None:
-        """A line for the user, above the bar."""
+        """A line for the user, above the bar; and in messages.txt, for `prdp watch`."""
+        if self.directory is not None:
+            with contextlib.suppress(OSError):  # it is a copy: a full disk is told of where it matters
+                with (self.directory / MESSAGES).open("a", encoding="utf-8", errors="backslashreplace") as file:
+                    file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
         if self._display:
             self._display.message(text)
         elif self.directory is not None:

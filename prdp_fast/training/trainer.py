@@ -37,7 +37,7 @@ from prdp_fast.planning.job import Job
 from prdp_fast.planning.memory import MemoryPlan
 from prdp_fast.prompts.embeddings import choose_encoder
 from prdp_fast.prompts.stream import PromptStream
-from prdp_fast.reporting.model_card import recipe_for_others
+from prdp_fast.reporting.private import recipe_for_others
 from prdp_fast.rewards import BackgroundScores
 from prdp_fast.sampling.rollout import rollout
 from prdp_fast.training import results
@@ -120,8 +120,11 @@ class Trainer:
         checkpoints = Checkpoints(output, keep=kept.keep, milestone=kept.keep_every and kept.every * kept.keep_every)
         state = checkpoints.choose()
         state.follow(
-            {"micro_batch": schedule.micro_batch, "reference": schedule.micro_batch, "rollout": settings.sampler.rollout_batch}
-        )
+            {
+                "micro_batch": schedule.micro_batch, "reference": schedule.micro_batch, "rollout": settings.sampler.rollout_batch,
+                "spread": [job.world_size, job.config.stage, job.config.offloads],
+            }
+        )  # fmt: skip
         state.micro_batch, plan, available = micro_batch.fit(
             job.footprint(cuda=device.type == "cuda"), pipeline.denoiser, job.family,
             # A resumed run keeps its micro-batch, whatever is free now: another one would round differently.
@@ -146,7 +149,7 @@ class Trainer:
         in_background = {"on": True, "off": False, "auto": device.type != "cpu"}[performance.background_rewards]
         telemetry = Telemetry(
             output if distributed.is_main() else None, total_epochs=schedule.epochs, first_epoch=state.epoch,
-            tracking=settings.tracking, recipe=recipe_for_others(settings), run_ids=state.trackers,
+            tracking=settings.tracking, recipe=recipe_for_others(settings.model_dump(mode="json")), run_ids=state.trackers,
         )  # fmt: skip
         state.trackers |= telemetry.run_ids
         return cls(
@@ -322,7 +325,8 @@ class Trainer:
         if latest is not None:
             if fault := self.watch.weight_fault():
                 raise UserError(self.checkpoints.damaged(fault))
-            self.telemetry.message(f"continuing after epoch {self.state.epoch} from {latest.name}")
+            resharded = f", resharded from {self.engine.resharded}" if self.engine.resharded else ""
+            self.telemetry.message(f"continuing after epoch {self.state.epoch} from {latest.name}{resharded}")
         self.state.start_clock()
 
     def finish(self, before: dict[str, Evaluation]) -> dict[str, Any]:

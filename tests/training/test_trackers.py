@@ -22,7 +22,7 @@ from prdp_fast.config.tracking import MlflowSettings, PrometheusSettings, Tracki
 from prdp_fast.core.errors import UserError
 from prdp_fast.core.run_directory import METRICS, first_difference
 from prdp_fast.core.secret_words import without_secrets
-from prdp_fast.reporting.model_card import recipe_for_others
+from prdp_fast.reporting.private import recipe_for_others
 from prdp_fast.training.state import TrainState
 from prdp_fast.training.telemetry import Telemetry
 from prdp_fast.training.trackers import build, feed
@@ -206,7 +206,7 @@ def test_a_resumed_run_may_be_tracked_otherwise() -> None:
 def test_the_recipe_that_trackers_get_has_no_address_and_no_place() -> None:
     rewards = "[{name: http, options: {url: 'http://scorer.internal', token_env: PRDP_T}}]"
     settings = load_recipe("smoke", [f"rewards={rewards}", "model.pretrained=/data/me/model", "tracking.mlflow.uri=http://mine"])
-    text = json.dumps(recipe_for_others(settings))
+    text = json.dumps(recipe_for_others(settings.model_dump(mode="json")))
     assert "internal" not in text and "PRDP_T" not in text and "/data/me" not in text and "mine" not in text
     assert '"pretrained": "model"' in text
 
