@@ -52,7 +52,7 @@ def play(case: Case, kit: Kit, seed: int) -> tuple[Row, Scene]:
 
 
 def usual_signals() -> None:
-    """As a shell in the foreground has them: one that starts this in the background has Ctrl-C ignored, in all its children too."""
+    """As a shell in the foreground has them. One in the background has Ctrl-C ignored, in all that it starts."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
@@ -67,15 +67,21 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="make fault-campaign", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument(
-        "--only", action="append", default=[], metavar="WORDS", help="cases with these words in their name or setting"
-    )
-    made.add_argument("--seed", type=int, default=1, help="draws the moments, the bits and the files")
+    made.add_argument("--only", action="append", default=[], metavar="WORDS", help="cases with these words in name or setting")
+    made.add_argument("--seed", type=int, default=1, help="draws moments, bits and files")
     made.add_argument("--jobs", type=int, default=1, help="cases at a time")
     made.add_argument("--short", action="store_true", help="the cases that the test suite has")
     made.add_argument("--list", action="store_true", help="print the cases, and do nothing")
-    made.add_argument("--output", type=Path, help=f"of the table, without suffix; default of a whole campaign: {RESULTS.name}/")
+    made.add_argument("--output", type=Path, help="of the table, without suffix; a whole campaign's is in benchmarks/results/")
     return made
+
+
+def report(row: Row, scene: Scene, elapsed: float) -> None:
+    """A line of a case; what its job has said if it is not sound."""
+    print(f"[{elapsed:5.0f} s] {row.fault} | {row.setting} | {row.statuses} {row.seconds} | {verdict(row)}", flush=True)
+    if not row.is_sound:
+        said = "\n".join(f"--- start {n}\n{start.text[-3000:]}" for n, start in enumerate(scene.starts, 1))
+        print(f"    when: {row.when}\n{said}", file=sys.stderr, flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -100,13 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         def one(case: Case) -> Row:
             row, scene = play(case, kit, args.seed)
-            print(
-                f"[{time.monotonic() - began:5.0f} s] {case.name} | {row.setting} | {row.statuses} {row.seconds} | {verdict(row)}",
-                flush=True,
-            )
-            if not row.is_sound:
-                said = "\n".join(f"--- start {n}\n{start.text[-3000:]}" for n, start in enumerate(scene.starts, 1))
-                print(f"    when: {row.when}\n    {said}", file=sys.stderr, flush=True)
+            report(row, scene, time.monotonic() - began)
             return row
 
         with ThreadPoolExecutor(args.jobs) as pool:

@@ -1,6 +1,6 @@
 """The reward of the campaign's jobs: a user's file, which does what the variable CAMPAIGN_FAULT says.
 
-It holds JSON: `do`, and for what happens once `call` (the number of the call in this process, from 1) and `rank` (null: every one).
+It holds JSON: `do`; for what happens once `call`, the number of the call in this process from 1 on; and `rank` of a single one.
 An evaluation before training is two calls, so the first epoch's is the third.
 """
 

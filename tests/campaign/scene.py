@@ -25,7 +25,7 @@ from campaign.settings import EPOCHS, Setting
 
 SETTLE_S = 30.0  # from a job's end to that of its last process
 START_S = 420.0  # that a whole start may take where nothing is done to it; the machine may be shared
-PHASES = ("rollout", "reward", "update", "checkpoint", "evaluate")
+PHASES = ("rollout", "reward", "update", "checkpoint", "evaluate")  # that can be waited for
 _starting = threading.Lock()  # the server of ranks answers one at a time
 
 
@@ -38,7 +38,6 @@ class Case:
     mendable: bool = True  # a traceback is one too many
     compare: str = "exact"  # the finished run with one that nothing was done to: "exact", "rounding" or "no"
     short: bool = False  # in the short form too
-    true_launcher: bool = False
 
 
 @dataclass
@@ -105,7 +104,7 @@ class Scene:
         fault = {"CAMPAIGN_FAULT": setting.fault} if setting.fault else {}
         self._began, self._whole, self._seen = time.monotonic(), facts.newest_whole(self.run), 0
         with _starting:
-            return launching.start(TRAIN, *words, *more, ranks=setting.ranks, env=fault | (env or {}), cwd=self.folder)
+            return launching.start(self.kit.script, *words, *more, ranks=setting.ranks, env=fault | (env or {}), cwd=self.folder)
 
     def launch(self, command: list[str]) -> Launched:
         """The job by a true launcher."""
@@ -133,6 +132,8 @@ class Scene:
             self.kill_all(job, processes)
         start = Start(status, round(time.monotonic() - self._began, 1), job.output(), left)
         self.starts.append(start)
+        if isinstance(job, launching.Job):
+            shutil.rmtree(job.folder, ignore_errors=True)
         if status is not None and status not in set(statuses):
             self.unexpected.append(f"start {len(self.starts)} has status {status}, expected {' or '.join(map(str, statuses))}")
         if says and not re.search(says, start.text):
@@ -182,13 +183,16 @@ class Scene:
         self._seen = max(self._seen, facts.newest(self.run))
 
     def wait_for(self, job: Any, phase: str, epoch: int, rank: int = 0) -> dict[str, Any] | None:
-        """Until a rank is in a phase of an epoch, or past it. Returns: what the rank says of itself; None if the job has ended."""
-        deadline, order = time.monotonic() + START_S, PHASES
+        """Until a rank is in a phase of an epoch, or past it.
+
+        Returns: what the rank says of itself; None if the job has ended.
+        """
+        deadline = time.monotonic() + START_S
         while job.poll() is None and time.monotonic() < deadline:
             found = next((one for one in facts.rank_files(self.run) if one["rank"] == rank), None)
             if found is not None:
                 at = found["epoch"] if found["epoch"] is not None else -1
-                if at > epoch or (at == epoch and (found["phase"] == phase or phase not in order)):
+                if at > epoch or (at == epoch and (found["phase"] == phase or phase not in PHASES)):
                     return found
             time.sleep(0.003)
         return None
@@ -244,6 +248,7 @@ class Kit:
     """What the cases of a campaign share: the model, and an undisturbed run of every setting."""
 
     folder: Path
+    script: Path = TRAIN  # what a start runs; a reference is always the engine as it is
     model: Path = field(init=False)
     seconds: dict[Setting, float] = field(default_factory=dict)
     _made: dict[Setting, tuple[Path, Path]] = field(default_factory=dict)

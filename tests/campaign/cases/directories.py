@@ -36,11 +36,10 @@ def limit(scene: Scene, call: int, share: float, room_at: int | None, rank: int 
     if room_at is not None:
         fault["room_at"] = room_at
     scene.injected.append(f"files of rank {rank} end at {int(share * most):,} bytes from call {call} of the reward on")
-    job, env = None, {"CAMPAIGN_FAULT": json.dumps(fault)}
+    env = {"CAMPAIGN_FAULT": json.dumps(fault)}
     if room_at is not None:
-        scene.finish(
-            env=env, says=r"WARNING: checkpoint .* cannot be written .*training goes on, and tries again", evaluation__every=0
-        )
+        says = r"WARNING: checkpoint .* cannot be written .*training goes on, and tries again"
+        scene.finish(env=env, says=says, evaluation__every=0)
         return
     job = scene.start(env=env, evaluation__every=0)
     scene.end(job, (2,), "error: ")

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from launching import TRAIN, deepspeed_command, free_port
 from campaign import facts
 from campaign.cases.signals import TWO, TWO_EMA, TWO_PLAIN
 from campaign.scene import Case, Scene
+from campaign.settings import Setting
 
 
 def prdp(scene: Scene) -> list[str]:
@@ -32,12 +34,12 @@ def torchrun(scene: Scene) -> list[str]:
     return [*command, f"--master_port={free_port()}", "--max_restarts=3", "--monitor_interval=0.5", str(TRAIN), *words]
 
 
-def signalled(scene: Scene, command, name: str, statuses: tuple[int, ...], says: str = "stopped by ") -> None:
+def signalled(scene: Scene, command: Callable[[Scene], list[str]], name: str, statuses: tuple[int, ...]) -> None:
     """One signal to the launcher; the ranks save and end, and the same command goes on."""
     job = scene.launch(command(scene))
     if scene.reach(job, scene.draw.choice(("rollout", "update"))):
         os.kill(job.pid, signal.Signals[name])
-    scene.end(job, statuses, says, within=scene.bound_s)
+    scene.end(job, statuses, "stopped by ", within=scene.bound_s)
     scene.finish()
 
 
@@ -58,12 +60,14 @@ def restarted(scene: Scene) -> None:
     scene.finished = True
 
 
+def _case(name: str, setting: Setting, command: Callable[[Scene], list[str]], signal_name: str, *statuses: int) -> Case:
+    play = partial(signalled, command=command, name=signal_name, statuses=statuses)
+    return Case(name, setting, play, bound_s=90)
+
+
 CASES = [
-    Case("SIGTERM to prdp train", TWO, partial(signalled, command=prdp, name="SIGTERM", statuses=(0,)), 90, true_launcher=True),
-    Case("SIGINT to prdp train", TWO_EMA, partial(signalled, command=prdp, name="SIGINT", statuses=(130,)), 90, true_launcher=True),
-    Case("SIGKILL of prdp train", TWO_PLAIN, partial(signalled, command=prdp, name="SIGKILL", statuses=(-9,)), 90,
-         true_launcher=True),
-    Case("SIGTERM to deepspeed", TWO, partial(signalled, command=deepspeed, name="SIGTERM", statuses=(143, -15)), 90,
-         true_launcher=True),
-    Case("a rank killed three times under torchrun", TWO_PLAIN, restarted, mendable=False, true_launcher=True),
+    _case("SIGTERM to prdp train", TWO, prdp, "SIGTERM", 0), _case("SIGINT to prdp train", TWO_EMA, prdp, "SIGINT", 130),
+    _case("SIGKILL of prdp train", TWO_PLAIN, prdp, "SIGKILL", -9),
+    _case("SIGTERM to deepspeed", TWO, deepspeed, "SIGTERM", 143, -15),
+    Case("a rank killed three times under torchrun", TWO_PLAIN, restarted, mendable=False),  # torchrun shows its own tracebacks
 ]  # fmt: skip

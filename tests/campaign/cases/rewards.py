@@ -1,4 +1,4 @@
-"""Rewards that fail, hang, leave, or answer with numbers that nothing can be learnt from; and a recipe that cannot be learnt with."""
+"""Rewards that fail, hang, leave, or answer with numbers that nothing can be learnt from; and a recipe of that kind."""
 
 from __future__ import annotations
 
