@@ -55,14 +55,20 @@ def kill_in_start(scene: Scene) -> None:
     scene.finish()
 
 
-def stop(scene: Scene, names: str, target: str, phase: str, status: int = 0, then: float | None = None, fault: str = "") -> None:
+def stop(
+    scene: Scene, names: str, target: str, phase: str, status: int = 0, then: float | None = None, fault: str = "",
+    epoch: int | None = None,
+) -> None:  # fmt: skip
     """A signal or several; the run saves and ends well, and the same command goes on.
 
-    Args: then: seconds after which SIGKILL follows. fault: CAMPAIGN_FAULT of the first start.
+    Args:
+        then: seconds after which SIGKILL follows.
+        fault: CAMPAIGN_FAULT of the first start.
+        epoch: None draws it.
     """
     env = {"CAMPAIGN_FAULT": fault} if fault else SLOW if phase == "reward" else None
     job = scene.start(env=env, checkpoint__every=100 if then is None else 1)
-    if scene.reach(job, phase, epoch=2 if fault else None):
+    if scene.reach(job, phase, epoch=epoch):
         for name in names.split():
             scene.send(job, name, target)
             time.sleep(0.05)
@@ -144,7 +150,11 @@ CASES = [
     _stop("SIGINT, SIGTERM and SIGHUP in checkpoint", TWO_LORA, "SIGINT SIGTERM SIGHUP", "ranks", "checkpoint", 130),
     _stop("SIGTERM, and SIGKILL a moment later", TWO_LORA, "SIGTERM", "ranks", "update", then=0.2),
     _stop(
-        "SIGTERM to a rank whose reward hangs", TWO_EMA, "SIGTERM", "rank 0", "reward",
+        "SIGTERM to rank 0 while rank 1's reward hangs", TWO_EMA, "SIGTERM", "rank 0", "reward", epoch=1,
+        fault='{"do": "hang", "call": 4, "rank": 1}',
+    ),
+    _stop(
+        "SIGTERM to rank 1 whose reward hangs in an evaluation", TWO_PLAIN, "SIGTERM", "rank 1", "evaluate", epoch=2,
         fault='{"do": "hang", "call": 5, "rank": 1}',
     ),
     Case("SIGTERM before the first epoch", ONE, stop_at_once),
