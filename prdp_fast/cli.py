@@ -36,6 +36,7 @@ SUBCOMMANDS = {
     "serve-reward": Subcommand("prdp_fast.commands.serve_reward", "serve a reward over HTTP"),
     "evaluate": Subcommand("prdp_fast.commands.evaluate", "score a run or a model on held prompts"),
     "checkpoint": Subcommand("prdp_fast.commands.checkpoint", "list and verify a run's checkpoints"),
+    "study": Subcommand("prdp_fast.commands.study", "run and compare several recipes over several seeds"),
     "report": Subcommand("prdp_fast.commands.report", "table and curves of a run"),
 }
 

@@ -57,12 +57,13 @@ def no_reduce(values: list[float], op: str) -> list[float]:
 
 def run(
     policy, engine, reference, trajectories, updates: int, micro_batch: int, objective=None, rewards=REWARDS, last_drift=None,
-    timesteps=None, reference_timesteps=None,
+    timesteps=None, reference_timesteps=None, step_weights=None,
 ):  # fmt: skip
     """One epoch's updates; without a reference the policy is it."""
     if reference is not None:
-        reference = reference_pass(policy, reference, trajectories, micro_batch, reference_timesteps)
+        reference = reference_pass(policy, reference, trajectories, micro_batch, reference_timesteps, step_weights)
     return run_updates(
         policy, engine, objective or PrdpObjective(BETA, CLIP, "torch"), trajectories, rewards, reference=reference,
         updates=updates, micro_batch=micro_batch, last_drift=last_drift, reduce=no_reduce, timesteps=timesteps,
+        step_weights=step_weights,
     )  # fmt: skip

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 
 from prdp_fast.core.records import Prompt, TextEmbeddings, Trajectories
 from prdp_fast.models.families import Family, StableDiffusion
 from prdp_fast.sampling.policy import Policy
 from prdp_fast.sampling.rollout import rollout
-from prdp_fast.sampling.transitions import Transitions
+from prdp_fast.sampling.transitions import Transitions, Window
 
 SHAPE = (4, 4, 4)
 WIDTH = 16
@@ -34,14 +34,19 @@ def small_family() -> Family:
     return StableDiffusion(dict(small_unet().config), text_length=6)
 
 
-def small_policy(steps: int = 5, guidance_scale: float | None = 3.0, interval: tuple[int, int] | None = None) -> Policy:
-    scheduler = DDPMScheduler(
+def small_policy(
+    steps: int = 5,
+    guidance_scale: float | None = 3.0,
+    interval: tuple[int, int] | None = None,
+    window: Window | None = None,
+) -> Policy:
+    """With a window of noisy steps it is DDIM's, else DDPM's."""
+    scheduler = (DDPMScheduler if window is None else DDIMScheduler)(
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type="v_prediction", clip_sample=False,
         timestep_spacing="trailing",
     )  # fmt: skip
-    return Policy(
-        Transitions.from_scheduler(scheduler, steps), guidance_scale, small_family().predict, guidance_interval=interval
-    )
+    table = Transitions.from_scheduler(scheduler, steps, window=window)
+    return Policy(table, guidance_scale, small_family().predict, guidance_interval=interval)
 
 
 def small_embeddings(groups: int, dtype: torch.dtype = torch.float32) -> TextEmbeddings:

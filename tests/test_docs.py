@@ -329,6 +329,7 @@ def recipe_keys() -> dict[str, Any]:
 
     for section, prefix in (
         (recipe.Settings, ""), (recipe.LoraSettings, "model.lora."), (recipe.RewardSettings, "rewards.N."),
+        (recipe.RandomSteps, "sampler.stochastic_steps."),
         *((section, "objective.") for section in OBJECTIVES.values()),
     ):  # fmt: skip
         walk(section, prefix)

@@ -28,7 +28,7 @@ FLOORS = (
     frozenset({"config", "world"}),
     frozenset({"prompts", "models", "acceleration", "sampling", "rewards", "objectives"}),
     frozenset({"planning", "evaluation", "reporting", "doctor"}),
-    frozenset({"training"}),
+    frozenset({"training", "studies"}),
     frozenset({"commands", "cli", "train"}),
 )
 ROOT_MODULES = {"cli", "train"}
@@ -41,7 +41,7 @@ DOORS = {
     "torch.utils.tensorboard": {"training/telemetry.py"},
     "wandb": {"training/telemetry.py"},
     "mlflow": {"training/telemetry.py"},
-    "argparse": {"commands", "cli", "train", "world/make_model.py"},
+    "argparse": {"commands", "cli", "train", "world/make_model.py", "world/make_flow_model.py", "world/make_scorer.py"},
 }
 # Imported by a reward on first use only: a recipe that does not name the reward runs without the library.
 REWARD_LIBRARIES_AT_THE_TOP = {"torch", "numpy", "PIL", "prdp_fast", "prdp_kernels"}

@@ -13,7 +13,8 @@ from torch import nn
 from benchmarks.epoch.workload import Workload
 from prdp_fast.models.lora import adapter_off, trained_parameters
 from prdp_fast.planning.cost import PhaseRows, backward_per_forward, denoiser_flop
-from prdp_fast.sampling.rows import REFERENCE_STREAM, UPDATE_STREAM, stratified
+from prdp_fast.sampling.draws import REFERENCE_STREAM, UPDATE_STREAM
+from prdp_fast.sampling.rows import stratified
 
 Call = Callable[[], object]
 
@@ -49,17 +50,17 @@ def phase_calls(workload: Workload) -> dict[str, PhaseCalls]:
     """The phases of an epoch, each ready to be run over and over on trajectories that are drawn here."""
     trainer, policy, schedule = workload.trainer, workload.policy, workload.settings.schedule
     recompute = workload.settings.performance.activation_checkpointing
-    stochastic, images = policy.transitions.stochastic, workload.images
+    images = workload.images
     family = trainer.job.family
     per_row, backward = 1e-12 * denoiser_flop(family), backward_per_forward(family)
     trajectories, scores = workload.rollout(), workload.made_up_scores()
 
     def rows_of(timesteps: int | None, stream: int) -> Rows:
         """Of a pass over the stochastic steps, or over a subset, whose draw follows from the trajectories."""
-        if timesteps is None or timesteps >= len(stochastic):
-            return Rows.of(policy.guided[stochastic], images)
-        chosen = stratified(trajectories.seeds, len(stochastic), timesteps, stream)
-        return Rows.of(policy.guided[stochastic[chosen.flatten()]])
+        steps, total = trajectories.steps, trajectories.steps.shape[1]
+        if timesteps is None or timesteps >= total:
+            return Rows.of(policy.guided[steps])
+        return Rows.of(policy.guided[steps.gather(1, stratified(trajectories.seeds, total, timesteps, stream))])
 
     frozen = workload.bare_denoiser
     sampled = Rows.of(policy.guided, images)

@@ -23,7 +23,8 @@ from benchmarks.lib.provenance import provenance
 from prdp_fast.core.files import write_json
 from prdp_fast.core.records import Scores, Trajectories
 from prdp_fast.objectives import ObjectiveInput
-from prdp_fast.sampling.rows import UPDATE_STREAM, strata, stratified
+from prdp_fast.sampling.draws import UPDATE_STREAM
+from prdp_fast.sampling.rows import strata, stratified
 from prdp_fast.training.passes import Reference, gradient_pass, reference_pass
 
 

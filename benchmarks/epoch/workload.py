@@ -27,8 +27,7 @@ from prdp_fast.core.records import Prompt, Scores, TextEmbeddings, Trajectories
 from prdp_fast.models.lora import add_adapter
 from prdp_fast.models.pipeline import Pipeline
 from prdp_fast.planning.job import Job
-from prdp_fast.sampling.policy import Policy, build_policy
-from prdp_fast.sampling.transitions import Transitions
+from prdp_fast.sampling.policy import Policy, build_policy, build_transitions
 from prdp_fast.training.passes import Reference
 from prdp_fast.training.trainer import Trainer
 from prdp_fast.training.update import Experience, UpdateReport
@@ -109,7 +108,7 @@ class Workload:
         sampler = settings.sampler
         if steps is not None and steps != len(policy.transitions):
             sampler = sampler.model_copy(update={"num_inference_steps": steps})
-            transitions = Transitions.from_scheduler(self.trainer.pipeline.scheduler, steps, sampler.eta)
+            transitions = build_transitions(job.family, sampler, self.trainer.pipeline.scheduler)
             policy = build_policy(sampler, transitions, policy.predict, settings.kernels)
         settings = settings.model_copy(update={"schedule": schedule, "sampler": sampler})
         trainer = replace(self.trainer, job=replace(job, settings=settings, policy=policy))

@@ -1,8 +1,9 @@
 """Attention kernels of a denoiser, through diffusers' own dispatcher.
 
 `UNet2DConditionModel.set_attention_backend` does nothing by itself: its layers are diffusers' older `Attention`, whose processor
-calls torch's scaled_dot_product_attention and knows no backend. The processor here is the same arithmetic, sent through the
-dispatcher; `sdpa` leaves diffusers' own processor where it was.
+calls torch's scaled_dot_product_attention and knows no backend; so do the joint layers of some transformers. The processors here
+are the same arithmetic, sent through the dispatcher; `sdpa` leaves diffusers' own processor where it was. Its newer layers go
+through the dispatcher by themselves, and are told the kernel.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, JointAttnProcessor2_0
 from torch import nn
 
 # Our names and the dispatcher's. Several kernels can answer to one name; the first that works does.
@@ -68,6 +69,50 @@ class DispatchedAttention(AttnProcessor2_0):
         return result / attn.rescale_output_factor
 
 
+class DispatchedJointAttention(JointAttnProcessor2_0):
+    """`JointAttnProcessor2_0`, pixels and words in one attention, with a choice of kernel."""
+
+    _attention_backend: AttentionBackendName | None = None
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        joint = self.projections(attn, hidden_states, ("to_q", "to_k", "to_v"), (attn.norm_q, attn.norm_k, None))
+        if encoder_hidden_states is not None:
+            words = self.projections(
+                attn, encoder_hidden_states, ("add_q_proj", "add_k_proj", "add_v_proj"),
+                (attn.norm_added_q, attn.norm_added_k, None),
+            )  # fmt: skip
+            joint = [torch.cat(pair, dim=1) for pair in zip(joint, words, strict=True)]
+        query, key, value = joint
+        if self._attention_backend == AttentionBackendName._NATIVE_MATH:
+            result = plain_attention(query, key, value)
+        else:
+            result = dispatch_attention_fn(query, key, value, backend=self._attention_backend)
+        result = result.flatten(-2).to(query.dtype)
+        pixels, words = result[:, : hidden_states.shape[1]], result[:, hidden_states.shape[1] :]
+        pixels = attn.to_out[1](attn.to_out[0](pixels))
+        if encoder_hidden_states is None:
+            return pixels
+        return pixels, words if attn.context_pre_only else attn.to_add_out(words)
+
+    @staticmethod
+    def projections(attn: Attention, tokens: torch.Tensor, names: tuple[str, ...], norms: tuple[Any, ...]) -> list[torch.Tensor]:
+        """Query, key and value, (rows, tokens, heads, head size) each."""
+        made = [getattr(attn, name)(tokens).unflatten(-1, (attn.heads, -1)) for name in names]
+        return [x if norm is None else norm(x) for x, norm in zip(made, norms, strict=True)]
+
+
+OWN = {AttnProcessor2_0: DispatchedAttention, JointAttnProcessor2_0: DispatchedJointAttention}
+PLAIN = {dispatched: plain for plain, dispatched in OWN.items()}
+
+
 def joined_projections(
     attn: Attention, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None
 ) -> tuple[torch.Tensor, ...]:
@@ -98,26 +143,31 @@ def plain_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
 
 def is_plain(attn: Attention) -> bool:
     """Whether a layer has nothing between its inputs and the three projections, as in the blocks of Stable Diffusion."""
+    if type(attn.processor) not in (AttnProcessor2_0, DispatchedAttention):
+        return False
     extras = (attn.spatial_norm, attn.group_norm, attn.norm_cross, attn.norm_q, attn.norm_k)
     return all(extra is None or extra is False for extra in extras)
 
 
-def attention_layers(denoiser: nn.Module) -> Iterator[Attention]:
-    """The layers whose processor is diffusers' standard one or ours. Adapters' and others' are left alone."""
+def attention_layers(denoiser: nn.Module) -> Iterator[Any]:
+    """The layers whose processor is diffusers' standard one or ours, or goes through the dispatcher by itself. Adapters' and
+    others' are left alone."""
     for module in denoiser.modules():
-        if isinstance(module, Attention) and type(module.processor) in (AttnProcessor2_0, DispatchedAttention):
+        processor = getattr(module, "processor", None)
+        if type(processor) in (*OWN, *PLAIN) or hasattr(processor, "_attention_backend"):
             yield module
 
 
 def set_attention(denoiser: Any, name: str) -> None:
     """Give every layer the kernel `name` of BACKENDS. Raises: RuntimeError or ImportError if its library is missing."""
-    fused = any(getattr(layer, "fused_projections", False) for layer in attention_layers(denoiser))
-    if name == "sdpa" and not fused:
-        for layer in attention_layers(denoiser):
-            layer.set_processor(AttnProcessor2_0())
+    layers = list(attention_layers(denoiser))
+    plain = name == "sdpa" and not any(getattr(layer, "fused_projections", False) for layer in layers)
+    replacements = PLAIN if plain else OWN
+    for layer in layers:
+        if (other := replacements.get(type(layer.processor))) is not None:
+            layer.set_processor(other())
+    if plain and not any(hasattr(layer.processor, "_attention_backend") for layer in layers):
         return
-    for layer in attention_layers(denoiser):
-        layer.set_processor(DispatchedAttention())
     faults = []
     for backend in BACKENDS[name]:
         try:

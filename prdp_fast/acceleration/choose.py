@@ -89,13 +89,13 @@ def choose_attention(setting: str, probe: Probe, compiling: bool, remembered: st
             return Decision(try_attention(remembered, probe, variants), "as this run chose when it started")
         except UserError as error:
             lost = f"; {error}"
-    _, height, width = probe.shapes.latent_shape
-    if compiling and probe.device.type == "cpu" and height * width <= FEW_TOKENS:
+    tokens = probe.shapes.attention_tokens
+    if compiling and probe.device.type == "cpu" and tokens <= FEW_TOKENS:
         # Torch's CPU kernel is opaque to the compiler, which fuses the plain arithmetic with what surrounds it.
         with contextlib.suppress(UserError):
             reason = f"compiled, and no more than {FEW_TOKENS} tokens{lost}"
             return Decision(try_attention("math", probe, variants), reason)
-    needed, most = attention.math_bytes(probe.denoiser, probe.rows, height * width), probe.room()
+    needed, most = attention.math_bytes(probe.denoiser, probe.rows, tokens), probe.room()
     too_large = {}
     if setting == "auto" and needed > most:
         del variants["math"]
@@ -153,6 +153,11 @@ def choose_switch(
 
 def choose_fuse_qkv(setting: str, probe: Probe, kernel: str, remembered: str | None) -> Decision:
     denoiser = probe.denoiser
+    if not any(attention.is_plain(layer) for layer in attention.attention_layers(denoiser)):
+        reason = "no attention layers of the kind that it knows"
+        if setting == "on":
+            raise UserError(f"performance.fuse_qkv is on, but {reason}; set auto or off")
+        return Decision("off", "as set" if setting == "off" else reason)
 
     def on() -> None:
         attention.fuse_qkv(denoiser)

@@ -28,10 +28,10 @@ class CompiledForward:
         self.eager, self.rows = eager or forward, frozenset(rows)
         self.compiled = torch.compile(forward, dynamic=False, backend=BACKEND)
 
-    def __call__(self, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Inside another compilation the plain forward is what is wanted.
-        here = self.enabled and not torch.compiler.is_compiling() and rows_of(sample, *args, **kwargs) in self.rows
-        return (self.compiled if here else self.eager)(sample, *args, **kwargs)
+        here = self.enabled and not torch.compiler.is_compiling() and rows_of(*args, **kwargs) in self.rows
+        return (self.compiled if here else self.eager)(*args, **kwargs)
 
 
 @contextlib.contextmanager

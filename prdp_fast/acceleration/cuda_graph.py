@@ -26,10 +26,10 @@ class CudaGraphForward:
         self.forward, self.rows = forward, frozenset(rows)
         self.graphs: dict[Any, tuple[torch.cuda.CUDAGraph, list[torch.Tensor], Any]] = {}
 
-    def __call__(self, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled() or rows_of(sample, *args, **kwargs) not in self.rows:
-            return self.forward(sample, *args, **kwargs)
-        leaves, tree = pytree.tree_flatten(((sample, *args), kwargs))
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() or rows_of(*args, **kwargs) not in self.rows:
+            return self.forward(*args, **kwargs)
+        leaves, tree = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         key = tuple((tuple(x.shape), x.dtype) for x in tensors)
         if key not in self.graphs:

@@ -32,7 +32,7 @@ class DenoiserShapes(Protocol):
     repeated_blocks: ClassVar[tuple[str, ...]]
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]: ...
+    def attention_tokens(self) -> int: ...
     def denoiser_inputs(self, rows: int, device: torch.device | str, dtype: torch.dtype = ...) -> dict[str, Any]: ...
 
 
@@ -102,9 +102,9 @@ class Probe:
 
     @staticmethod
     def _call(call: Callable[..., Any], inputs: dict[str, Any]) -> torch.Tensor:
-        # As the policy calls: latents and timesteps by position.
-        (_, latents), (_, timesteps), *named = inputs.items()
-        return call(latents, timesteps, **dict(named))[0]
+        # As the policy calls: latents by position.
+        (_, latents), *named = inputs.items()
+        return call(latents, **dict(named))[0]
 
     def check(self, result: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
         """Raises: Unsuitable if the output or the gradient as a whole is further off than rounding."""

@@ -46,15 +46,19 @@ def twice(x: torch.Tensor) -> torch.Tensor:
 def doubling(denoiser: Callable[..., Any]) -> Callable[..., Any]:
     """The plain call of what a shared one computes: latents and timesteps are doubled at the denoiser's door."""
 
-    def call(latents: torch.Tensor, timesteps: torch.Tensor, **named: Any) -> Any:
-        return denoiser(twice(latents), twice(timesteps), **named)
+    def call(latents: torch.Tensor, timestep: torch.Tensor, **named: Any) -> Any:
+        return denoiser(twice(latents), timestep=twice(timestep), **named)
 
     return call
 
 
 def rows_of(*args: Any, **kwargs: Any) -> int:
-    """Rows of a call's result: of the longest of its tensors. Latents and hidden states that are shared are half as many."""
-    return max((len(x) for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.ndim), default=0)
+    """Rows of a call's result: of its latents or hidden states, or, where these are shared and half as many, of the texts.
+
+    By name other things are given too, positions say, which are longer and have no rows.
+    """
+    given = (*args, kwargs.get("hidden_states"), kwargs.get("encoder_hidden_states"))
+    return max((len(x) for x in given if isinstance(x, torch.Tensor) and x.ndim), default=0)
 
 
 def is_shared(hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None) -> bool:

@@ -1,10 +1,14 @@
-"""List a run's checkpoints, or read every byte of them and compare it with what was written.
+"""A run's checkpoints: what they are, whether they are whole, and the model that is in one.
 
     prdp checkpoint list RUN
     prdp checkpoint verify RUN
+    prdp checkpoint export RUN DIR
+    prdp checkpoint export RUN/checkpoints/epoch-000050 DIR
+    prdp checkpoint consolidate RUN FILE.safetensors
 
-`list` looks at names and sizes, `verify` at the contents too. Both change nothing, and a job may be running meanwhile. The exit
-status is 1 if a checkpoint is damaged.
+`list` looks at names and sizes, `verify` at the contents too; the exit status is 1 if a checkpoint is damaged. `export` writes
+the directory that the run would export at its end, `consolidate` the trained weights alone, float32 in one file. Of a run the
+newest whole checkpoint is taken, of it the moving average where one is kept. The run stays as it is, and a job may be running.
 """
 
 from __future__ import annotations
@@ -22,16 +26,39 @@ HEAD = ("epoch", "files", "size", "state")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", required=True, metavar="list|verify")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="list|verify|export|consolidate")
     for name, summary in (
         ("list", "epochs, sizes, and whether all files are there"),
         ("verify", "the same, and every byte is read"),
     ):
         action = actions.add_parser(name, help=summary, allow_abbrev=False)
         action.add_argument("run", type=Path, metavar="RUN", help="a run directory, finished or not")
+    for name, summary, target, what in (
+        ("export", "a pipeline, or an adapter, of a checkpoint's weights", "DIR", "a new directory"),
+        ("consolidate", "a checkpoint's trained weights in one file, float32", "FILE.safetensors", "a new file"),
+    ):
+        action = actions.add_parser(name, help=summary, allow_abbrev=False)
+        action.add_argument("run", type=Path, metavar="RUN[/CHECKPOINT]", help="a run directory, or one of its checkpoints")
+        action.add_argument("target", type=Path, metavar=target, help=what)
+        action.add_argument("--last", action="store_true", help="the weights themselves where their moving average is kept")
 
 
 def run(args: argparse.Namespace) -> int:
+    """Raises: UserError."""
+    return table(args) if args.action in ("list", "verify") else take_out(args)
+
+
+def take_out(args: argparse.Namespace) -> int:
+    """Prints what was taken, and last the path of what was written. Raises: UserError."""
+    from prdp_fast.training import extract  # torch and diffusers, which the others do without
+
+    taken = extract.extract(args.run, last=args.last)
+    (extract.export if args.action == "export" else extract.consolidate)(taken, args.target)
+    print(taken, args.target, sep="\n")
+    return 0
+
+
+def table(args: argparse.Namespace) -> int:
     """Prints a table, oldest first. Raises: UserError if the directory is no run."""
     if not (args.run / RUN).is_file():
         raise UserError(f"{args.run} is no run directory ({RUN} is missing); give the path that training printed last")

@@ -52,6 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument("--guidance", metavar="S", help="guidance scale, or none")
     sampling.add_argument("--guidance-interval", nargs=2, type=int, metavar=("FIRST", "LAST"), help="timesteps that are guided")
     sampling.add_argument("--eta", type=float, metavar="ETA")
+    sampling.add_argument("--method", metavar="NAME", help="how a flow-matching model's noisy steps are taken, e.g. flow_sde")
+    sampling.add_argument("--noise-level", type=float, metavar="A", help="of a flow-matching model's noisy steps")
+    sampling.add_argument(
+        "--stochastic-steps", nargs="+", metavar="STEP", help="first and last step that is noisy, counted from 0; or all"
+    )
     sampling.add_argument("--batch", type=int, metavar="N", help="images a call of the denoiser")
     sampling.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, a run's own on a GPU"

@@ -29,6 +29,12 @@ class DeepSpeedConfig:
     def offloads_optimizer(self) -> bool:
         return self.values["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
 
+    @property
+    def offloads(self) -> list[str]:
+        """The devices that the optimizer and the weights are kept on, "none" for the ranks' own."""
+        zero = self.values["zero_optimization"]
+        return [zero.get(f"offload_{what}", {}).get("device", "none") for what in ("optimizer", "param")]
+
     def coalesces(self, wanted: str) -> bool:
         """Whether the gradients of an update are reduced over ranks once, after its last micro-batch.
 
@@ -218,6 +224,11 @@ def resolve_config(name: str, settings: Settings, *, world_size: int, stochastic
         raise UserError(
             f"model.ema_decay with config {path.name}: at ZeRO stage 3 no average is kept; use stage 0, 1 or 2, or set ema_decay "
             "null"
+        )
+    if zero.get("round_robin_gradients") is True:
+        raise UserError(
+            f"config {path.name}: with zero_optimization.round_robin_gradients DeepSpeed takes one weight's float32 copy for "
+            "another's, in checkpoints and in what is exported; remove it, or set it false"
         )
     for key in [key for key, value in zero.items() if value == "auto" or (value is None and key.startswith("offload_"))]:
         del zero[key]  # DeepSpeed's own default

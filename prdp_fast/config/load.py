@@ -32,7 +32,7 @@ def find_recipe(name: str) -> Path:
         if candidate.is_file():
             return candidate
     known = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-    raise UserError(f"recipe {name!r} is neither a file nor one of the shipped recipes{_nearest(name, known)}")
+    raise UserError(f"recipe {name!r} is neither a file nor one of the shipped recipes{nearest(name, known)}")
 
 
 def load_recipe(name: str, overrides: list[str] | None = None, *, seed: int | None = None) -> Settings:
@@ -60,7 +60,7 @@ def load_recipe(name: str, overrides: list[str] | None = None, *, seed: int | No
     try:
         return Settings.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"recipe {path.name}: {_explain(error)}") from None
+        raise UserError(f"recipe {path.name}: {explain(error)}") from None
 
 
 class _RecipeLoader(yaml.SafeLoader):
@@ -164,17 +164,17 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
             raise UserError(f"--set {brief(override)}: {'.'.join(keys[:depth])} is {brief(place)}, not a section")
 
 
-def _explain(error: ValidationError) -> str:
-    """The first problem as one line, in the recipe's own words."""
+def explain(error: ValidationError, root: type[Section] = Settings) -> str:
+    """The first problem as one line, in the file's own words. Args: root: what was validated."""
     problem = error.errors()[0]
     # The discriminated objective adds its tag ("prdp") to the location; the user never wrote it.
     location = [part for i, part in enumerate(problem["loc"]) if not (i == 1 and problem["loc"][0] == "objective")]
     where = ".".join(str(part) for part in location)
     if problem["type"] == "extra_forbidden":
         section, key = location[:-1], str(location[-1])
-        fields = _fields_at(problem["loc"][:-1])
+        fields = _fields_at(root, problem["loc"][:-1])
         place = f" under {'.'.join(map(str, section))!r}" if section else ""
-        return f"unknown key {key!r}{place}{_nearest(key, fields)}"
+        return f"unknown key {key!r}{place}{nearest(key, fields)}"
     if problem["type"] == "missing":
         return f"{where} is missing; it has no default"
     message = problem["msg"].removeprefix("Value error, ")
@@ -183,9 +183,8 @@ def _explain(error: ValidationError) -> str:
     return f"{where} is {brief(problem['input'])}: {message[0].lower()}{message[1:]}"
 
 
-def _fields_at(location: tuple[int | str, ...]) -> list[str]:
+def _fields_at(section: type[Section], location: tuple[int | str, ...]) -> list[str]:
     sections: dict[str, type[Section]] = {"rewards": RewardSettings} | OBJECTIVES
-    section: type[Section] = Settings
     for part in location:
         if part in sections:
             section = sections[str(part)]
@@ -196,7 +195,7 @@ def _fields_at(location: tuple[int | str, ...]) -> list[str]:
     return list(section.model_fields)
 
 
-def _nearest(word: str, known: list[str]) -> str:
+def nearest(word: str, known: list[str]) -> str:
     """'; did you mean ...?', or the list when nothing is near. klweight -> kl_weight."""
     flat = {name.replace("_", "").lower(): name for name in known}
     near = difflib.get_close_matches(word.replace("_", "").lower(), flat, n=1, cutoff=0.6)

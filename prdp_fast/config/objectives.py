@@ -16,6 +16,11 @@ class PrdpSettings(Section):
     name: Literal["prdp"] = "prdp"
     kl_weight: float = Field(3e-5, gt=0, description="beta")
     clip_range: Clip | None = Field(1e-4, description="epsilon, on the log-ratio of one step; null: the loss without clipping")
+    step_weights: Literal["uniform", "inverse_kappa"] = Field(
+        "uniform",
+        description="of a trajectory's steps in the mean over them: all alike, or by the inverse of kappa, with which the "
+        "model's output counts in a step's log-prob; clip_range is then of the weighted log-ratio",
+    )
     pairs: Literal["all", "best_worst", "random"] = Field(
         "all",
         description="of a prompt's images: every pair, the best with the worst, or each image with one other, drawn each epoch",

@@ -5,15 +5,17 @@ How the job is spread over devices is DeepSpeed's own JSON (`deepspeed.py`).
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from prdp_fast.config.objectives import ObjectiveSettings, PrdpSettings
-from prdp_fast.config.section import Section
+from prdp_fast.config.section import LARGEST, Section
 from prdp_fast.core.errors import UserError
 
+MOST_NAMED = 12  # numbers in one line
 COLLECTIVE_MARGIN_S = 120.0  # that ranks may differ by beside what their rewards may take
 
 
@@ -45,13 +47,13 @@ class LoraSettings(Section):
 
     rank: int = Field(16, ge=1)
     alpha: float | None = Field(None, gt=0, description="the adapter is scaled by alpha / rank; null: alpha = rank")
-    targets: list[str] = Field(
-        ["to_q", "to_k", "to_v", "to_out.0"], min_length=1, description="layers that get one, by the end of their name"
+    targets: list[str] | None = Field(
+        None, min_length=1, description="layers that get one, by the end of their name; null: the model's attention projections"
     )
 
 
 class ModelSettings(Section):
-    pretrained: str = Field("tiny", description="'tiny' (embedded), a diffusers directory, or a hub id")
+    pretrained: str = Field("tiny", description="'tiny' or 'tiny_flow' (embedded), a diffusers directory, or a hub id")
     lora: LoraSettings | None = Field(None, description="null trains the whole denoiser")
     ema_decay: float | None = Field(
         None, gt=0, lt=1, description="evaluate and export a moving average of the trained weights, e.g. 0.999; stages 0 to 2"
@@ -68,6 +70,33 @@ class ModelSettings(Section):
         return value
 
 
+class RandomSteps(Section):
+    """A run of consecutive steps, another one for each trajectory, drawn from its noise key."""
+
+    count: int = Field(..., ge=1, description="steps of a run")
+    first: int = Field(0, ge=0, description="number of the first step that a run may have")
+    last: int | None = Field(None, ge=0, description="of the last; null: the last step with noise")
+
+
+def _stochastic_steps(value: Any) -> Any:
+    def whole(number: Any) -> bool:
+        return isinstance(number, int) and not isinstance(number, bool) and number >= 0
+
+    match value:
+        case None | RandomSteps():
+            return value
+        case [first, last] if whole(first) and whole(last) and first <= last:
+            return value
+        case dict() if value.keys() <= RandomSteps.model_fields.keys() and whole(value.get("count")) and value["count"]:
+            first, last = value.get("first", 0), value.get("last")
+            if whole(first) and (last is None or (whole(last) and first <= last)):
+                return RandomSteps(**value)
+    raise ValueError(
+        f"{value!r}; expected [first, last] with 0 <= first <= last, numbers of steps, or {{count: 2, first: 0, last: 5}} for a "
+        "random run of each trajectory, or null for all"
+    )
+
+
 class SamplerSettings(Section):
     num_inference_steps: int = Field(50, ge=1, description="T")
     guidance_scale: float | None = Field(5.0, description="s of classifier-free guidance; null samples without it")
@@ -79,7 +108,30 @@ class SamplerSettings(Section):
         None,
         description="sample with this class on the model's noise schedule; null: its own if it is one of them, else DDIM",
     )
-    eta: float = Field(1.0, description="DDIM's share of noise, 0 < eta <= 1; DDPM has only 1")
+    eta: float = Field(1.0, description="DDIM's share of noise, 0 < eta <= 1; DDPM and flow matching have only 1")
+    method: Literal["flow_sde", "dance_sde", "cps", "exact", "exact_dance"] | None = Field(
+        None, description="of flow-matching models: how a noisy step is taken; null: flow_sde"
+    )
+    noise_level: float | None = Field(
+        None, description="of flow-matching models; null: the method's own, 0.7 flow_sde and exact, 0.3 dance_sde, 0.8 cps"
+    )
+    embedded_guidance: float | None = Field(
+        None,
+        ge=0,
+        le=LARGEST,
+        description="guidance that a guidance-distilled model is told, at no further cost; null: its pipeline's default",
+    )
+    image_size: int | tuple[int, int] | None = Field(
+        None, description="pixels of a side, or [height, width], of models for many sizes; null: the model's own"
+    )
+    max_sequence_length: int | None = Field(
+        None, ge=1, description="tokens of a prompt for a T5 text encoder; null: its pipeline's default"
+    )
+    stochastic_steps: Annotated[tuple[int, int] | RandomSteps | None, BeforeValidator(_stochastic_steps)] = Field(
+        None,
+        description="numbers of the first and last step that are noisy and trained, 0 the noisiest, or {count, first, last} for "
+        "a random run of each trajectory; the others are the ODE's. null: all that can be",
+    )
     rollout_batch: int = Field(
         64, ge=1, description="trajectories per denoiser call (guidance doubles the rows); changes speed only"
     )
@@ -228,6 +280,9 @@ class EvaluationSettings(Section):
     prompts: int = Field(96, ge=0, description="prompts of each evaluation set; 0 evaluates nothing")
     images_per_prompt: int = Field(1, ge=1)
     every: int = Field(0, ge=0, description="epochs between evaluations of the seen set and sample grids; 0: ends only")
+    rewards: list[RewardSettings] = Field(
+        [], description="held out from training: scored at every evaluation, beside the trained ones, to see them over-optimised"
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="draws the evaluation prompts and their noise, the same before and after")
 
 
@@ -262,7 +317,7 @@ class Settings(Section):
     @property
     def longest_rewards_s(self) -> float:
         """That the rewards of a rank may take while the others wait."""
-        return len(self.rewards) * self.schedule.reward_timeout_s
+        return (len(self.rewards) + len(self.evaluation.rewards)) * self.schedule.reward_timeout_s
 
     @property
     def collective_timeout_s(self) -> float:
@@ -274,7 +329,8 @@ class Settings(Section):
         if self.collective_timeout_s <= self.longest_rewards_s:
             raise ValueError(
                 f"schedule.collective_timeout_minutes {self.schedule.collective_timeout_minutes:g} is not above what the rewards "
-                f"may take ({len(self.rewards)} x schedule.reward_timeout_s {self.schedule.reward_timeout_s:g} s = "
+                f"may take ({len(self.rewards) + len(self.evaluation.rewards)} x schedule.reward_timeout_s "
+                f"{self.schedule.reward_timeout_s:g} s = "
                 f"{self.longest_rewards_s / 60:g} minutes); raise the first, or lower the second"
             )
         return self
@@ -282,7 +338,17 @@ class Settings(Section):
     def check_ranks(self, world_size: int) -> None:
         """Refuse a rank count that would split a prompt's group, before anything is loaded."""
         if self.schedule.prompts_per_epoch % world_size:
+            prompts = self.schedule.prompts_per_epoch
+            fits = [count for count in divisors(prompts) if count <= 2 * world_size][-MOST_NAMED:]
+            named = " or ".join(filter(None, [", ".join(map(str, fits[:-1])), str(fits[-1])]))
+            near = max(count for count in fits if count <= world_size)
             raise UserError(
-                f"schedule.prompts_per_epoch is {self.schedule.prompts_per_epoch}, not divisible by {world_size} ranks; "
-                f"use a multiple of {world_size}, or another --num_gpus"
+                f"schedule.prompts_per_epoch is {prompts}, not divisible by {world_size} ranks; start {named} "
+                f"(--num_gpus {near}), or a run with a multiple of {world_size} prompts"
             )
+
+
+def divisors(number: int) -> list[int]:
+    """Ascending."""
+    small = [one for one in range(1, math.isqrt(number) + 1) if number % one == 0]
+    return sorted({*small, *(number // one for one in small)})

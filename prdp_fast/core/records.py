@@ -46,6 +46,7 @@ class Trajectories:
     latents: torch.Tensor  # (N, T+1, C, H, W) float32, x_T first
     log_probs: torch.Tensor  # (N, S) float32, nats: the sampler's own log-probs of the S stochastic steps
     seeds: torch.Tensor  # (N,) int64, the Philox keys of their noise
+    steps: torch.Tensor  # (N, S) int64 on the CPU: the numbers of each trajectory's stochastic steps, in order
 
     def embedding_rows(self, rows: torch.Tensor) -> TextEmbeddings:
         return self.embeddings.rows(torch.div(rows, self.images_per_prompt, rounding_mode="floor"))

@@ -26,15 +26,23 @@ EVALUATION = "evaluation"  # what `prdp evaluate` found
 EVALUATION_BEFORE, EVALUATION_AFTER = "evaluation_before.pt", "evaluation_after.pt"
 
 # What a resumed run may change: how long it goes on, what it keeps, and what decides about memory and speed alone, whose results
-# differ by rounding. Never what an epoch computes.
+# differ by rounding. Never what an epoch computes: the recipe's mathematics, and the precision that they are computed in.
 MAY_CHANGE = (
     "schedule.epochs", "schedule.time_limit_minutes", "schedule.on_failure", "schedule.max_repeats",
     "schedule.reward_timeout_s", "schedule.stop_after", "schedule.collective_timeout_minutes", "schedule.max_skipped_updates",
     "schedule.max_nonfinite_epochs", "schedule.micro_batch", "sampler.rollout_batch", "performance.activation_checkpointing",
-    "checkpoint.every", "checkpoint.keep", "checkpoint.keep_every", "model.push_to_hub",
+    "checkpoint.every", "checkpoint.keep", "checkpoint.keep_every", "model.push_to_hub", "performance.coalesce_gradients",
 )  # fmt: skip
-# They follow from the micro-batch, and from settings that may not change and are compared by their own names.
-DERIVED = ("deepspeed.train_micro_batch_size_per_gpu", "deepspeed.gradient_accumulation_steps")
+# Of these, what other sums come of: the user is told.
+ROUNDS = ("schedule.micro_batch", "sampler.rollout_batch", "performance.coalesce_gradients")
+# How a job is spread over ranks and devices may change likewise: a checkpoint is resharded. Not what rounds to fewer bits.
+SPREAD, QUANTISED = "deepspeed.zero_optimization", "deepspeed.zero_optimization.zero_quantized"
+# They follow from the micro-batch, the ranks, the stage and the precision, and from settings that may not change and are compared
+# by their own names.
+DERIVED = (
+    "deepspeed.train_micro_batch_size_per_gpu", "deepspeed.gradient_accumulation_steps", "deepspeed.bf16.check_grad_overflow",
+    "deepspeed.steps_per_print",
+)  # fmt: skip
 
 
 # What the record holds beside what the job is: digests of the files that it reads, and versions of libraries.
@@ -68,6 +76,7 @@ def claim(
             write_json(directory / RUN, job)
             return [f"{RUN} was damaged ({damage}) and is written again: the run had not begun"] if damage else []
         notes, versions = version_notes(earlier, job)
+        notes = spread_notes(complete(earlier), job) + notes
         write_json(directory / RUN, job | versions)
         return notes
 
@@ -123,13 +132,16 @@ def check_kinds(directory: Path) -> None:
 
 def refuse_another(directory: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     """Raises: UserError if the records are of two jobs. What decides the rest is compared first."""
-    ranks, now = old.get("world_size"), new.get("world_size")
-    if ranks != now and ranks is not None:
-        advice = f"start it on {ranks} (--num_gpus {ranks})" if isinstance(ranks, int) else "start it so"
-        had = "1 rank" if ranks == 1 else f"{ranks} ranks"
-        raise UserError(f"--output {directory}: this run has {had}, now {now}; {advice}, or choose another directory")
+    computed, wanted = precision(old), precision(new)
+    if computed != wanted:
+        section = {"bfloat16": "bf16", "float16": "fp16"}.get(computed)
+        mend = f'"{section}": {{"enabled": true}}' if section else '"bf16": {"enabled": false}'
+        raise UserError(
+            f"--output {directory}: this run computes in {computed}, now {wanted}, which is more than rounding of what it has; "
+            f"write {mend} into --config, or choose another directory"
+        )
     contents = {CONTENT, VERSIONS, EARLIER_VERSIONS, "prompts"}
-    for section in ("recipe", *sorted((old.keys() | new.keys()) - contents - {"recipe"})):
+    for section in ("recipe", *sorted((old.keys() | new.keys()) - contents - {"recipe", "world_size"})):
         difference = first_difference(old.get(section), new.get(section), section)
         if difference:
             raise UserError(
@@ -145,6 +157,45 @@ def refuse_another(directory: Path, old: dict[str, Any], new: dict[str, Any]) ->
                 f"--output {directory}: the content of {name} is not what the run started with (SHA-256 was {was}..., now "
                 f"{digest}...); put the earlier files back, or choose another directory"
             )
+
+
+def precision(job: dict[str, Any]) -> str:
+    """That a job computes in, by its DeepSpeed configuration."""
+    config = job.get("deepspeed")
+    on = [
+        name for section, name in (("bf16", "bfloat16"), ("fp16", "float16"))
+        if isinstance(config, dict) and isinstance(config.get(section), dict) and config[section].get("enabled")
+    ]  # fmt: skip
+    return on[0] if on else "float32"
+
+
+def spread_notes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """A line if a run that goes on is spread otherwise over ranks and devices, or computed in other portions."""
+    ranks, own = old.get("world_size"), new.get("world_size")
+    changed = [f"on {own} rank{'s' * (own != 1)} instead of {ranks}"] if isinstance(ranks, int) and ranks != own else []
+    before, after = (flat(job.get("deepspeed", {}).get("zero_optimization", {})) for job in (old, new))
+    for key in sorted(before.keys() | after.keys(), key=lambda key: (key != "stage", key)):
+        if before.get(key) != after.get(key):
+            name = "at ZeRO stage" if key == "stage" else f"with {key}"
+            changed.append(f"{name} {spoken(after.get(key))} instead of {spoken(before.get(key))}")
+    before, after = (flat(job.get("recipe", {})) for job in (old, new))
+    changed += [
+        f"with {key} {spoken(after.get(key))} instead of {spoken(before.get(key))}" for key in ROUNDS
+        if before.get(key) != after.get(key)
+    ]  # fmt: skip
+    return [f"continuing {', '.join(changed)}: equal to rounding, not to the bit"] if changed else []
+
+
+def flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by their dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in section.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def spoken(value: Any) -> str:
+    return "none" if value is None else value if isinstance(value, str) else json.dumps(value)
 
 
 def version_notes(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
@@ -193,6 +244,7 @@ def first_difference(old: Any, new: Any, place: str = "") -> str | None:
                 return found
         return None
     allowed = place.removeprefix("recipe.") in MAY_CHANGE or place in DERIVED
+    allowed |= place.startswith(f"{SPREAD}.") and not place.startswith(QUANTISED)
     return None if old == new or allowed else f"{place} was {brief(old)}, now {brief(new)}"
 
 

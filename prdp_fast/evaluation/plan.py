@@ -21,7 +21,6 @@ from prdp_fast.core.run_directory import EVALUATION, EXPORT, RUN
 from prdp_fast.evaluation.blocks import ALONE, BASE, FINETUNED, BlockName, digest
 from prdp_fast.evaluation.features import Features, choose_features
 from prdp_fast.evaluation.request import EvaluationRequest
-from prdp_fast.models.configs import VaeConfig, read_config
 from prdp_fast.models.families import find_family, read_family
 from prdp_fast.models.families.base import Family
 from prdp_fast.models.files import find_file, resolve, what_else
@@ -29,8 +28,7 @@ from prdp_fast.models.lora import WEIGHTS
 from prdp_fast.models.schedulers import SCHEDULERS
 from prdp_fast.prompts.stream import SHIPPED, PromptSet
 from prdp_fast.rewards import WeightedRewards, build_reward
-from prdp_fast.sampling.policy import Policy, build_policy
-from prdp_fast.sampling.transitions import Transitions
+from prdp_fast.sampling.policy import Policy, build_policy, build_transitions
 
 RUN_SETS = ("seen", "unseen")  # of a run's recipe
 
@@ -49,6 +47,7 @@ class EvaluationPlan:
     """What is evaluated, checked before a weight is in memory."""
 
     models: dict[str, Model]  # by role
+    families: dict[str, Family]  # by role, as they are sampled from
     policies: dict[str, Policy]  # by role
     prompts: dict[str, list[Prompt]]  # by the set's label
     rewards: dict[str, WeightedRewards]  # by label
@@ -93,16 +92,12 @@ def plan_evaluation(request: EvaluationRequest, *, cuda: bool) -> EvaluationPlan
     )
     features = choose_features(request.features)
     models = choose_models(request, recipe)
-    families = {role: read_family(model.pretrained) for role, model in models.items()}
+    families = {role: read_family(model.pretrained).for_sampler(sampler) for role, model in models.items()}
     check_sizes(models, families)
-    schedulers = {role: family.scheduler(sampler.scheduler) for role, family in families.items()}
     policies = {
-        role: build_policy(
-            sampler, Transitions.from_scheduler(schedulers[role], sampler.num_inference_steps, sampler.eta), family.predict,
-            setting="--guidance-interval",
-        )
+        role: build_policy(sampler, build_transitions(family, sampler), family.predict, setting="--guidance-interval")
         for role, family in families.items()
-    }  # fmt: skip
+    }
 
     *_, last = models.values()  # of two the second
     output = request.output or (directory / EVALUATION if recipe else Path("evaluations") / last.name)
@@ -111,7 +106,7 @@ def plan_evaluation(request: EvaluationRequest, *, cuda: bool) -> EvaluationPlan
     settings = {
         "models": {
             role: {"name": model.name, "pretrained": model.pretrained, "adapter": model.adapter and str(model.adapter)}
-            | {"digest": model.digest, "scheduler": type(schedulers[role]).__name__}
+            | {"digest": model.digest, "scheduler": type(families[role].scheduler(sampler.scheduler)).__name__}
             for role, model in models.items()
         },
         "sampler": sampler.model_dump(mode="json"),
@@ -125,8 +120,8 @@ def plan_evaluation(request: EvaluationRequest, *, cuda: bool) -> EvaluationPlan
         "block": block,
     }
     return EvaluationPlan(
-        models, policies, prompts, rewards, trained, features, request.samples, request.seed, block, sampler.rollout_batch,
-        dtype, output, settings,
+        models, families, policies, prompts, rewards, trained, features, request.samples, request.seed, block,
+        sampler.rollout_batch, dtype, output, settings,
     )  # fmt: skip
 
 
@@ -210,8 +205,7 @@ def check_sizes(models: dict[str, Model], families: dict[str, Family]) -> None:
 def size_of(family: Family) -> str:
     """Of latents and pictures, in words, from configurations alone."""
     channels, height, width = family.latent_shape
-    blocks = len(read_config(family.pretrained, "vae/config.json", VaeConfig)[0].block_out_channels)
-    return f"{channels} channels of {height} x {width} latents, 2^{blocks - 1} pixels a latent"
+    return f"{channels} channels of {height} x {width} latents, {family.vae_scale} pixels a latent"
 
 
 def choose_sampler(request: EvaluationRequest, recipe: Settings | None) -> SamplerSettings:
@@ -222,7 +216,7 @@ def choose_sampler(request: EvaluationRequest, recipe: Settings | None) -> Sampl
             f"--scheduler is {request.scheduler!r}; expected {' or '.join(SCHEDULERS)}, or nothing for the model's own"
         )
     given: dict[str, Any] = {"scheduler": request.scheduler, "num_inference_steps": request.steps}
-    given |= {"eta": request.eta, "rollout_batch": request.batch}
+    given |= {"eta": request.eta, "rollout_batch": request.batch, "method": request.method, "noise_level": request.noise_level}
     values |= {key: value for key, value in given.items() if value is not None}
     if request.guidance is not None:
         try:
@@ -233,6 +227,9 @@ def choose_sampler(request: EvaluationRequest, recipe: Settings | None) -> Sampl
             values["guidance_interval"] = None
     if request.guidance_interval is not None:
         values["guidance_interval"] = tuple(request.guidance_interval)
+    if request.stochastic_steps is not None:
+        words = list(request.stochastic_steps)
+        values["stochastic_steps"] = None if words == ["all"] else [int(word) if word.isdecimal() else word for word in words]
     try:
         return SamplerSettings(**values)
     except ValidationError as error:

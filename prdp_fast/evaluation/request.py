@@ -27,6 +27,9 @@ class EvaluationRequest:
     guidance: str | None = None  # a number, or "none"
     guidance_interval: Sequence[int] | None = None  # first and last timestep that is guided
     eta: float | None = None
+    method: str | None = None  # of flow-matching models
+    noise_level: float | None = None
+    stochastic_steps: Sequence[str] | None = None  # first and last step that is noisy, or "all"
     batch: int | None = None  # images a call of the denoiser
     dtype: str | None = None  # None: float32 on a CPU, a run's own on a GPU
     trust_code: bool = False  # whether Python files that the run's record names may be run

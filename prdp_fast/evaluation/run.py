@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ from prdp_fast.core.weight_files import check_weight_file
 from prdp_fast.evaluation.blocks import KEPT_PICTURES, Block, BlockName, EvaluationDirectory
 from prdp_fast.evaluation.plan import EvaluationPlan, Model
 from prdp_fast.evaluation.statistics import diversity, mean_and_error, paired_mean_and_error, prompt_means
+from prdp_fast.models.families.base import Family
 from prdp_fast.models.lora import WEIGHTS
 from prdp_fast.models.pipeline import Pipeline
 from prdp_fast.models.text import TextEncoder
@@ -87,6 +89,7 @@ class Evaluation:
     rewards: torch.Tensor  # (P,) float32, mean over the scored ones of a prompt's B images; NaN if none of them is
     strict: torch.Tensor | None  # (P,) float32, share of images that are all right by a reward's verdict; None without one
     scores: torch.Tensor | None = None  # (P, B) float32, of every image, NaN without one; None in files of earlier versions
+    held: dict[str, torch.Tensor] = field(default_factory=dict)  # of rewards held out from training, (P,) float32 each
 
     @staticmethod
     def merge(parts: list[Evaluation], total: int) -> Evaluation:
@@ -100,6 +103,7 @@ class Evaluation:
         return Evaluation(
             [prompts[i] for i in order], images[order].flatten(0, 1), rewards[order], None if strict is None else strict[order],
             None if scores is None else scores[order],
+            {name: torch.cat([part.held[name] for part in parts])[order] for name in parts[0].held},
         )  # fmt: skip
 
     @property
@@ -118,15 +122,27 @@ class Evaluation:
         return summary
 
 
-def compare_evaluations(before: Evaluation, after: Evaluation) -> dict[str, dict[str, float]]:
-    """before, after, and their difference, paired prompt by prompt over the images that both have a score of."""
+def compare_evaluations(before: Evaluation, after: Evaluation) -> dict[str, Any]:
+    """before, after, and their difference, paired prompt by prompt over the images that both have a score of; under "held" the
+    same of every reward that was held out, if there are any."""
     first, second = before.rewards, after.rewards
     kept = [part.scores for part in (before, after) if part.scores is not None]
     if len(kept) == 2:
         missing = ~(kept[0].isfinite() & kept[1].isfinite())
         first, second = (means_of_prompts(scores.masked_fill(missing, math.nan)) for scores in kept)
-    difference = paired_mean_and_error(first, second)
-    return {"before": before.summary(), "after": after.summary(), "difference": difference}
+    compared: dict[str, Any] = {
+        "before": before.summary(), "after": after.summary(), "difference": paired_mean_and_error(first, second),
+    }  # fmt: skip
+    if held := before.held.keys() & after.held.keys():
+        compared["held"] = {name: compare_held(before.held[name], after.held[name]) for name in sorted(held)}
+    return compared
+
+
+def compare_held(before: torch.Tensor, after: torch.Tensor) -> dict[str, Any]:
+    """The same of a reward that was held out, whose (P,) means of prompts are known."""
+    return {
+        "before": mean_and_error(before), "after": mean_and_error(after), "difference": paired_mean_and_error(before, after)
+    }  # fmt: skip
 
 
 def means_of_prompts(scores: torch.Tensor) -> torch.Tensor:
@@ -136,7 +152,7 @@ def means_of_prompts(scores: torch.Tensor) -> torch.Tensor:
 
 def evaluate(
     policy: Policy, denoiser: nn.Module, pipeline: Pipeline, encode: Encode, rewards: WeightedRewards, prompts: list[Prompt], *,
-    images_per_prompt: int, batch: int, seed: int,
+    images_per_prompt: int, batch: int, seed: int, held_rewards: WeightedRewards | None = None,
 ) -> Evaluation:  # fmt: skip
     """Sample and score `prompts`, this rank's part, which may be empty. Raises: RewardError.
 
@@ -145,7 +161,8 @@ def evaluate(
     if not prompts:
         none = torch.empty(0, images_per_prompt)
         no_strict = None if rewards.verdict is None else none[:, 0]
-        return Evaluation([], torch.empty(0, 3, 1, 1, dtype=torch.uint8), none[:, 0], no_strict, none)
+        held = {reward.name: none[:, 0] for reward in held_rewards.rewards} if held_rewards else {}
+        return Evaluation([], torch.empty(0, 3, 1, 1, dtype=torch.uint8), none[:, 0], no_strict, none, held)
     images, shown = sample_images(
         policy, denoiser, pipeline, encode, prompts, images_per_prompt=images_per_prompt, batch=batch, seed=seed
     )  # fmt: skip
@@ -154,7 +171,11 @@ def evaluate(
     strict = None
     if rewards.verdict is not None:
         strict = means_of_prompts(scored.details[rewards.verdict].view(len(prompts), images_per_prompt))
-    return Evaluation([prompt.text for prompt in prompts], images, means_of_prompts(scores), strict, scores)
+    held = {}
+    if held_rewards is not None:
+        parts = score_images(held_rewards, images, prompts, images_per_prompt).without(~shown).parts
+        held = {name: means_of_prompts(part.view(len(prompts), images_per_prompt)) for name, part in parts.items()}
+    return Evaluation([prompt.text for prompt in prompts], images, means_of_prompts(scores), strict, scores, held)
 
 
 # Of models as they lie on disk: `prdp evaluate`.
@@ -214,7 +235,7 @@ def compute_blocks(
             if not own:
                 continue
             say(f"{model.name} ({role}): {len(own)} blocks of up to {plan.block} prompts, {plan.samples} images each")
-            pipeline = load_model(model, device, dtype)
+            pipeline = load_model(model, plan.families[role], device, dtype)
             for note in pipeline.family.notes:
                 say(note)
             encode, told = TextEncoder(pipeline, dtype).encode, time.monotonic()
@@ -273,9 +294,9 @@ def compute_block(plan: EvaluationPlan, name: BlockName, pipeline: Pipeline, enc
     )
 
 
-def load_model(model: Model, device: torch.device, dtype: torch.dtype) -> Pipeline:
+def load_model(model: Model, family: Family, device: torch.device, dtype: torch.dtype) -> Pipeline:
     """A model to sample from, its LoRA weights merged. Raises: UserError if they do not fit."""
-    pipeline = Pipeline.load(model.pretrained, device, frozen_dtype=dtype)
+    pipeline = Pipeline.load(family, device, frozen_dtype=dtype)
     if model.adapter is not None:
         check_weight_file(f"the LoRA weights of {model.name}", model.adapter / WEIGHTS)
         try:

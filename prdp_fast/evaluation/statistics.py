@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -101,6 +101,29 @@ def mean_and_error(values: Any) -> dict[str, float]:
 def paired_mean_and_error(before: Any, after: Any) -> dict[str, float]:
     """`mean_and_error` of after - before, (P,) values each, prompt by prompt. A prompt that lacks a value is left out."""
     return mean_and_error(np.asarray(after) - np.asarray(before))
+
+
+def over_optimised(evaluation: Mapping[str, Any], errors: float = 2.0) -> list[str]:
+    """A line for every prompt set on which the trained reward has risen and one that was held out has fallen.
+
+    Args:
+        evaluation: of a summary: before, after, difference and held by prompt set.
+        errors: how many of its own standard errors a difference has to be away from 0.
+    """
+    lines = []
+    for name, sets in evaluation.items():
+        trained = sets["difference"]
+        if not trained["mean"] > errors * trained["stderr"]:
+            continue
+        for reward, held in sets.get("held", {}).items():
+            difference = held["difference"]
+            if difference["mean"] < -errors * difference["stderr"]:
+                lines.append(
+                    f"warning: on {name} the trained reward has risen by {trained['mean']:.3g} ± {trained['stderr']:.2g}, and "
+                    f"{reward}, held out, has fallen by {-difference['mean']:.3g} ± {difference['stderr']:.2g}: the reward may "
+                    "be over-optimised; raise objective.kl_weight, or take an earlier checkpoint"
+                )
+    return lines
 
 
 def mean(values: np.ndarray, *, seed: int) -> Estimate:

@@ -60,6 +60,7 @@ class UnetConfig(ReadConfig):
 class VaeConfig(ReadConfig):
     scaling_factor: float = Field(0.18215, gt=0, allow_inf_nan=False, description="a number above 0")
     latent_channels: Positive = Field(4, description="a whole number from 1")
+    shift_factor: float | None = Field(None, allow_inf_nan=False, description="a number, or null")
     block_out_channels: list[Positive] = Field([64], min_length=1, description="a list of whole numbers from 1")
     force_upcast: bool | None = Field(True, description="true or false")
     latents_mean: list[float] | None = Field(None, description="a list of a number a channel, or null")
@@ -71,6 +72,12 @@ class TextConfig(ReadConfig):
     hidden_size: Positive = Field(512, description="a whole number from 1")
     num_hidden_layers: Positive = Field(12, description="a whole number from 1")
     vocab_size: Positive = Field(49408, description="a whole number from 1")
+
+
+class T5Keys(ReadConfig):
+    d_model: Positive = Field(512, description="a whole number from 1")
+    num_layers: Positive = Field(6, description="a whole number from 1")
+    vocab_size: Positive = Field(32128, description="a whole number from 1")
 
 
 class TokenizerConfig(ReadConfig):
@@ -88,6 +95,17 @@ class SchedulerConfig(ReadConfig):
     prediction_type: str = Field("epsilon", description="epsilon, v_prediction or sample")
     timestep_spacing: str = Field("leading", description="leading, trailing or linspace")
     steps_offset: int = Field(0, description="a whole number")
+
+
+class FlowSchedulerConfig(ReadConfig):
+    name: str = Field("", alias="_class_name", description="the name of a scheduler's class")
+    num_train_timesteps: Positive = Field(1000, description="a whole number from 1")
+    shift: float = Field(1.0, gt=0, allow_inf_nan=False, description="a number above 0")
+    use_dynamic_shifting: bool = Field(False, description="true or false")
+    base_shift: float | None = Field(0.5, allow_inf_nan=False, description="a number")
+    max_shift: float | None = Field(1.15, allow_inf_nan=False, description="a number")
+    base_image_seq_len: Positive | None = Field(256, description="a whole number from 1")
+    max_image_seq_len: Positive | None = Field(4096, description="a whole number from 1")
 
 
 def read_config(pretrained: str, filename: str, keys: type[Config]) -> tuple[Config, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The files of a model: a diffusers directory, a hub id, or 'tiny', which ships with the package."""
+"""The files of a model: a diffusers directory, a hub id, or the name of one that ships with the package."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from prdp_fast.core.hub import hub_file
 from prdp_fast.core.run_directory import EXPORT, RUN
 from prdp_fast.core.weight_files import CHECKPOINTS, fault
 from prdp_fast.models.lora import WEIGHTS as LORA_WEIGHTS
-from prdp_fast.world import TINY
+from prdp_fast.world import EMBEDDED
 
 INDEX = "model_index.json"
 PIPELINE_DIRECTORY = "expected a diffusers pipeline directory, as save_pretrained writes it"
@@ -23,7 +23,7 @@ PIPELINE_DIRECTORY = "expected a diffusers pipeline directory, as save_pretraine
 
 def resolve(pretrained: str) -> str:
     """A directory or a hub id, as diffusers reads it."""
-    return str(TINY) if pretrained == "tiny" else pretrained
+    return str(EMBEDDED.get(pretrained, pretrained))
 
 
 def find_file(pretrained: str, filename: str) -> Path:

@@ -27,6 +27,7 @@ from prdp_fast.core.weight_files import write_safetensors
 WEIGHTS = "pytorch_lora_weights.safetensors"  # the name that `load_lora_weights` looks for
 PEFT, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # what `PeftModel.from_pretrained` looks for
 KOHYA = "kohya.safetensors"
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # what diffusers calls the projections of an attention layer
 
 
 def add_adapter(denoiser: nn.Module, settings: LoraSettings, seed: int) -> None:
@@ -44,7 +45,7 @@ def add_adapter(denoiser: nn.Module, settings: LoraSettings, seed: int) -> None:
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.rank if settings.alpha is None else settings.alpha,
-        target_modules=list(settings.targets),
+        target_modules=list(settings.targets or ATTENTION),
         init_lora_weights="gaussian",
     )
     with torch.random.fork_rng(devices=[]):
@@ -53,19 +54,26 @@ def add_adapter(denoiser: nn.Module, settings: LoraSettings, seed: int) -> None:
             denoiser.add_adapter(config)
         except ValueError as error:
             raise UserError(
-                f"model.lora.targets {list(settings.targets)}: {' '.join(str(error).split())[:200]}; name linear layers or "
-                "convolutions of the U-Net, by the end of their names, such as to_q or to_out.0"
+                f"model.lora.targets {list(settings.targets or ATTENTION)}: {' '.join(str(error).split())[:200]}; name linear "
+                "layers or convolutions of the denoiser, by the end of their names, such as to_q or to_out.0"
             ) from None
 
 
 def check_targets(denoiser: nn.Module, settings: LoraSettings) -> None:
     """Raises: UserError if a target is the name of no layer; peft is content if one of them is."""
-    for target in settings.targets:
+    for target in settings.targets or ATTENTION:
         if not any(name == target or name.endswith(f".{target}") for name, _ in denoiser.named_modules()):
             raise UserError(
-                f"model.lora.targets: the U-Net has no layer whose name ends with {target!r}; "
+                f"model.lora.targets: the denoiser has no layer whose name ends with {target!r}; "
                 "expected names such as to_q, to_k, to_v, to_out.0, proj_in, ff.net.2"
             )
+
+
+def cast_frozen(denoiser: nn.Module, dtype: torch.dtype) -> None:
+    """Round what is not trained, in place, as DeepSpeed would later: so a large model is never twice in memory in float32."""
+    for parameter in denoiser.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
 
 
 def trained_parameters(denoiser: nn.Module) -> list[nn.Parameter]:

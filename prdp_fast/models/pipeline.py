@@ -49,7 +49,10 @@ class Pipeline:
     decoded: int | None = None  # images that were decoded at once, where the memory was too small for more
 
     @classmethod
-    def load(cls, model: str | Family, device: torch.device, frozen_dtype: torch.dtype, scheduler: str | None = None) -> Pipeline:
+    def load(
+        cls, model: str | Family, device: torch.device, frozen_dtype: torch.dtype, scheduler: str | None = None, *,
+        texts: bool = True,
+    ) -> Pipeline:  # fmt: skip
         """Load every component.
 
         Args:
@@ -57,6 +60,7 @@ class Pipeline:
             frozen_dtype: of text encoders and VAE; the denoiser is loaded in float32 and cast by DeepSpeed. A VAE that
                 overflows in float16 stays in float32, as in its pipeline.
             scheduler: the class to sample with, as `Family.scheduler` takes it.
+            texts: False leaves the text encoders where they lie: their embeddings are stored.
         Raises: UserError if it is no pipeline of a known family, one that takes other inputs than its family's, or one with a
             weight that is not finite.
         """
@@ -64,7 +68,8 @@ class Pipeline:
         sampled_with = family.scheduler(scheduler)
         quiet_loading()
         directory = fetch(family)
-        networks = {name: load_network(family, directory, name) for name in family.networks()}
+        left_out = () if texts else tuple(name for name in family.networks() if name.startswith("text_encoder"))
+        networks = {name: None if name in left_out else load_network(family, directory, name) for name in family.networks()}
         try:
             whole = family.pipeline_class.from_pretrained(
                 directory, feature_extractor=None, dtype=torch.float32, **networks, **family.loading_options()
@@ -73,20 +78,18 @@ class Pipeline:
             raise UserError(does_not_load(family, f"a {family.pipeline_class.__name__}", error)) from None
         denoiser, vae = getattr(whole, family.denoiser_component), whole.vae
         family.check(denoiser.config, vae.config)
-        text_encoders = [
-            module for key, module in whole.components.items() if key.startswith("text_encoder") and module is not None
-        ]
-        for module in (vae, denoiser, *text_encoders):
+        pipeline = cls(family, denoiser, vae, sampled_with, whole, directory)
+        for module in (vae, denoiser, *pipeline.text_encoders.values()):
             module.requires_grad_(False).eval()
         if device.type == "cpu":  # where it is measured; cuDNN may like its own 3 x 3 kernels better
             join_upsampling(vae.decoder)
         vae_dtype = torch.float32 if family.keeps_float32_vae(vae, frozen_dtype) else frozen_dtype
         # Convolutions alone: channels-last decodes a fifth faster on a CPU, and is what tensor cores want.
         vae.to(device, vae_dtype, memory_format=torch.channels_last)
-        for module in text_encoders:
-            module.to(device, frozen_dtype)
+        denoiser.to(device)
+        for module in pipeline.text_encoders.values():
+            cast(module.to(device), frozen_dtype)
         check_tokenizers(family, whole, directory)
-        pipeline = cls(family, denoiser.to(device), vae, sampled_with, whole, directory)
         pipeline.check_weights()
         return pipeline
 
@@ -102,6 +105,11 @@ class Pipeline:
         """By component."""
         components = self.whole.components.items()
         return {name: module for name, module in components if name.startswith("text_encoder") and module is not None}
+
+    def release_text_encoders(self) -> None:
+        """Free their memory, once every embedding is there. An export reads them again."""
+        for name in self.text_encoders:
+            setattr(self.whole, name, None)
 
     def explain(self, denoiser: nn.Module, embeddings: TextEmbeddings, *, latents: bool, trained: bool = False) -> str:
         """Why latents or pictures may not be finite, and what to do. It waits for the device: called when it is so.
@@ -192,8 +200,7 @@ class Pipeline:
     def _export(self, directory: Path, state: dict[str, torch.Tensor]) -> list[str]:
         family = self.family
         if family.lora is not None:
-            export_adapter(directory, family.denoiser_component, family.meta_denoiser(), state, family.pretrained)
-            self.scheduler.save_pretrained(directory / "scheduler")
+            write_adapter(directory, family, self.scheduler, state)
             return []
         denoiser = family.denoiser_class.from_config(self.denoiser.config)
         denoiser.load_state_dict(state)
@@ -212,20 +219,44 @@ class Pipeline:
         notes = []
         for name in self.family.networks():
             own = getattr(self.whole, name)
-            if name == self.family.denoiser_component or {value.dtype for value in own.parameters()} <= {torch.float32}:
+            if name == self.family.denoiser_component:
+                continue
+            if own is not None and {value.dtype for value in own.parameters()} <= {torch.float32}:
                 continue
             try:
                 if self.source is None:
                     raise UserError("it was loaded from no directory")
                 again = load_network(self.family, self.source, name)
-                reason = None if rounds_to(again, own) else f"{self.source / name} has other weights than when the run started"
+                changed = own is not None and not rounds_to(again, own)
+                reason = f"{self.source / name} has other weights than when the run started" if changed else None
             except UserError as error:
                 reason = str(error)
+            if own is None and reason is not None:
+                notes.append(f"warning: the exported pipeline is without its {name}: {reason}")
+                continue
             if reason is not None:
                 again = copy.deepcopy(own).to("cpu", torch.float32)
                 notes.append(f"warning: the exported {name} is rounded to {own.dtype}, as it was used: {reason}")
             networks[name] = again.requires_grad_(False).eval()
         return networks, notes
+
+
+def write_adapter(directory: Path, family: Family, scheduler: SchedulerMixin, state: dict[str, torch.Tensor]) -> None:
+    """An adapter for every loader, with the scheduler that it was sampled with. No weight of the base is needed.
+
+    Args: state: the adapter's weights by their names in the denoiser, float32 on the CPU.
+    """
+    export_adapter(directory, family.denoiser_component, family.meta_denoiser(), state, family.pretrained)
+    scheduler.save_pretrained(directory / "scheduler")
+
+
+def cast(encoder: nn.Module, dtype: torch.dtype) -> None:
+    """In place, but for the layers that transformers keeps in float32 beside float16, which would overflow."""
+    encoder.to(dtype)
+    kept = (getattr(encoder, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else ()
+    for name, module in encoder.named_modules():
+        if name.rpartition(".")[2] in kept:
+            module.float()
 
 
 def rounds_to(network: nn.Module, rounded: nn.Module) -> bool:
@@ -278,7 +309,7 @@ def load_network(family: Family, directory: Path, name: str) -> nn.Module:
     except Exception as error:  # diffusers, transformers and safetensors raise all kinds
         raise UserError(does_not_load(family, f"{name}, a {class_name}", error)) from None
     # What is left over elsewhere is often harmless: a head, a table of positions. A block too many is another model's.
-    more = [key for key in found["unexpected_keys"] if "_block" in key]
+    more = [key for key in found["unexpected_keys"] if "block" in key]
     for verb, keys in (("lacks", sorted(found["missing_keys"])), ("has further layers,", sorted(more))):
         if keys:
             some = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")

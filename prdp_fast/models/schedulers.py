@@ -1,11 +1,11 @@
-"""Noise schedules of betas: the scheduler that a DDPM-trained model is sampled with."""
+"""Noise schedules: the scheduler that a model is sampled with, of betas or, for flow matching, of sigmas."""
 
 from __future__ import annotations
 
-from diffusers import DDIMScheduler, DDPMScheduler, SchedulerMixin
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 
 from prdp_fast.core.errors import UserError
-from prdp_fast.models.configs import SchedulerConfig, check_arguments, read_config
+from prdp_fast.models.configs import FlowSchedulerConfig, SchedulerConfig, check_arguments, read_config
 
 SCHEDULERS: dict[str, type[SchedulerMixin]] = {"DDPMScheduler": DDPMScheduler, "DDIMScheduler": DDIMScheduler}
 
@@ -43,4 +43,31 @@ def load_beta_scheduler(pretrained: str, wanted: str | None = None) -> Scheduler
         raise UserError(
             f"model.pretrained {pretrained!r}: {scheduler_class.__name__} refuses scheduler_config.json ({error}); "
             "correct it there"
+        ) from None
+
+
+def load_flow_scheduler(pretrained: str, wanted: str | None = None) -> FlowMatchEulerDiscreteScheduler:
+    """The scheduler of a flow-matching pipeline alone.
+
+    Args: wanted: a class that the recipe asks for; there is no choice.
+    Raises: UserError if the model's own is another class, or refuses its configuration.
+    """
+    file, only = "scheduler/scheduler_config.json", FlowMatchEulerDiscreteScheduler.__name__
+    if wanted is not None:
+        raise UserError(
+            f"sampler.scheduler is {wanted}, but model.pretrained {pretrained!r} is a flow-matching model, which has sigmas and "
+            f"no betas; set it null, and choose the noise of its {only} by sampler.method and sampler.noise_level"
+        )
+    keys, config = read_config(pretrained, file, FlowSchedulerConfig)
+    if keys.name != only:
+        raise UserError(
+            f"model.pretrained {pretrained!r} is a flow-matching model, but its {file} is of {keys.name or 'no scheduler'}; "
+            f"expected {only}, whose sigmas it was trained with: fetch the file again"
+        )
+    check_arguments(pretrained, file, config, FlowMatchEulerDiscreteScheduler)
+    try:
+        return FlowMatchEulerDiscreteScheduler.from_config(config)
+    except Exception as error:  # diffusers raises all kinds, by the value that is wrong
+        raise UserError(
+            f"model.pretrained {pretrained!r}: {only} refuses scheduler_config.json ({error}); correct it there"
         ) from None

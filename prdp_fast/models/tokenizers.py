@@ -22,14 +22,19 @@ def check_tokenizers(family: Family, whole: DiffusionPipeline, directory: Path) 
     Raises: UserError if a tokenizer has no words or other words than its encoder, or a prompt cannot be encoded.
     """
     what = f"model.pretrained {family.pretrained!r}"
-    for name in (name for name in family.components if name.startswith("tokenizer")):
-        config = getattr(whole, name.replace("tokenizer", "text_encoder")).config
+    encoders = [name for name in family.networks() if name.startswith("text_encoder") and getattr(whole, name) is not None]
+    if not encoders:  # left out: no prompt goes through them
+        return
+    for name, encoder in ((name.replace("text_encoder", "tokenizer"), name) for name in encoders):
+        config = getattr(whole, encoder).config
         try:
             fault = tokenizer_fault(getattr(whole, name), config, directory / name)
         except Exception as error:  # of special tokens that are no words: RecursionError, TypeError and others
             fault = f"does not work ({said(error)}); fetch its files again"
         if fault:
             raise UserError(f"{what}: {name} {fault}")
+    if hasattr(whole, "tokenizer_max_length"):  # some pipelines have looked at it before it was mended
+        whole.tokenizer_max_length = whole.tokenizer.model_max_length
     try:
         with torch.no_grad():
             family.encode(whole, ["a prompt"], negative=False)
@@ -39,8 +44,8 @@ def check_tokenizers(family: Family, whole: DiffusionPipeline, directory: Path) 
 
 def tokenizer_fault(tokenizer: Any, config: Any, folder: Path) -> str | None:
     """What is wrong with a tokenizer for the text encoder of `config`, None if nothing is. A length that is none is mended."""
-    longest, words = config.max_position_embeddings, len(tokenizer)
-    if not isinstance(tokenizer.model_max_length, (int, float)) or tokenizer.model_max_length > longest:
+    longest, words = getattr(config, "max_position_embeddings", None), len(tokenizer)  # T5 has no positions of its own
+    if longest and (not isinstance(tokenizer.model_max_length, (int, float)) or tokenizer.model_max_length > longest):
         tokenizer.model_max_length = longest
     if fault := numbering_fault(folder):
         return fault

@@ -89,12 +89,22 @@ def check_weights(pretrained: str, directory: Path, component: str) -> Weights |
     return weights
 
 
-def pipeline_digest(pretrained: str) -> str:
-    """Of the files that a pipeline is loaded from; of one on the hub, its commit there. Raises: UserError, OSError."""
+def pipeline_digest(pretrained: str, components: tuple[str, ...] = ("",)) -> str:
+    """Of the files that a pipeline is loaded from; of one on the hub, its commit there.
+
+    Args: components: how the names of those begin that are looked at.
+    Raises: UserError, OSError.
+    """
     index = find_file(pretrained, "model_index.json")
     root = Path(resolve(pretrained))
     if not root.is_dir():
         return index.parent.name  # in the hub's cache a file lies in a directory named after its commit
-    components = [name for name, value in read_json(pretrained, "model_index.json").items() if isinstance(value, list)]
-    files = [path for name in components for path in (root / name).rglob("*") if path.suffix in READ and path.is_file()]
+    entries = read_json(pretrained, "model_index.json").items()
+    names = [name for name, value in entries if isinstance(value, list) and name.startswith(components)]
+    files = [path for name in names for path in (root / name).rglob("*") if path.suffix in READ and path.is_file()]
     return files_digest((path.relative_to(root).as_posix(), path) for path in [index, *files])
+
+
+def encoder_digest(pretrained: str) -> str:
+    """The same of what prompts go through: with the same one an embedding is the same. Raises: UserError, OSError."""
+    return pipeline_digest(pretrained, ("text_encoder", "tokenizer"))

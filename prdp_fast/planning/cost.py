@@ -63,7 +63,7 @@ def backward_per_forward(shapes: Family) -> float:
 class PhaseRows:
     """denoiser rows of one phase of an epoch, over all ranks."""
 
-    forward: float = 0.0  # with a subset of timesteps and a guidance interval, the average over the draws
+    forward: float = 0.0  # with random steps and a guidance interval, the average over the draws
     backward: float = 0.0  # of those, the ones that are backpropagated
 
     def flop(self, per_row: float, recompute: bool = False, backward: float = BACKWARD_PER_FORWARD) -> float:
@@ -81,15 +81,15 @@ def epoch_rows(
         on_policy: the policy samples; where the reference does, pass (1) is always run.
     """
     images = schedule.prompts_per_epoch * schedule.images_per_prompt
-    stochastic = policy.transitions.stochastic
-    every = policy.evaluations(stochastic)
+    each = policy.trained_evaluations
+    every = float(each.sum())
 
     def subset(steps: int | None) -> float:
         """Evaluations of one trajectory, in expectation over the draws: the mean of each stratum."""
-        if steps is None or steps >= len(stochastic):
+        if steps is None or steps >= len(each):
             return every
-        borders = strata(len(stochastic), steps).tolist()
-        return sum(policy.evaluations(stochastic[first:end]) / (end - first) for first, end in pairwise(borders))
+        borders = strata(len(each), steps).tolist()
+        return sum(float(each[first:end].mean()) for first, end in pairwise(borders))
 
     # Later updates of an epoch each need pass (1), the log-probs before the gradient, over every step.
     later = every * (schedule.updates_per_epoch - 1)

@@ -20,7 +20,12 @@ def dry_run(job: Job, device_name: str | None) -> list[str]:
 
     Args: device_name: of the GPU, whose peak may be known; None on a CPU.
     """
-    return [*job.family.notes, *epoch_lines(job, device_name), *memory_lines(job, cuda=device_name is not None)]
+    return [
+        *job.family.notes,
+        *job.step_lines(),
+        *epoch_lines(job, device_name),
+        *memory_lines(job, cuda=device_name is not None),
+    ]
 
 
 def epoch_lines(job: Job, device_name: str | None) -> list[str]:

@@ -20,17 +20,18 @@ from prdp_fast.core.records import Prompt
 from prdp_fast.core.run_directory import CONTENT, VERSIONS
 from prdp_fast.models.families import read_family
 from prdp_fast.models.families.base import Family
-from prdp_fast.models.weights import pipeline_digest
+from prdp_fast.models.weights import encoder_digest, pipeline_digest
 from prdp_fast.objectives import build_objective
 from prdp_fast.planning.memory import Activations, Footprint
 from prdp_fast.prompts.embeddings import MANIFEST as EMBEDDINGS
-from prdp_fast.prompts.embeddings import has_embeddings
+from prdp_fast.prompts.embeddings import StoredEmbeddings, has_embeddings
 from prdp_fast.prompts.stream import PromptSet, PromptStream
 from prdp_fast.rewards import WeightedRewards, build_rewards
-from prdp_fast.sampling.policy import Policy, build_policy
+from prdp_fast.sampling.policy import Policy, build_policy, build_transitions, flow_method
 from prdp_fast.sampling.transitions import Transitions
 from prdp_kernels import dispatch
 
+LARGE_KAPPA = 10.0  # a step that counts so many times as much as another is told of
 READ_OPTIONS = ("function", "model", "processor", "tokenizer", "weights")  # of rewards: what they name is read
 LIBRARIES = ("prdp-fast", "torch", "triton", "deepspeed", "diffusers", "transformers", "peft", "xformers", "numpy", "pillow")
 
@@ -47,6 +48,7 @@ class Job:
     train_prompts: PromptSet
     evaluation_prompts: dict[str, list[Prompt]]  # "seen", "unseen"
     rewards: WeightedRewards
+    held_rewards: WeightedRewards | None = None  # held out from training, scored at evaluations
 
     @classmethod
     def prepare(cls, settings: Settings, config_name: str, *, world_size: int, cuda: bool) -> Job:
@@ -54,19 +56,23 @@ class Job:
         settings.check_ranks(world_size)
         check_kernels(settings.kernels, cuda)
         rewards = build_rewards(settings.rewards, settings.schedule.reward_timeout_s)
-        family = read_family(settings.model.pretrained, settings.model.lora)
-        if settings.model.lora is not None:
+        held_rewards = settings.evaluation.rewards
+        held_out = build_rewards(held_rewards, settings.schedule.reward_timeout_s) if held_rewards else None
+        family = read_family(settings.model.pretrained, settings.model.lora).for_sampler(settings.sampler)
+        if family.lora is not None:
             family.meta_denoiser()  # refuses an adapter that does not fit
+            # With its layers named: what is resumed is the adapter that was started.
+            settings = settings.model_copy(update={"model": settings.model.model_copy(update={"lora": family.lora})})
         sampler = settings.sampler
-        transitions = Transitions.from_scheduler(family.scheduler(sampler.scheduler), sampler.num_inference_steps, sampler.eta)
-        stochastic_steps = len(transitions.stochastic)
+        transitions = build_transitions(family, sampler)
+        stochastic_steps = transitions.trained
         config = resolve_config(
             config_name, settings, world_size=world_size, stochastic_steps=stochastic_steps, cuda=cuda
         )  # fmt: skip
         check_subsets(settings, stochastic_steps)
         policy = build_policy(sampler, transitions, family.predict, settings.kernels)
         train, held = open_prompts(settings, world_size)
-        return cls(settings, config, world_size, family, policy, train, held, rewards)
+        return cls(settings, config, world_size, family, policy, train, held, rewards, held_out)
 
     def record(self) -> dict[str, Any]:
         """What identifies the job in its run directory."""
@@ -92,14 +98,39 @@ class Job:
                 found[f"prompts.{name}"] = text_digest("\n".join(lines))
             if settings.prompts.stored_embeddings:
                 found["prompts.stored_embeddings"] = file_digest(self.train_prompts.directory / EMBEDDINGS)
-            for reward in settings.rewards:
-                if files := reward_files(reward.options):
-                    found[f"rewards.{reward.name}"] = files_digest(files)
+            for section, rewards in (("rewards", settings.rewards), ("evaluation.rewards", settings.evaluation.rewards)):
+                for reward in rewards:
+                    if files := reward_files(reward.options):
+                        found[f"{section}.{reward.name}"] = files_digest(files)
         return found
 
     @property
     def transitions(self) -> Transitions:
         return self.policy.transitions
+
+    def step_lines(self) -> list[str]:
+        """For the user: which steps are noisy and trained, and how much each counts, where that is a choice."""
+        sampler, table, weights = self.settings.sampler, self.transitions, self.step_weights
+        flow, lines = table.timesteps.is_floating_point(), []
+        kappa = table.kappa[table.stochastic]
+        first, last = int(table.stochastic[0]), int(table.stochastic[-1])
+        if flow or sampler.stochastic_steps is not None:
+            method = f"{flow_method(sampler)}; " if flow else ""
+            run = f"a run of {table.trained} of steps {first} to {last} for each trajectory"
+            which = f"steps {first} to {last}" if table.window is None else run
+            lines.append(f"sampler: {method}{len(table)} steps, of which {which} are noisy and trained, the others the ODE's")
+        if weights == "uniform" and flow and kappa.max() > LARGE_KAPPA * kappa.min():
+            lines.append(
+                f"objective.step_weights uniform: the model's output counts {kappa.max() / kappa.min():.0f} times as much in the "
+                f"log-prob of step {int(table.stochastic[kappa.argmax()])} as of step {int(table.stochastic[kappa.argmin()])}; "
+                "inverse_kappa evens that out, and sampler.stochastic_steps can leave steps out"
+            )
+        elif weights != "uniform":
+            inverse = kappa.reciprocal() / kappa.reciprocal().mean()
+            lines.append(
+                f"objective.step_weights {weights}: {inverse[0]:.2g} at step {first} to {inverse[-1]:.2g} at step {last}"
+            )
+        return lines
 
     @property
     def needs_reference(self) -> bool:
@@ -126,6 +157,11 @@ class Job:
         return getattr(self.settings.objective, "clip_range", None)
 
     @property
+    def step_weights(self) -> str:
+        """Of the objective: how a trajectory's steps count in the mean over them."""
+        return getattr(self.settings.objective, "step_weights", "uniform")
+
+    @property
     def images_per_rank(self) -> int:
         """Of one epoch: trajectories that a rank samples and trains on."""
         schedule = self.settings.schedule
@@ -134,13 +170,24 @@ class Job:
     @property
     def rows_per_update(self) -> int:
         """Of one rank: more in a micro-batch there never are."""
-        stochastic = len(self.transitions.stochastic)
+        stochastic = self.transitions.trained
         return self.images_per_rank * min(self.settings.schedule.update_timesteps or stochastic, stochastic)
 
     @property
     def evaluations(self) -> int:
         """Denoiser rows of one row (trajectory, timestep): 2 with guidance."""
         return 1 if self.settings.sampler.guidance_scale is None else 2
+
+    def knows_embeddings(self) -> bool:
+        """Whether every embedding of the job is stored, and by its own text encoders: then they need not be in memory.
+
+        Raises: UserError if what is stored is damaged or of other prompts.
+        """
+        stored = StoredEmbeddings.open(self.train_prompts.directory) if self.settings.prompts.stored_embeddings else None
+        if stored is None:
+            return False
+        with told("the files of the job cannot be read", "check the paths of the recipe and their permissions"):
+            return stored.is_of(encoder_digest(self.settings.model.pretrained), self.family.text_length)
 
     def footprint(self, *, cuda: bool, micro_batch: int = 1) -> Footprint:
         """What the job holds; activations are still to be measured."""

@@ -146,7 +146,7 @@ class Footprint:
     """What of a job decides over its memory."""
 
     denoiser_parameters: int  # an adapter's included
-    frozen_parameters: int  # VAE and text encoder
+    frozen_parameters: int  # VAE, and text encoder unless its embeddings are stored
     dtype: torch.dtype
     stage: int
     world_size: int
@@ -167,6 +167,7 @@ class Footprint:
     adapter_parameters: int | None = None  # what is trained of the denoiser; None: all of it
     averaged: bool = False  # a moving average of what is trained
     on_cpu: bool = False  # the device is the host
+    denoiser_buffers: int = 0  # numbers beside the weights, which no stage divides
 
     @property
     def trained_parameters(self) -> int:
@@ -181,7 +182,7 @@ class Footprint:
         bucket = int(zero.get("reduce_bucket_size", BUCKET))
         return cls(
             denoiser_parameters=shapes.denoiser_parameters,
-            frozen_parameters=shapes.vae_parameters + shapes.text_parameters,
+            frozen_parameters=shapes.vae_parameters + (0 if settings.prompts.stored_embeddings else shapes.text_parameters),
             dtype=config.dtype,
             stage=config.stage,
             world_size=world_size,
@@ -203,6 +204,7 @@ class Footprint:
             adapter_parameters=None if shapes.lora is None else shapes.trained_parameters,
             averaged=settings.model.ema_decay is not None,
             on_cpu=not cuda,
+            denoiser_buffers=shapes.denoiser_buffers,
         )
 
 
@@ -274,9 +276,11 @@ def plan_memory(job: Footprint) -> MemoryPlan:
         items.append(Item("gradient reduction buffer", buffers, when="always" if stage == 3 else "update"))
 
     if job.needs_reference and job.adapter_parameters is None:  # with an adapter it is the denoiser with that off
-        items.append(Item("reference weights", count * width))
+        items.append(Item("reference weights", (count + job.denoiser_buffers) * width))
+    if job.denoiser_buffers:
+        items.append(Item("tables beside the weights", job.denoiser_buffers * width))
     if stage == 3:
-        items.append(Item("weights gathered for the rollout", count * width, when="rollout"))
+        items.append(Item("weights gathered for the rollout", (count + job.denoiser_buffers) * width, when="rollout"))
         items.append(Item("weights gathered in the update", min(count, job.max_live) * width, when="update"))
     latent = job.latent_shape[0] * job.latent_shape[1] * job.latent_shape[2]
     items.append(Item("trajectories", job.rows * (job.steps + 1) * latent * FLOAT32))

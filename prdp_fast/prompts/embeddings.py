@@ -8,6 +8,8 @@
 A prompt of several sets is there once. A row of Stable Diffusion (77 x 768) takes 118 KB, so 100,000 prompts take 12 GB. Rows are
 read one by one from mapped files: memory is 20 bytes a prompt and the rows asked for.
 
+Of T5 at 512 tokens a row takes 4 MB.
+
 float16 keeps 11 bits of an embedding, more than the bfloat16 that a GPU run computes in, fewer than float32.
 """
 
@@ -33,6 +35,7 @@ from prdp_fast.prompts.stream import PromptSet
 MANIFEST = "embeddings.json"
 EMPTY = "embeddings-empty.safetensors"
 PER_FILE = 1000  # prompts
+FILE_BYTES = 2**28  # and no more, beyond the batch that passes it: a prompt of T5 takes megabytes
 PROBES = 4  # prompts that a run's own encoder is compared on
 TOLERANCE = 0.02  # of the largest embedding value; float16 and bfloat16 encoders differ by 0.005, other models by about 1
 
@@ -52,6 +55,7 @@ class Manifest(BaseModel):
 
     version: str  # of the index
     model: str
+    encoder: str | None = None  # digest of the text encoders and tokenizers; files of earlier versions have none
     shapes: dict[str, list[int]]  # of one row
     prompts: int
     files: list[_File]
@@ -90,7 +94,9 @@ def _all_prompts(directory: Path) -> Iterator[Prompt]:
                     yield prompt
 
 
-def write_embeddings(directory: str | Path, encode: Encode, *, model: str, batch: int = 64, per_file: int = PER_FILE) -> Path:
+def write_embeddings(
+    directory: str | Path, encode: Encode, *, model: str, batch: int = 64, per_file: int = PER_FILE, encoder: str | None = None
+) -> Path:
     """Encode every prompt of a directory. Embeddings that are there are replaced.
 
     Args:
@@ -98,6 +104,7 @@ def write_embeddings(directory: str | Path, encode: Encode, *, model: str, batch
         model: its name, for people.
         batch: prompts encoded at once.
         per_file: a multiple of `batch`, or the last batch of a file is smaller.
+        encoder: digest of what encodes, by which a run knows that it need not load it.
     Returns: the path of embeddings.json, written last.
     Raises: UserError if the directory is damaged or an embedding does not fit float16.
     """
@@ -139,7 +146,7 @@ def write_embeddings(directory: str | Path, encode: Encode, *, model: str, batch
         total += 1
         if len(waiting) == batch or len(prompts) + len(waiting) == per_file:
             encode_waiting()
-        if len(prompts) == per_file:
+        if len(prompts) == per_file or sum(part.nbytes for parts in pieces.values() for part in parts) >= FILE_BYTES:
             flush()
     if waiting:
         encode_waiting()
@@ -148,7 +155,7 @@ def write_embeddings(directory: str | Path, encode: Encode, *, model: str, batch
     if not files:
         raise UserError(f"{directory} has no prompts to encode; build it from at least one")
     files.append(_write(directory, EMPTY, shared))
-    manifest = Manifest(version=version, model=model, shapes=shapes, prompts=total, files=files)
+    manifest = Manifest(version=version, model=model, encoder=encoder, shapes=shapes, prompts=total, files=files)
     write_json(directory / MANIFEST, manifest.model_dump())
     return directory / MANIFEST
 
@@ -241,6 +248,10 @@ class StoredEmbeddings:
 
         return encode
 
+    def is_of(self, encoder: str, tokens: int) -> bool:
+        """Whether they were made by this encoder, at so many tokens a prompt: then nothing is to be compared, or loaded."""
+        return self.manifest.encoder == encoder and self.manifest.shapes["prompt_embeds"][0] == tokens
+
     def check(self, encode: Encode, prompts: list[Prompt]) -> None:
         """Compare with an encoder on the first of `prompts`. Raises: UserError if it is another model's."""
         probes = prompts[:PROBES]
@@ -276,17 +287,21 @@ def embedding_faults(directory: Path) -> list[str]:
     ]
 
 
-def choose_encoder(encode: Encode, prompt_set: PromptSet, *, stored: bool, device: torch.device, dtype: torch.dtype) -> Encode:
+def choose_encoder(
+    encode: Encode, prompt_set: PromptSet, *, stored: bool, device: torch.device, dtype: torch.dtype, known: bool = False
+) -> Encode:
     """Prompts to embeddings: the pipeline's encoder, or what it left beside the shards.
 
     Args:
         encode: the pipeline's own.
         stored: whether to read the stored embeddings of `prompt_set`.
         device, dtype: of what is read.
+        known: the stored ones are this encoder's, see `StoredEmbeddings.is_of`, and it need not be there.
     Raises: UserError if the stored ones are another model's.
     """
     found = StoredEmbeddings.open(prompt_set.directory) if stored else None
     if found is None:
         return encode
-    found.check(encode, list(itertools.islice(prompt_set, PROBES)))
+    if not known:
+        found.check(encode, list(itertools.islice(prompt_set, PROBES)))
     return found.encoder(device, dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,40 @@ def plot_curves(run_directory: Path) -> Path:
     with whole(path) as partial:
         figure.savefig(partial, format="png", dpi=120)
     return path
+
+
+def plot_bands(path: Path, arms: Mapping[str, list[list[dict[str, Any]]]], metric: str) -> bool:
+    """Draw one metric of several arms by epoch: the mean over an arm's runs, in a band from the lowest to the highest.
+
+    Args: arms: the rows of each run, by arm. An arm's curve ends with its shortest run.
+    Returns: whether there was anything to draw.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for arm, runs in arms.items():
+        values = [[float(row[metric]) for row in rows if _is_number(row.get(metric))] for rows in runs]
+        length = min(map(len, values), default=0)
+        if not length:
+            continue
+        columns = list(zip(*(one[:length] for one in values), strict=True))
+        epochs = range(length)
+        (line,) = axes.plot(epochs, [sum(column) / len(column) for column in columns], label=arm, linewidth=1.4)
+        axes.fill_between(
+            epochs, list(map(min, columns)), list(map(max, columns)), color=line.get_color(), alpha=0.15, linewidth=0
+        )
+    if not axes.lines:
+        return False
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(metric)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    with whole(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)
+    return True
 
 
 def choose_series(rows: list[dict[str, Any]], groups: Sequence[str]) -> dict[str, list[tuple[int, float]]]:

@@ -63,4 +63,10 @@ def sampling(settings: Mapping[str, Any]) -> str:
     if sampler["guidance_interval"]:
         guidance += " at timesteps {} to {}".format(*sampler["guidance_interval"])
     schedulers = " and ".join(dict.fromkeys(model["scheduler"] for model in settings["models"].values()))
-    return f"{schedulers}, {sampler['num_inference_steps']} steps, eta {sampler['eta']:g}, {guidance}."
+    noise = f"eta {sampler['eta']:g}"
+    if sampler.get("method") or schedulers == "FlowMatchEulerDiscreteScheduler":
+        noise = sampler.get("method") or "flow_sde"
+        noise += f" of noise level {sampler['noise_level']:g}" if sampler.get("noise_level") else ""
+    if steps := sampler.get("stochastic_steps"):
+        noise += f" at steps {steps[0]} to {steps[1]}" if isinstance(steps, list) else f" at runs of {steps['count']} steps"
+    return f"{schedulers}, {sampler['num_inference_steps']} steps, {noise}, {guidance}."

@@ -14,12 +14,13 @@ from prdp_fast.config.recipe import Settings
 from prdp_fast.models.families.base import Family
 from prdp_fast.models.lora import KOHYA, PEFT
 from prdp_fast.reporting.tables import before_after, left_out
+from prdp_fast.world import EMBEDDED
 
 CARD = "README.md"
 PICTURE = "before_after.png"
 
 
-def write_model_card(directory: Path, settings: Settings, family: type[Family], summary: dict[str, Any], picture: Path) -> None:
+def write_model_card(directory: Path, settings: Settings, family: Family, summary: dict[str, Any], picture: Path) -> None:
     """Write `directory`/README.md, front matter as the hub reads it, and copy the picture beside it.
 
     Args:
@@ -39,7 +40,7 @@ def write_model_card(directory: Path, settings: Settings, family: type[Family], 
     data = ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=tags, **base)
     body = "\n\n".join(
         part for part in (
-            title(settings, family.denoiser_title), usage(directory, settings, family.pipeline_class.__name__),
+            title(settings, family.denoiser_title), usage(directory, settings, family),
             scores(summary.get("evaluation") or {}),
             f"![The same prompts and the same noise before and after finetuning]({PICTURE})" if picture.is_file() else "",
             training(settings, summary),
@@ -49,12 +50,12 @@ def write_model_card(directory: Path, settings: Settings, family: type[Family], 
 
 
 def on_the_hub(pretrained: str) -> bool:
-    return pretrained != "tiny" and not Path(pretrained).is_dir()
+    return pretrained not in EMBEDDED and not Path(pretrained).is_dir()
 
 
 def base_name(pretrained: str) -> str:
     """The hub id; of a directory its name alone."""
-    return pretrained if on_the_hub(pretrained) or pretrained == "tiny" else Path(pretrained).resolve().name
+    return pretrained if on_the_hub(pretrained) or pretrained in EMBEDDED else Path(pretrained).resolve().name
 
 
 def title(settings: Settings, denoiser: str) -> str:
@@ -70,11 +71,12 @@ def title(settings: Settings, denoiser: str) -> str:
     )
 
 
-def usage(directory: Path, settings: Settings, pipeline_class: str) -> str:
+def usage(directory: Path, settings: Settings, family: Family) -> str:
     """Code that opens the model and samples as it was trained to."""
-    here, sampler = settings.model.push_to_hub or directory.name, settings.sampler
+    here, sampler, pipeline_class = settings.model.push_to_hub or directory.name, settings.sampler, family.pipeline_class.__name__
+    without = "".join(f", {name}=None" for name in family.absent)
     # Of the base: without it a text encoder that was saved in half precision is loaded so, beside a float32 denoiser.
-    dtype = "dtype=torch.float32"
+    dtype = f"dtype=torch.float32{without}"
     scheduler = json.loads((directory / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
     if settings.model.lora:
         base = settings.model.pretrained if on_the_hub(settings.model.pretrained) else "PATH_OF_THE_BASE_MODEL"
@@ -87,9 +89,9 @@ def usage(directory: Path, settings: Settings, pipeline_class: str) -> str:
     else:
         lines = [
             f"from diffusers import {pipeline_class}", "",
-            f'pipe = {pipeline_class}.from_pretrained("{here}")  # float32; or with dtype=torch.float16 or torch.bfloat16',
+            f'pipe = {pipeline_class}.from_pretrained("{here}"{without})  # float32; or with dtype=torch.float16, torch.bfloat16',
         ]  # fmt: skip
-    options = [f"num_inference_steps={sampler.num_inference_steps}", f"guidance_scale={sampler.guidance_scale or 1.0}"]
+    options = [f"{name}={value!r}" for name, value in family.call_options(sampler).items()]
     if scheduler == "DDIMScheduler":  # the other has no eta
         options.append(f"eta={sampler.eta}")
     lines.append(f'image = pipe("a prompt", {", ".join(options)}).images[0]')
@@ -113,7 +115,8 @@ def scores(evaluation: dict[str, Any]) -> str:
 
 def training(settings: Settings, summary: dict[str, Any]) -> str:
     values = settings.model_dump(mode="json")
-    values["rewards"] = [reward | {"options": for_others(reward["options"])} for reward in values["rewards"]]
+    for section in (values, values["evaluation"]):
+        section["rewards"] = [reward | {"options": for_others(reward["options"])} for reward in section["rewards"]]
     recipe = yaml.safe_dump(without_places(values), sort_keys=False, allow_unicode=True).rstrip()
     return f"## Training\n\n{summary['epochs']} epochs, {summary['images']} images. The recipe:\n\n```yaml\n{recipe}\n```"
 

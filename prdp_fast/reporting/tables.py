@@ -91,8 +91,9 @@ def before_after(evaluation: Mapping[str, Any], digits: int = 3) -> Table:
     """The reward before and after on every prompt set of a summary's "evaluation", with standard errors.
 
     The difference is paired, prompt by prompt and with the same noise. "s.e." is that difference in its own standard errors.
-    Where a reward gives verdicts, "all right" is the share of images that pass, before and after. Three digits fit 80 columns,
-    the width of a log. Where images without a score are left out, n is of before, after and difference; see `left_out`.
+    Rewards that were held out have a row each. Where a reward gives verdicts, "all right" is the share of images that pass,
+    before and after. Three digits fit 80 columns, the width of a log. Where images without a score are left out, n is of before,
+    after and difference; see `left_out`.
     """
     has_verdicts = any("strict" in sets[moment] for sets in evaluation.values() for moment in ("before", "after"))
     rows = []
@@ -105,6 +106,12 @@ def before_after(evaluation: Mapping[str, Any], digits: int = 3) -> Table:
         if has_verdicts:
             cells.append(f"{percent(before.get('strict'))} > {percent(after.get('strict'))}")
         rows.append(tuple(cells))
+        for reward, held in sets.get("held", {}).items():
+            rows.append((
+                f"{name}, {reward} (held out)", prompt_counts(*held.values()), number(held["before"], digits),
+                number(held["after"], digits), number(held["difference"], digits, "+"), in_standard_errors(held["difference"]),
+                *([ABSENT] if has_verdicts else []),
+            ))  # fmt: skip
     heads = ("reward", "n", "before", "after", "difference", "s.e.")
     return Table((*heads, "all right") if has_verdicts else heads, tuple(rows))
 

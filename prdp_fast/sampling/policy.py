@@ -8,14 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
+from diffusers import SchedulerMixin
 from torch import nn
 
 from prdp_fast.config.recipe import SamplerSettings
 from prdp_fast.core.errors import UserError
 from prdp_fast.core.records import TextEmbeddings
+from prdp_fast.sampling.flow import DEFAULT, SAMPLERS
 from prdp_fast.sampling.transitions import Transitions
 from prdp_kernels import denoise_step, gaussian_log_prob, gaussian_log_prob_and_grad, philox_normal
 
@@ -50,7 +52,9 @@ class Policy:
         timesteps = self.transitions.timesteps
         if self.guidance_scale is None:
             return torch.zeros_like(timesteps, dtype=torch.bool)
-        low, high = self.guidance_interval or (int(timesteps.min()), int(timesteps.max()))
+        if self.guidance_interval is None:
+            return torch.ones_like(timesteps, dtype=torch.bool)
+        low, high = self.guidance_interval
         return (low <= timesteps) & (timesteps <= high)
 
     @cached_property
@@ -58,16 +62,28 @@ class Policy:
         return self.guided.tolist()
 
     def evaluations(self, steps: torch.Tensor) -> int:
-        """denoiser rows that one latent at each of these steps (CPU) costs: two where it is guided."""
-        return len(steps) + int(self.guided[steps].sum())
+        """denoiser rows that one latent at each of these steps (CPU, any shape) costs: two where it is guided."""
+        return steps.numel() + int(self.guided[steps].sum())
+
+    @property
+    def trained_evaluations(self) -> torch.Tensor:
+        """(S,) float64: the same of each of a trajectory's stochastic steps, on average over where its window may be."""
+        return 1 + self.guided[self.transitions.possible_steps].double().mean(0)
 
     def coefficients(self, steps: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        """(timesteps, sample_coef, output_coef, std) of each row, from step numbers (N,), on their device. Waits for nothing."""
+        """(timesteps, sample_coef, output_coef, std) of each row, from step numbers (N,), on their device. Waits for nothing.
+
+        Args: steps: with random windows, T + step is the step without noise.
+        """
         key = steps.device, dtype
         if key not in self._tables:
             table = self.transitions
-            coefficients = (c.to(*key) for c in (table.sample_coef, table.output_coef, table.std))
-            self._tables[key] = (table.timesteps.to(steps.device), *coefficients)
+            columns = [table.sample_coef, table.output_coef, table.std]
+            timesteps = table.timesteps
+            if table.window is not None:
+                columns = [torch.cat(pair) for pair in zip(columns, table.window.plain, strict=True)]
+                timesteps = timesteps.repeat(2)
+            self._tables[key] = (timesteps.to(steps.device), *(column.to(*key) for column in columns))
         return tuple(column[steps] for column in self._tables[key])
 
     def noise(self, seeds: torch.Tensor, latent_shape: tuple[int, ...]) -> torch.Tensor | None:
@@ -91,14 +107,18 @@ class Policy:
         embeddings: TextEmbeddings,
         seeds: torch.Tensor,
         noise: torch.Tensor | None = None,
+        noisy: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Take step number `step` with Philox noise keyed by (seeds, step + 1), given as `noise` or made here; step 0 of the key
         is x_T itself.
 
+        Args: noisy: (N,) bool, with random windows: the trajectories in whose window the step is; None: it is in all.
         Returns: x_{t-1} (N, C, H, W) float32 and its log-prob (N,) float32 nats, 0 for a deterministic step.
         """
         guided = self._guided_steps[step]
         steps = torch.full((len(latents),), step, device=latents.device)
+        if noisy is not None and self.transitions.window is not None:
+            steps = steps + len(self.transitions) * ~noisy
         timesteps, sample_coef, output_coef, std = self.coefficients(steps, latents.dtype)
         output = self.predict(denoiser, latents, timesteps, embeddings, guided=guided)
         return denoise_step(
@@ -161,6 +181,32 @@ class Policy:
             guidance_scale=self.guidance_scale if guided else None, backend=self.backend,
         )  # fmt: skip
         return PrecomputedGradient.apply(output, grad, (weights * log_prob).sum(), loss_scale), log_prob
+
+
+class Scheduled(Protocol):
+    """What a table of steps takes of a model: `Family`."""
+
+    def scheduler(self, wanted: str | None = None) -> SchedulerMixin: ...
+    def schedule_options(self, num_inference_steps: int) -> dict[str, Any]: ...
+
+
+def build_transitions(model: Scheduled, sampler: SamplerSettings, scheduler: SchedulerMixin | None = None) -> Transitions:
+    """The steps of a recipe or a command line on a model's schedule.
+
+    Args: scheduler: one that is in memory already; None reads the model's.
+    Raises: UserError naming the setting to change.
+    """
+    return Transitions.from_scheduler(
+        scheduler or model.scheduler(sampler.scheduler), sampler.num_inference_steps, sampler.eta, sampler=sampler.method,
+        noise_level=sampler.noise_level, window=sampler.stochastic_steps, **model.schedule_options(sampler.num_inference_steps),
+    )  # fmt: skip
+
+
+def flow_method(sampler: SamplerSettings) -> str:
+    """In words: how a flow-matching model's noisy steps are taken."""
+    method = sampler.method or DEFAULT
+    noise = SAMPLERS[method].noise_level if sampler.noise_level is None else sampler.noise_level
+    return f"{method} of noise level {noise:g}"
 
 
 def build_policy(

@@ -47,8 +47,10 @@ def rollout(
     """
     device = embeddings.prompt_embeds.device
     steps = len(policy.transitions)
-    seeds = noise_seeds(prompts, images_per_prompt, seed=seed, epoch=epoch).to(device)
-    rows = len(seeds)
+    seeds = noise_seeds(prompts, images_per_prompt, seed=seed, epoch=epoch)
+    rows, stochastic = len(seeds), policy.transitions.steps_of(seeds)
+    seeds, columns = seeds.to(device), stochastic.to(device)
+    noisy = torch.zeros(rows, steps, dtype=torch.bool, device=device).scatter_(1, columns, True)
     group = torch.arange(rows, device=device) // images_per_prompt
     latents = torch.empty(rows, steps + 1, *latent_shape, dtype=torch.float32, device=device)
     log_probs = torch.empty(rows, steps, dtype=torch.float32, device=device)
@@ -65,10 +67,9 @@ def rollout(
         embedding_rows = embeddings.rows(group[padded])
         for step in range(steps):
             given = None if noise is None else noise[:, step + 1]
-            x, log_prob = policy.sample_step(denoiser, x, step, embedding_rows, seeds[padded], given)
+            x, log_prob = policy.sample_step(denoiser, x, step, embedding_rows, seeds[padded], given, noisy[padded, step])
             latents[part, step + 1], log_probs[part, step] = x[:count], log_prob[:count]
-    stochastic = policy.transitions.stochastic.to(device)
-    return Trajectories(prompts, images_per_prompt, embeddings, latents, log_probs[:, stochastic], seeds)
+    return Trajectories(prompts, images_per_prompt, embeddings, latents, log_probs.gather(1, columns), seeds, stochastic)
 
 
 def finite_images(trajectories: Trajectories) -> torch.Tensor:

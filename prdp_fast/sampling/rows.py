@@ -7,23 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from prdp_fast.core.records import TextEmbeddings, Trajectories
+from prdp_fast.sampling.draws import uniform_integers
 from prdp_fast.sampling.policy import Policy
-from prdp_kernels import philox_normal
-
-# Third counter word of the draws below: beyond every step of a rollout, whose noise has the same keys.
-UPDATE_STREAM = 2**31
-REFERENCE_STREAM = 2**31 + 1
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     """n rows. The last rows of a pass may repeat a row to fill up; only the first `count` count."""
 
-    rows: torch.Tensor  # (n,) int64, trajectory * S + number of the stochastic step
+    rows: torch.Tensor  # (n,) int64, trajectory * S + number among its S stochastic steps
     count: int
     guided: bool
     latents: torch.Tensor  # (n, C, H, W) float32, x_t
@@ -32,36 +29,55 @@ class MicroBatch:
     embeddings: TextEmbeddings  # n rows
 
 
+class RowCounts(NamedTuple):
+    """Of a pass: what `micro_batches` divides."""
+
+    guided: int
+    plain: int
+
+
+def count_rows(policy: Policy, trajectories: Trajectories, chosen: torch.Tensor | None = None) -> RowCounts:
+    """Of this rank. chosen: as in `micro_batches`."""
+    guided = policy.guided[trajectories.steps if chosen is None else trajectories.steps.gather(1, chosen)]
+    return RowCounts(int(guided.sum()), int((~guided).sum()))
+
+
 def micro_batches(
-    policy: Policy, trajectories: Trajectories, size: int, chosen: torch.Tensor | None = None
+    policy: Policy,
+    trajectories: Trajectories,
+    size: int,
+    chosen: torch.Tensor | None = None,
+    counts: RowCounts | None = None,
 ) -> Iterator[MicroBatch]:
     """The rows of a pass, each once, trajectory-major; with a guidance interval the guided ones first.
 
     Args:
         size: at most this many rows at a time. Steps that are not guided, where guided ones are, come two for one.
-        chosen: (N, m) int64 on the CPU, the stochastic steps of each trajectory; None for all S.
+        chosen: (N, m) int64 on the CPU, which of its S stochastic steps each trajectory has in the pass; None for all.
+        counts: the largest of all ranks, which then have the same number of micro-batches; None: this rank's.
     """
-    stochastic = policy.transitions.stochastic
-    total = len(trajectories.latents)
-    numbers = torch.arange(len(stochastic)).expand(total, -1) if chosen is None else chosen
-    every_row = (torch.arange(total)[:, None] * len(stochastic) + numbers).flatten()
-    guided_rows = policy.guided[stochastic[numbers.flatten()]]
+    total, stochastic = trajectories.steps.shape
+    numbers = torch.arange(stochastic).expand(total, -1) if chosen is None else chosen
+    every_row = (torch.arange(total)[:, None] * stochastic + numbers).flatten()
+    guided_rows = policy.guided[trajectories.steps.flatten()[every_row]]
+    counts = counts or count_rows(policy, trajectories, chosen)
     device = trajectories.latents.device
-    stochastic = stochastic.to(device)
-    for guided in (True, False):
-        rows = every_row[guided_rows == guided]
-        if not len(rows):
+    steps_of_rows = trajectories.steps.flatten().to(device)
+    for guided, rows_here in ((True, counts.guided), (False, counts.plain)):
+        if not rows_here:
             continue
+        rows = every_row[guided_rows == guided]
         most = size if guided or policy.guidance_scale is None else 2 * size
-        batches = -(-len(rows) // most)
-        even = -(-len(rows) // batches)
-        padded = torch.cat([rows, rows[-1:].expand(batches * even - len(rows))]).to(device)
+        batches = -(-rows_here // most)
+        even = -(-rows_here // batches)
+        filler = rows[-1:] if len(rows) else every_row[-1:]
+        padded = torch.cat([rows, filler.expand(batches * even - len(rows))]).to(device)
         for start in range(0, len(padded), even):
             part = padded[start : start + even]
-            trajectory = torch.div(part, len(stochastic), rounding_mode="floor")
-            steps = stochastic[part % len(stochastic)]
+            trajectory = torch.div(part, stochastic, rounding_mode="floor")
+            steps = steps_of_rows[part]
             yield MicroBatch(
-                part, min(even, len(rows) - start), guided, trajectories.latents[trajectory, steps],
+                part, max(0, min(even, len(rows) - start)), guided, trajectories.latents[trajectory, steps],
                 trajectories.latents[trajectory, steps + 1], steps, trajectories.embedding_rows(trajectory),
             )  # fmt: skip
 
@@ -78,11 +94,7 @@ def stratified(seeds: torch.Tensor, total: int, count: int, stream: int) -> torc
 
     Args:
         seeds: (N,) int64, the trajectories' noise keys: the same draw whatever the ranks, and again on resuming.
-        stream: keeps draws of one trajectory independent of each other and of its noise.
+        stream: of `draws`.
     """
     borders = strata(total, count)
-    normals = philox_normal(seeds.cpu(), (count,), step=stream, backend="torch").double()
-    uniforms = torch.special.ndtr(normals)
-    sizes = borders[1:] - borders[:-1]
-    offsets = torch.minimum((uniforms * sizes).long(), sizes - 1)
-    return borders[:-1] + offsets
+    return borders[:-1] + uniform_integers(seeds, borders[1:] - borders[:-1], stream)

@@ -8,7 +8,6 @@ import logging
 import math
 import os
 import pickle
-import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,9 +31,12 @@ from torch import nn
 
 from prdp_fast.config.deepspeed import DeepSpeedConfig
 from prdp_fast.config.recipe import OptimizerSettings
+from prdp_fast.core import distributed
 from prdp_fast.core.errors import OneRankError, UserError, brief
 from prdp_fast.models.ema import Average
 from prdp_fast.models.lora import adapter_off, has_adapter, trained_parameters
+from prdp_fast.training.reshard import OwnShards
+from prdp_fast.training.shards import ZERO, NotDataError, Shards, average_name
 
 # DeepSpeed calls collectives by names that torch 2.13 has replaced, and every rank would say so in every run.
 warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
@@ -105,10 +107,6 @@ def writing(engine: Any) -> Iterator[tuple[list[Path], list[str]]]:
         del files.save, engine._copy_recovery_script
 
 
-class NotDataError(ValueError):
-    """A file of tensors and plain values holds something else, which could run code where it is read."""
-
-
 @contextlib.contextmanager
 def data_only() -> Iterator[None]:
     """Inside, `torch.load` makes tensors, plain values and what DeepSpeed puts beside them, whatever its caller asks for.
@@ -121,9 +119,7 @@ def data_only() -> Iterator[None]:
         try:
             return load(file, *args, **kwargs | {"weights_only": True})
         except pickle.UnpicklingError as error:
-            found = re.search(r"GLOBAL ([\w.]+)", str(error))
-            what = f"it asks for {found[1]} when it is read" if found else "it is no plain pickle"
-            raise NotDataError(f"{Path(str(file)).name}: {what}, expected tensors and plain values alone") from error
+            raise NotDataError.of(file, error) from error
 
     torch.load = load_data
     try:
@@ -155,6 +151,7 @@ class ZeroEngine:
         self.updates = 0
         self.scale = 1.0
         self.fp16_headroom, self.fp16_clean = FP16_HEADROOM, 0
+        self.resharded: str | None = None  # what wrote the checkpoint that was loaded, if its shards lay otherwise than ours
 
         # At stage 3 the weights are gathered once per rollout into this copy, not layer by layer at every step.
         self.gathered = copy.deepcopy(denoiser).to(self.dtype).requires_grad_(False).eval() if config.stage == 3 else None
@@ -182,6 +179,12 @@ class ZeroEngine:
         )
         # DeepSpeed casts the weights and then makes the master weights of what is left of them.
         loaded = [] if self.dtype == torch.float32 else [value.detach().to("cpu", copy=True) for value in self.trained]
+        kept = set(denoiser.state_dict())
+        # Tables that are no weights, as they were loaded: DeepSpeed casts them too.
+        self.buffers = {
+            name: buffer.detach().to("cpu", copy=self.dtype != torch.float32)
+            for name, buffer in denoiser.named_buffers() if name in kept
+        }  # fmt: skip
         join_process_group()
         try:
             self.engine, *_ = deepspeed.initialize(model=denoiser, optimizer=optimizer, config=values)
@@ -356,7 +359,7 @@ class ZeroEngine:
                 full = parameter.detach()
             state[name] = full.detach().to("cpu", torch.float32, copy=True)
         if not self.has_adapter:
-            state.update({name: buffer.cpu() for name, buffer in self.engine.module.named_buffers()})
+            state |= self.buffers
         return state
 
     def save(self, directory: Path) -> list[Path]:
@@ -369,7 +372,7 @@ class ZeroEngine:
         with writing(self.engine) as (written, faults):
             try:
                 self.engine.save_checkpoint(
-                    str(directory), tag="zero", client_state={"prdp": own}, save_latest=False,
+                    str(directory), tag=ZERO, client_state={"prdp": own}, save_latest=False,
                     exclude_frozen_parameters=self.has_adapter,
                 )  # fmt: skip
             except (UserError, torch.OutOfMemoryError):
@@ -382,26 +385,45 @@ class ZeroEngine:
         if faults:
             raise OSError(faults[0])
         if self.average is not None:
-            self.average.save(directory / self._average_name)
-            written.append(directory / self._average_name)
+            self.average.save(directory / average_name(self.rank))
+            written.append(directory / average_name(self.rank))
         return written
 
     def load(self, directory: Path) -> None:
-        """Raises: UserError if the checkpoint is of another number of ranks or ZeRO stage, NotDataError."""
-        with data_only():
-            loaded, client_state = self.engine.load_checkpoint(
-                str(directory), tag="zero", load_module_strict=not self.has_adapter
-            )
-        if loaded is None:
-            raise UserError(
-                f"checkpoint {directory} was not written by {self.world_size} rank(s) at ZeRO stage {self.config.stage}; "
-                "resume with the ranks and --config of the run, or --resume never into another --output"
-            )
-        for name, value in client_state["prdp"].items():
-            setattr(self, name, value)
-        if self.average is not None:
-            self.average.load(directory / self._average_name)
+        """Go on from a checkpoint: bit for bit where this job's shards are laid out as its own, else resharded.
 
-    @property
-    def _average_name(self) -> str:
-        return f"average-rank-{self.rank:05d}.safetensors"
+        Every rank calls this. `resharded` says afterwards what wrote it, if that was another number of ranks, or another stage.
+
+        Raises: UserError if the checkpoint is of another job, NotDataError; ValueError and others if its files are damaged.
+        """
+        shards, own = Shards(directory), self._own_shards()
+        integers = isinstance(own.adamw, deepspeed.ops.adam.DeepSpeedCPUAdam)  # which counts its steps so
+        alike = (shards.ranks, shards.stage) == (self.world_size, self.config.stage)
+        if alike and not shards.on_nvme:
+            same_steps = shards.step is None or shards.counts_in_integers == integers
+            alike = distributed.all_reduce([float(same_steps and shards.layout(self.rank) == own.layout)], "min")[0] > 0
+        if alike:
+            self._load_own(directory)
+        elif shards.on_nvme or "nvme" in self.config.offloads:
+            raise UserError(
+                f"checkpoint {directory} was written by {shards}, now {self.world_size} at {self.config.stage}, and what is "
+                "offloaded to NVMe cannot be resharded; resume with the ranks and --config of the run, or offload to cpu"
+            )
+        else:
+            own.fill(shards, self.average, count_in_integers=integers)
+        self.resharded = None if alike else str(shards)
+        for name, value in shards.client.items():
+            setattr(self, name, value)
+
+    def _own_shards(self) -> OwnShards:
+        trained = {name: value for name, value in self.engine.module.named_parameters() if value.requires_grad}
+        return OwnShards(self.engine, self.config.stage, self.rank, trained)
+
+    def _load_own(self, directory: Path) -> None:
+        """What was written on these ranks at this stage."""
+        with data_only():
+            loaded, _ = self.engine.load_checkpoint(str(directory), tag=ZERO, load_module_strict=not self.has_adapter)
+        if loaded is None:
+            raise UserError(f"checkpoint {directory} has no weights that DeepSpeed reads; remove it to go on from the one before")
+        if self.average is not None:
+            self.average.load(directory / average_name(self.rank))

@@ -40,8 +40,7 @@ def epoch_metrics(experience: Experience, report: UpdateReport) -> dict[str, flo
     metrics |= {f"reward_divisor/{name}": value for name, value in experience.divisors.items()}
     metrics["nonfinite_images"] = float(experience.nonfinite_images)
     metrics["free_first_pass"] = float(report.free_first_pass)
-    if report.drift_by_step is not None:
-        metrics |= {f"drift/step_{step:03d}": float(value) for step, value in enumerate(report.drift_by_step)}
+    metrics |= {f"drift/step_{step:03d}": value for step, value in report.drift_by_step.items()}
     return metrics
 
 

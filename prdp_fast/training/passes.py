@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from prdp_fast.core.records import Trajectories
+from prdp_fast.sampling.draws import REFERENCE_STREAM
 from prdp_fast.sampling.policy import Policy
-from prdp_fast.sampling.rows import REFERENCE_STREAM, micro_batches, strata, stratified
+from prdp_fast.sampling.rows import RowCounts, micro_batches, strata, stratified
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,21 @@ def _empty_rows(trajectories: Trajectories) -> torch.Tensor:
 
 @torch.no_grad()
 def log_prob_pass(
-    policy: Policy, denoiser: nn.Module, trajectories: Trajectories, micro_batch: int, chosen: torch.Tensor | None = None
+    policy: Policy,
+    denoiser: nn.Module,
+    trajectories: Trajectories,
+    micro_batch: int,
+    chosen: torch.Tensor | None = None,
+    counts: RowCounts | None = None,
 ) -> torch.Tensor:
     """(N, S) log-probs of the stored steps under `denoiser`, without gradients, in the batch geometry of the gradient pass.
 
-    Args: chosen: (N, m) stochastic steps to evaluate; the others are NaN.
+    Args:
+        chosen: (N, m) which of the S to evaluate; the others are NaN.
+        counts: as in `micro_batches`.
     """
     flat = _empty_rows(trajectories)
-    for part in micro_batches(policy, trajectories, micro_batch, chosen):
+    for part in micro_batches(policy, trajectories, micro_batch, chosen, counts):
         log_prob = policy.log_prob(
             denoiser, part.latents, part.prev_latents, part.steps, part.embeddings, guided=part.guided
         )  # fmt: skip
@@ -60,6 +68,7 @@ def gradient_pass(
     backward: Callable[..., None],
     loss_scale: float = 1.0,
     chosen: torch.Tensor | None = None,
+    counts: RowCounts | None = None,
 ) -> torch.Tensor:
     """Backpropagate sum(weights * log_prob).
 
@@ -67,11 +76,12 @@ def gradient_pass(
         weights: (N, S), dL/dlog_prob, constants.
         backward: called once a micro-batch with its scalar, and last=True for the final one.
         loss_scale: what `backward` multiplies the scalar by.
-        chosen: (N, m) stochastic steps to backpropagate through; None for all.
+        chosen: (N, m) which of the S to backpropagate through; None for all.
+        counts: as in `micro_batches`.
     Returns: (N, S) the log-probs, detached; NaN where not chosen.
     """
     flat, flat_weights = _empty_rows(trajectories), weights.reshape(-1)
-    parts = micro_batches(policy, trajectories, micro_batch, chosen)
+    parts = micro_batches(policy, trajectories, micro_batch, chosen, counts)
     part = next(parts, None)
     while part is not None:
         row_weights = flat_weights[part.rows]
@@ -87,24 +97,31 @@ def gradient_pass(
 
 
 def reference_pass(
-    policy: Policy, reference: nn.Module, trajectories: Trajectories, micro_batch: int, timesteps: int | None = None
+    policy: Policy,
+    reference: nn.Module,
+    trajectories: Trajectories,
+    micro_batch: int,
+    timesteps: int | None = None,
+    step_weights: torch.Tensor | None = None,
 ) -> Reference:
     """Log-probs of the stored steps under the frozen model.
 
     Args:
         timesteps: evaluate this many steps of each trajectory, one of each stratum. The loss needs the mean log-ratio over the
             steps alone, which the subset estimates without bias; every step then carries that mean. For K = 1 only.
+        step_weights: (N, S) of mean 1, by which the steps count in that mean; None: all alike.
     """
     sampled = trajectories.log_probs
     total = sampled.shape[1]
-    stochastic = policy.transitions.stochastic
     if timesteps is None or timesteps >= total:
         log_probs = log_prob_pass(policy, reference, trajectories, micro_batch)
-        return Reference(log_probs, denoiser_rows=len(sampled) * policy.evaluations(stochastic))
+        return Reference(log_probs, denoiser_rows=policy.evaluations(trajectories.steps))
     chosen = stratified(trajectories.seeds, total, timesteps, REFERENCE_STREAM)
     on_device = chosen.to(sampled.device)
     evaluated = log_prob_pass(policy, reference, trajectories, micro_batch, chosen).gather(1, on_device)
     log_ratio = sampled.gather(1, on_device) - evaluated
+    if step_weights is not None:
+        log_ratio = log_ratio * step_weights.gather(1, chosen).to(log_ratio.device)
     borders = strata(total, timesteps)
     sizes = (borders[1:] - borders[:-1]).to(log_ratio)
     mean = (sizes * log_ratio).sum(1) / total
@@ -112,4 +129,4 @@ def reference_pass(
     # drawn from a stratum of one step has no error.
     drawn = sizes.square().where(sizes > 1, 0.0).sum().sqrt() / total
     error = 2 * float((log_ratio.std(1) * drawn).nan_to_num().max())  # NaN of an image that was lost
-    return Reference(sampled - mean[:, None], error, policy.evaluations(stochastic[chosen.flatten()]))
+    return Reference(sampled - mean[:, None], error, policy.evaluations(trajectories.steps.gather(1, chosen)))

@@ -71,7 +71,7 @@ def write(
     export = output / run_directory.EXPORT
     for note in pipeline.export(export, weights):
         telemetry.message(note)
-    write_model_card(export, job.settings, type(pipeline.family), summary, output / run_directory.COMPARISON)
+    write_model_card(export, job.settings, pipeline.family, summary, output / run_directory.COMPARISON)
     write_json(output / run_directory.SUMMARY, summary)
 
 

@@ -52,9 +52,12 @@ class TrainState:
     def follow(self, asked: dict[str, Any]) -> None:
         """Forget batch sizes that were found for another request: the recipe's new one counts.
 
-        Args: asked: settings by what they are the batch of; "micro_batch" is one.
+        Args: asked: settings by what they are the batch of; "micro_batch" is one. "spread" is what a rank holds of the job: with
+            another one it has another memory, and all sizes are found anew.
         """
         changed = {name for name, value in asked.items() if name in self.asked and self.asked[name] != value}
+        if "spread" in changed:
+            changed |= {"micro_batch", *self.batches}
         if "micro_batch" in changed:
             self.micro_batch = None
         self.batches = {name: size for name, size in self.batches.items() if name not in changed}

@@ -27,7 +27,8 @@ from prdp_fast.core.memory import smaller_on_oom
 from prdp_fast.core.records import Prompt, TextEmbeddings, Trajectories
 from prdp_fast.core.stops import Stopped
 from prdp_fast.evaluation.run import Evaluation, evaluate
-from prdp_fast.models.lora import add_adapter
+from prdp_fast.evaluation.statistics import mean_and_error, over_optimised
+from prdp_fast.models.lora import add_adapter, cast_frozen
 from prdp_fast.models.pipeline import Pipeline
 from prdp_fast.models.text import TextEncoder
 from prdp_fast.objectives import Objective, build_objective, update_statistics
@@ -46,6 +47,7 @@ from prdp_fast.training.metrics import epoch_metrics
 from prdp_fast.training.passes import Reference, reference_pass
 from prdp_fast.training.speed import remember, speed_up
 from prdp_fast.training.state import TrainState
+from prdp_fast.training.step_weights import step_weights
 from prdp_fast.training.telemetry import Telemetry
 from prdp_fast.training.update import Experience, UpdateReport, drift_warning, run_updates
 from prdp_fast.training.watch import Watch
@@ -92,27 +94,36 @@ class Trainer:
         settings, schedule, performance, dtype = job.settings, job.settings.schedule, job.settings.performance, job.config.dtype
         with agree():  # first: what their models hold is no longer free when the micro-batch is chosen
             job.rewards.prepare()
+            if job.held_rewards is not None:
+                job.held_rewards.prepare()
         decisions = prepare_process(performance, device, dtype)
         fused = choose_fused_optimizer(performance.fused_optimizer, device, job.config.offloads_optimizer)
 
-        pipeline = pipeline or Pipeline.load(job.family, device, dtype, settings.sampler.scheduler)
-        objective, lora = build_objective(settings.objective, settings.kernels), settings.model.lora
+        known = job.knows_embeddings()
+        pipeline = pipeline or Pipeline.load(job.family, device, dtype, settings.sampler.scheduler, texts=not known)
+        objective, lora = build_objective(settings.objective, settings.kernels), job.family.lora
         reference = pipeline.frozen_denoiser(dtype) if job.keeps_reference and lora is None else None
         if lora is not None:
             add_adapter(pipeline.denoiser, lora, settings.seed)
+            cast_frozen(pipeline.denoiser, dtype)
         if performance.activation_checkpointing:
             pipeline.denoiser.enable_gradient_checkpointing()
         encode = choose_encoder(
             TextEncoder(pipeline, dtype).encode, job.train_prompts, stored=settings.prompts.stored_embeddings, device=device,
-            dtype=dtype,
+            dtype=dtype, known=known,
         )  # fmt: skip
+        if settings.prompts.stored_embeddings:  # evaluation prompts and the empty one are there too
+            pipeline.release_text_encoders()
 
         kept = settings.checkpoint
         checkpoints = Checkpoints(output, keep=kept.keep, milestone=kept.keep_every and kept.every * kept.keep_every)
         state = checkpoints.choose()
         state.follow(
-            {"micro_batch": schedule.micro_batch, "reference": schedule.micro_batch, "rollout": settings.sampler.rollout_batch}
-        )
+            {
+                "micro_batch": schedule.micro_batch, "reference": schedule.micro_batch, "rollout": settings.sampler.rollout_batch,
+                "spread": [job.world_size, job.config.stage, job.config.offloads],
+            }
+        )  # fmt: skip
         state.micro_batch, plan, available = micro_batch.fit(
             job.footprint(cuda=device.type == "cuda"), pipeline.denoiser, job.family,
             # A resumed run keeps its micro-batch, whatever is free now: another one would round differently.
@@ -208,7 +219,9 @@ class Trainer:
         with self.telemetry.phase("reference"), self.reference_denoiser() as frozen, agree():
             return self.in_batches(
                 "reference", self.state.batches.get("reference", self.micro_batch),
-                lambda size: reference_pass(self.job.policy, frozen, trajectories, size, timesteps),
+                lambda size: reference_pass(
+                    self.job.policy, frozen, trajectories, size, timesteps, self.step_weights(trajectories)
+                ),
             )  # fmt: skip
 
     def update(self, experience: Experience) -> UpdateReport:
@@ -226,8 +239,8 @@ class Trainer:
                     self.job.policy, self.engine, self.objective, experience.trajectories, experience.scores.total,
                     reference=experience.reference, updates=schedule.updates_per_epoch, micro_batch=self.micro_batch,
                     last_drift=state.last_drift, reduce=distributed.all_reduce, timesteps=schedule.update_timesteps,
-                    skipped_in_row=state.skipped_in_row, say=self.telemetry.message, statistics=statistics,
-                    on_policy=self.job.on_policy,
+                    step_weights=self.step_weights(experience.trajectories), skipped_in_row=state.skipped_in_row,
+                    say=self.telemetry.message, statistics=statistics, on_policy=self.job.on_policy,
                 )  # fmt: skip
             except OneRankError:
                 raise
@@ -289,7 +302,7 @@ class Trainer:
     def say_hello(self) -> None:
         """What was planned and chosen."""
         say, state = self.telemetry.message, self.state
-        for note in self.job.family.notes:
+        for note in (*self.job.family.notes, *self.job.step_lines()):
             say(note)
         say(self.memory_plan.table())
         say(str(self.acceleration))
@@ -307,7 +320,8 @@ class Trainer:
         if latest is not None:
             if fault := self.watch.weight_fault():
                 raise UserError(self.checkpoints.damaged(fault))
-            self.telemetry.message(f"continuing after epoch {self.state.epoch} from {latest.name}")
+            resharded = f", resharded from {self.engine.resharded}" if self.engine.resharded else ""
+            self.telemetry.message(f"continuing after epoch {self.state.epoch} from {latest.name}{resharded}")
         self.state.start_clock()
 
     def finish(self, before: dict[str, Evaluation]) -> dict[str, Any]:
@@ -322,6 +336,8 @@ class Trainer:
         with self.engine.averaged():
             weights = self.engine.full_state_dict()
         summary: dict[str, Any] = {"evaluation": results.compare_all(before, after)}
+        for warning in over_optimised(summary["evaluation"]):
+            self.telemetry.message(warning)
         if distributed.is_main() and self.output is not None:
             phase_s = {name: round(seconds, 3) for name, seconds in self.telemetry.phase_seconds.items()}
             summary |= self.state.summary() | {"phase_s": phase_s}
@@ -394,7 +410,7 @@ class Trainer:
             part = evaluate(
                 self.job.policy, denoiser, self.pipeline, self.encode, self.job.rewards,
                 prompts[distributed.rank() :: self.job.world_size], images_per_prompt=settings.evaluation.images_per_prompt,
-                batch=self.rollout_batch, seed=settings.evaluation.seed,
+                batch=self.rollout_batch, seed=settings.evaluation.seed, held_rewards=self.job.held_rewards,
             )  # fmt: skip
         whole = Evaluation.merge(distributed.gather_objects(part), len(prompts))
         if whole.unscored == len(whole.images):  # the same on every rank
@@ -419,10 +435,16 @@ class Trainer:
             return
         with self.telemetry.phase("evaluate", throughput=False):
             seen = self.evaluate(["seen"])["seen"]
-        self.telemetry.log_scalars(state.epoch - 1, {"evaluation/seen": seen.summary()["mean"]})
+        held = {f"evaluation/seen/held/{name}": mean_and_error(values)["mean"] for name, values in seen.held.items()}
+        self.telemetry.log_scalars(state.epoch - 1, {"evaluation/seen": seen.summary()["mean"]} | held)
+        for warning in over_optimised(results.compare_all({"seen": before["seen"]}, {"seen": seen})):
+            self.telemetry.message(f"epoch {state.epoch - 1}: {warning}")
         results.write_samples(self.output, f"epoch-{state.epoch:06d}", seen, self.telemetry, state.epoch - 1)
 
     # What the methods above share.
+
+    def step_weights(self, trajectories: Trajectories) -> torch.Tensor | None:
+        return step_weights(self.job.transitions, self.job.step_weights, trajectories.steps)
 
     @property
     def micro_batch(self) -> int:

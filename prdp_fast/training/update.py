@@ -25,8 +25,9 @@ from prdp_fast.core.memory import release
 from prdp_fast.core.records import Scores, Trajectories
 from prdp_fast.objectives import Objective, ObjectiveInput
 from prdp_fast.planning.micro_batch import halve_on_oom
+from prdp_fast.sampling.draws import UPDATE_STREAM
 from prdp_fast.sampling.policy import Policy
-from prdp_fast.sampling.rows import UPDATE_STREAM, strata, stratified
+from prdp_fast.sampling.rows import RowCounts, count_rows, strata, stratified
 from prdp_fast.training.passes import Reference, gradient_pass, log_prob_pass
 
 # Of the clip range: a drift beyond it is more than rounding, and is told.
@@ -68,7 +69,8 @@ class UpdateReport:
     """What K updates did, for telemetry and the next epoch."""
 
     metrics: dict[str, float] = field(default_factory=dict)  # means over the updates; first_ratio_error is of the first
-    drift_by_step: torch.Tensor | None = None  # (S,) max over trajectories of |sampler log-prob - trainer log-prob|, nats
+    # By the step's number: the largest over trajectories of |sampler log-prob - trainer log-prob|, nats.
+    drift_by_step: dict[int, float] = field(default_factory=dict)
     denoiser_rows: int = 0
     free_first_pass: bool = True
     skipped_updates: int = 0
@@ -84,7 +86,7 @@ class UpdateReport:
 
     @property
     def drift(self) -> float:
-        return 0.0 if self.drift_by_step is None else float(self.drift_by_step.nan_to_num().max())
+        return max((value for value in self.drift_by_step.values() if not math.isnan(value)), default=0.0)
 
 
 def drift_warning(drift: float, clip_range: float | None, told: float) -> str | None:
@@ -116,11 +118,14 @@ class EpochInputs:
         rewards: torch.Tensor,
         reference: Reference | None,
         reduce: AllReduce,
+        step_weights: torch.Tensor | None = None,
         statistics: torch.Tensor | None = None,
     ) -> None:
         """The mean and deviation of the rewards are over all ranks. Every rank calls this.
 
-        Args: statistics: (G, 2) running mean and deviation of the prompts' rewards, if the objective wants them.
+        Args:
+            step_weights: (N, S) of `step_weights`; the objective sees every log-prob multiplied by its own.
+            statistics: (G, 2) running mean and deviation of the prompts' rewards, if the objective wants them.
         """
         groups, steps = len(trajectories.prompts), trajectories.log_probs.shape[1]
         self.grouped = (groups, trajectories.images_per_prompt, steps)
@@ -130,6 +135,7 @@ class EpochInputs:
         self.statistics = statistics
         self.policy_is_reference = objective.needs_reference and reference is None
         self.ref_log_probs = None if reference is None else reference.log_probs  # (N, S)
+        self.step_weights = None if step_weights is None else step_weights.to(trajectories.log_probs.device)
         finite = rewards[rewards.isfinite()].double()
         count, total, squares = reduce([float(len(finite)), float(finite.sum()), float(finite.square().sum())], "sum")
         self.reward_mean = total / max(count, 1.0)
@@ -139,17 +145,22 @@ class EpochInputs:
         """Args: log_probs, old: (N, S)."""
         ref = log_probs if self.policy_is_reference and self.ref_log_probs is None else self.ref_log_probs
         return ObjectiveInput(
-            log_probs=log_probs.view(self.grouped), old_log_probs=old.view(self.grouped),
-            ref_log_probs=None if ref is None else ref.view(self.grouped),
+            log_probs=self.weighted(log_probs).view(self.grouped), old_log_probs=self.weighted(old).view(self.grouped),
+            ref_log_probs=None if ref is None else self.weighted(ref).view(self.grouped),
             rewards=self.rewards.to(log_probs.device).view(self.grouped[:2]), reward_mean=self.reward_mean,
             reward_std=self.reward_std, elements=self.elements, seeds=self.seeds, statistics=self.statistics,
         )  # fmt: skip
 
+    def weighted(self, values: torch.Tensor) -> torch.Tensor:
+        """(N, S) log-probs as the objective takes them; and, by the chain rule, its weights as those of the log-probs."""
+        return values if self.step_weights is None else values * self.step_weights
+
 
 def draw_steps(trajectories: Trajectories, timesteps: int | None) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """The stochastic steps that an update backpropagates through: one of each of `timesteps` strata, or all.
+    """Which of the S stochastic steps an update backpropagates through: one of each of `timesteps` strata, or all.
 
-    Returns: (N, m) the steps, None for all; and (S,) the size of the stratum that a step is in, by which its weight counts, or 1.
+    Returns: (N, m) their numbers among the S, None for all; and (S,) the size of the stratum that a step is in, by which its
+        weight counts, or 1.
     """
     total = trajectories.log_probs.shape[1]
     if timesteps is None or timesteps >= total:
@@ -187,6 +198,7 @@ def run_updates(
     last_drift: float | None,
     reduce: AllReduce,
     timesteps: int | None = None,
+    step_weights: torch.Tensor | None = None,
     skipped_in_row: int = 0,
     say: Callable[[str], None] = print,
     statistics: torch.Tensor | None = None,
@@ -200,21 +212,19 @@ def run_updates(
         last_drift: `UpdateReport.drift` of the epoch before; None (first epoch) runs pass (1) to measure it, if it could matter.
         reduce: `distributed.all_reduce`; ranks must agree on the loss scale and on the number of forwards.
         timesteps: backpropagate this many steps of each trajectory, one of each stratum; for K = 1 only.
+        step_weights: (N, S) of mean 1 over each trajectory's steps, by which they count in the objective; None: all alike.
         skipped_in_row: updates before this epoch's that were skipped, since the last one that was not.
         say: tells the user a line: that a micro-batch was too large for the memory, say.
         statistics: (G, 2) running mean and deviation of the prompts' rewards, if the objective wants them.
         on_policy: the policy itself has sampled; else its log-probs are never those of the rollout.
     """
-    report, sampled, stochastic = (
-        UpdateReport(skipped_in_row=skipped_in_row),
-        trajectories.log_probs,
-        policy.transitions.stochastic,
-    )
-    every_row = len(sampled) * policy.evaluations(stochastic)
-    inputs = EpochInputs(objective, trajectories, rewards, reference, reduce, statistics)
+    report, sampled = UpdateReport(skipped_in_row=skipped_in_row), trajectories.log_probs
+    every_row = policy.evaluations(trajectories.steps)
+    inputs = EpochInputs(objective, trajectories, rewards, reference, reduce, step_weights, statistics)
     chosen, strata_sizes = draw_steps(trajectories, timesteps)
     assert chosen is None or updates == 1, "a subset of timesteps is unbiased for one update only"
-    trained_rows = every_row if chosen is None else policy.evaluations(stochastic[chosen.flatten()])
+    trained_rows = every_row if chosen is None else policy.evaluations(trajectories.steps.gather(1, chosen))
+    whole, part = (agreed_counts(policy, trajectories, numbers, reduce) for numbers in (None, chosen))
 
     old = None  # log-probs at the start of the epoch, by the training path
     geometry = micro_batch  # of `old`, and so of every log-prob that is compared with it
@@ -224,16 +234,17 @@ def run_updates(
             log_probs = sampled
         else:  # pass (1)
             report.free_first_pass &= old is not None
-            log_probs = current_log_probs(policy, engine, trajectories, geometry)
+            log_probs = current_log_probs(policy, engine, trajectories, geometry, whole)
             report.denoiser_rows += every_row
         output = objective(inputs.of(log_probs, log_probs if old is None else old))
-        weights = output.weights.reshape(sampled.shape) * strata_sizes
-        trained, micro_batch = backpropagate(policy, engine, trajectories, weights, chosen, micro_batch, reduce, say)
+        weights = inputs.weighted(output.weights.reshape(sampled.shape)) * strata_sizes
+        trained, micro_batch = backpropagate(policy, engine, trajectories, weights, chosen, part, micro_batch, reduce, say)
         report.denoiser_rows += trained_rows
         if old is None:
             # From here on old log-probs come from the training path: same code, dtype and batch geometry as the new ones.
             old, geometry = trained, micro_batch
-            report.drift_by_step = largest_by_step(((sampled if on_policy else log_probs) - trained).abs())
+            drift = ((sampled if on_policy else log_probs) - trained).abs()
+            report.drift_by_step = largest_by_step(drift, trajectories.steps)
             first_error = (log_probs - trained).abs().nan_to_num().max()
             if inputs.policy_is_reference:
                 inputs.ref_log_probs = trained
@@ -254,27 +265,36 @@ def run_updates(
     return report
 
 
-def current_log_probs(policy: Policy, engine: TrainingEngine, trajectories: Trajectories, micro_batch: int) -> torch.Tensor:
+def agreed_counts(policy: Policy, trajectories: Trajectories, chosen: torch.Tensor | None, reduce: AllReduce) -> RowCounts:
+    """The largest counts of all ranks: where some steps are guided and steps are drawn, ranks draw more or fewer guided ones, and
+    each must run as many forwards as the others. Every rank calls this."""
+    guided, plain = reduce([float(count) for count in count_rows(policy, trajectories, chosen)], "max")
+    return RowCounts(int(guided), int(plain))
+
+
+def current_log_probs(
+    policy: Policy, engine: TrainingEngine, trajectories: Trajectories, micro_batch: int, counts: RowCounts
+) -> torch.Tensor:
     """Pass (1): (N, S) log-probs of the stored steps under the current weights."""
-    evaluate = partial(log_prob_pass, policy, engine.denoiser, trajectories, micro_batch)
+    evaluate = partial(log_prob_pass, policy, engine.denoiser, trajectories, micro_batch, counts=counts)
     # Not where ranks communicate in a forward: the others would be one forward ahead.
     return again_after_release(evaluate) if engine.passes_are_local else evaluate()
 
 
 def backpropagate(
     policy: Policy, engine: TrainingEngine, trajectories: Trajectories, weights: torch.Tensor, chosen: torch.Tensor | None,
-    micro_batch: int, reduce: AllReduce, say: Callable[[str], None],
+    counts: RowCounts, micro_batch: int, reduce: AllReduce, say: Callable[[str], None],
 ) -> tuple[torch.Tensor, int]:  # fmt: skip
     """Pass (3): the gradient of sum(weights * log_prob), in the engine, over all ranks.
 
-    Args: weights: (N, S) dL/dlog_prob. chosen: (N, m) the steps to go through, None for all.
+    Args: weights: (N, S) dL/dlog_prob. chosen: (N, m) the steps to go through, None for all. counts: of them, agreed upon.
     Returns: (N, S) the log-probs on the way, NaN where a trajectory was lost; and the micro-batch, halved if the memory was too
         small for it.
     """
     engine.set_scale(reduce([float(weights.abs().max())], "max")[0])
     attempt = partial(
         gradient_pass, policy, engine.denoiser, trajectories, weights, backward=engine.backward, loss_scale=engine.scale,
-        chosen=chosen,
+        chosen=chosen, counts=counts,
     )  # fmt: skip
     with engine.accumulating():
         # A halved micro-batch stays. If `old` is there already, log-probs keep its geometry to the end of the epoch: the weights
@@ -302,8 +322,9 @@ def again_after_release(run: Callable[[], torch.Tensor]) -> torch.Tensor:
     return run()
 
 
-def largest_by_step(values: torch.Tensor) -> torch.Tensor:
-    """(S,) on the CPU: the largest of (N, S) values in each column, NaN where all are."""
-    largest = torch.where(values.isnan(), -math.inf, values).amax(0).cpu()
-    largest[largest == -math.inf] = math.nan
-    return largest
+def largest_by_step(values: torch.Tensor, steps: torch.Tensor) -> dict[int, float]:
+    """The largest of (N, S) values of each step, NaN where all are. steps: (N, S) on the CPU, the step's number of each."""
+    values = torch.where(values.isnan(), -math.inf, values).flatten()
+    largest = values.new_full((int(steps.max()) + 1,), -math.inf)
+    largest = largest.scatter_reduce(0, steps.flatten().to(values.device), values, "amax").tolist()
+    return {step: math.nan if largest[step] == -math.inf else largest[step] for step in steps.unique().tolist()}

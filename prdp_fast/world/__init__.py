@@ -1,5 +1,8 @@
-"""The embedded world: its scenes and prompts, the reader that checks a picture, the model that draws them, and its training."""
+"""The embedded world: its scenes and prompts, the reader that checks a picture, the models that draw them, and their training."""
 
 from pathlib import Path
 
-TINY = Path(__file__).resolve().parent / "tiny"  # a StableDiffusionPipeline of 6.6 MB, trained by make_model.py
+HERE = Path(__file__).resolve().parent
+TINY = HERE / "tiny"  # a StableDiffusionPipeline of 7.7 MB, trained by make_model.py
+TINY_FLOW = HERE / "tiny_flow"  # a StableDiffusion3Pipeline of 9.2 MB without T5, trained by make_flow_model.py
+EMBEDDED = {path.name: path for path in (TINY, TINY_FLOW)}  # what `model.pretrained` calls them

@@ -15,12 +15,8 @@ The result is a StableDiffusionPipeline directory in float16 safetensors.
 from __future__ import annotations
 
 import argparse
-import copy
 import itertools
 import json
-import math
-import random
-import time
 from pathlib import Path
 
 import torch
@@ -30,12 +26,21 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from prdp_fast.core.files import write_tensors
 from prdp_fast.world import scenes
+from prdp_fast.world.making import (
+    LATENT_SIZE,
+    MAX_TOKENS,
+    Trainer,
+    draw_dataset,
+    encode_dataset,
+    report_samples,
+    save_pipeline,
+    step_generator,
+    to_model_range,
+    to_uint8,
+)
 from prdp_fast.world.reader import read_images
 
-MAX_TOKENS = 20  # 18 words and the two markers
-LATENT_SIZE = scenes.IMAGE_SIZE // 4
 TEXT_WIDTH = 128
 
 
@@ -121,81 +126,6 @@ def build_scheduler() -> DDPMScheduler:
 
 
 # -------------------------------------------------------------------------------------------------------------- training
-class Trainer:
-    """Modules trained together with AdamW, warm-up and cosine decay, and an averaged copy; saved every minute."""
-
-    def __init__(self, modules: nn.Module, path: Path, *, steps: int, lr: float, ema: float) -> None:
-        self.modules, self.path, self.steps, self.lr, self.ema_decay = modules, path, steps, lr, ema
-        self.optimizer = torch.optim.AdamW(modules.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
-        self.ema = copy.deepcopy(modules).requires_grad_(False)
-        self.step = 0
-        self.saved_at = self.started_at = time.monotonic()
-        if path.exists():
-            state = torch.load(path, weights_only=True)
-            modules.load_state_dict(state["modules"])
-            self.ema.load_state_dict(state["ema"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.step = state["step"]
-            print(f"{path.name}: resumed at step {self.step}", flush=True)
-
-    def update(self, loss: torch.Tensor) -> None:
-        warmup = min(1.0, (self.step + 1) / 100)
-        cosine = 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * warmup * max(cosine, 0.01)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
-        self.optimizer.step()
-        self.step += 1
-        decay = min(self.ema_decay, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            for average, parameter in zip(self.ema.parameters(), self.modules.parameters(), strict=True):
-                average.lerp_(parameter, 1 - decay)
-        if self.step == self.steps or time.monotonic() - self.saved_at > 60:
-            self.save()
-
-    def save(self) -> None:
-        state = {
-            "modules": self.modules.state_dict(), "ema": self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(), "step": self.step,
-        }  # fmt: skip
-        write_tensors(self.path, state)
-        self.saved_at = time.monotonic()
-
-    def log(self, **values: float) -> None:
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-        elapsed = time.monotonic() - self.started_at
-        print(f"{self.path.stem} {self.step}/{self.steps}  {elapsed:.0f} s  {shown}", flush=True)
-
-
-def step_generator(seed: int, step: int) -> torch.Generator:
-    """Every step has its own generator, so a resumed run draws what an uninterrupted one would have drawn."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + step)
-
-
-def draw_dataset(count: int, seed: int) -> tuple[list[str], torch.Tensor, torch.Tensor]:
-    """`count` training scenes: prompts, images (count, 3, 32, 32) uint8, foreground masks (count, 1, 32, 32) uint8."""
-    chooser = random.Random(seed)
-    chosen: list[scenes.Scene] = []
-    while len(chosen) < count:
-        scene = scenes.scene_at(chooser.randrange(scenes.NUM_SCENES))
-        if scenes.split_of(scene) == "train":
-            chosen.append(scene)
-    images = scenes.render(chosen, torch.Generator().manual_seed(seed))
-    backgrounds = torch.tensor([scenes.PALETTE[scene.background] for scene in chosen], dtype=torch.uint8)
-    foreground = (images != backgrounds[:, :, None, None]).any(1, keepdim=True).to(torch.uint8)
-    return [scene.prompt() for scene in chosen], images, foreground
-
-
-def to_model_range(images: torch.Tensor) -> torch.Tensor:
-    return images.float() / 127.5 - 1
-
-
-def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
-    return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
-
-
 def strict_reconstructions(vae: AutoencoderKL, prompts: list[str], images: torch.Tensor) -> float:
     """Share of reconstructions in which the checker reads all seven attributes right."""
     with torch.no_grad():
@@ -225,11 +155,6 @@ def train_vae(work: Path, dataset: tuple[list[str], torch.Tensor, torch.Tensor],
             strict = strict_reconstructions(trainer.ema, prompts[held], images[held])
             trainer.log(loss=loss.item(), kl=kl.item(), strict=strict)
     return trainer.ema.eval()
-
-
-@torch.no_grad()
-def encode_dataset(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
-    return torch.cat([vae.encode(to_model_range(part).to(vae.device)).latent_dist.mode().cpu() for part in images.split(256)])
 
 
 @torch.no_grad()
@@ -286,29 +211,6 @@ def assemble(tokenizer: CLIPTokenizer, vae: AutoencoderKL, modules: nn.ModuleDic
     return pipeline
 
 
-def report_samples(pipeline: StableDiffusionPipeline, path: Path) -> None:
-    """Sample 96 held-out prompts, print how many attributes are right, write an 8 x 6 grid of the first 48."""
-    chooser = random.Random(1)
-    prompts: list[str] = []
-    while len(prompts) < 96:
-        scene = scenes.scene_at(chooser.randrange(scenes.NUM_SCENES))
-        if scenes.split_of(scene) != "train":
-            prompts.append(scene.prompt())
-    pixels = pipeline(
-        prompts, num_inference_steps=10, guidance_scale=2.0, output_type="pt", generator=torch.Generator().manual_seed(1)
-    ).images
-    images = (pixels * 255).round().to(torch.uint8).cpu()
-    reading = read_images(images, prompts)
-    rates = zip(scenes.ATTRIBUTES, reading.attribute_right.float().mean(0).tolist(), strict=True)
-    print(
-        f"held-out samples: soft {reading.scores.mean():.3f}  strict {reading.strict.float().mean():.0%}  "
-        + "  ".join(f"{name} {rate:.0%}" for name, rate in rates),
-        flush=True,
-    )
-    grid = images[:48].reshape(6, 8, 3, 32, 32).permute(0, 3, 1, 4, 2).reshape(192, 256, 3)
-    pipeline.numpy_to_pil(grid.numpy()[None] / 255.0)[0].resize((768, 576), 0).save(path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="directory of the resumable state")
@@ -330,9 +232,7 @@ def main() -> None:
     latents = normalise_latents(vae, encode_dataset(vae, images))
     pipeline = assemble(tokenizer, vae, train_unet(args.work, tokenizer, vae, prompts, latents, args))
     report_samples(pipeline, args.work / "samples.png")
-    pipeline.to(dtype=torch.float16).save_pretrained(args.output, safe_serialization=True)
-    size = sum(path.stat().st_size for path in args.output.rglob("*.safetensors"))
-    print(f"{args.output}: {size / 1e6:.1f} MB of safetensors")
+    save_pipeline(pipeline, args.output)
 
 
 if __name__ == "__main__":

@@ -9,20 +9,22 @@ import shlex
 import subprocess
 import sys
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from benchmarks.lib.published import HUB_IDS, write_configurations
 from prdp_fast import train as train_command
+from prdp_fast.commands import embed as embed_command
 from prdp_fast.commands import evaluate as evaluate_command
 from prdp_fast.config.load import RECIPES, load_recipe
 from prdp_fast.config.recipe import Settings
 from prdp_fast.core.format import format_flop
 from prdp_fast.evaluation.plan import choose_rewards
+from prdp_fast.models.families import Family
 from prdp_fast.planning import cost
 from prdp_fast.planning.job import Job
 from prdp_fast.planning.memory import Activations, fake_activations, plan_memory
@@ -49,7 +51,7 @@ PAPER: dict[str, tuple[tuple[float, ...], str, list[tuple[str, float, dict[str, 
         MULTI, "prompts/pickapic", [("pickscore", 10, COSINE), ("hpsv2", 2, {}), ("aesthetic", 0.05, {})],
     ),
 }  # fmt: skip
-OWN = ("sdxl_pickapic_lora", "sd15_custom_reward")
+OWN = ("sdxl_pickapic_lora", "sd15_custom_reward", "sd35m_pickscore", "sd35m_pickscore_fast", "flux_hpsv2_lora")
 MEMORY, PEAK, SHARE = 80e9, "NVIDIA H100", 0.4  # of the GPUs that the estimates are for, and how much of their peak
 
 
@@ -72,7 +74,7 @@ def test_the_papers_values(name: str) -> None:
 
 
 def test_every_recipe_is_known_here() -> None:
-    assert {name for name in SHIPPED if name.startswith("sd")} == {*PAPER, *OWN}
+    assert {name for name in SHIPPED if name.startswith(("sd", "flux"))} == {*PAPER, *OWN}
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -94,6 +96,12 @@ def test_it_loads_and_its_launch_commands_are_real(name: str) -> None:
             parser = argparse.ArgumentParser()
             evaluate_command.add_arguments(parser)
             choose_rewards(parser.parse_args(words[2:]).rewards, settings.rewards)
+        if words[:2] == ["prdp", "embed"]:
+            parser = argparse.ArgumentParser()
+            embed_command.add_arguments(parser)
+            args = parser.parse_args(words[2:])
+            assert settings.prompts.stored_embeddings and str(args.directory) == settings.prompts.source
+            assert (args.model, args.max_sequence_length) == (settings.model.pretrained, settings.sampler.max_sequence_length)
         if words[:3] == ["prdp", "shards", "build"]:
             assert words[words.index("--output") + 1] == settings.prompts.source
             from prdp_fast.commands import shards as command
@@ -129,27 +137,24 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {hub_id: str(write_configurations(preset, directory / preset)) for hub_id, preset in HUB_IDS.items()}
 
 
-@cache
-def sizes(pretrained: str, lora: str, checkpointing: bool, dtype: torch.dtype) -> tuple[Any, Activations, int, float]:
-    """Everything that is counted on a U-Net of full size, once a model."""
-    from prdp_fast.models.families import read_family
-
-    settings = LORA_OF[lora]
-    shapes = read_family(pretrained, settings)
-    return (
-        shapes, fake_activations(shapes, dtype, checkpointing=checkpointing), cost.denoiser_flop(shapes),
-        cost.backward_per_forward(shapes),
-    )  # fmt: skip
+COUNTED: dict[str, tuple[Activations, int, float]] = {}
 
 
-LORA_OF: dict[str, Any] = {}
+def sizes(family: Family, dtype: torch.dtype, checkpointing: bool) -> tuple[Activations, int, float]:
+    """Everything that is counted on a denoiser of full size, once for each size of call."""
+    key = str((family.pretrained, family.lora, family.latent_shape, family.text_length, dtype, checkpointing))
+    if key not in COUNTED:
+        activations = fake_activations(family, dtype, checkpointing=checkpointing)
+        COUNTED[key] = activations, cost.denoiser_flop(family), cost.backward_per_forward(family)
+    return COUNTED[key]
 
 
 def job_of(name: str, model: str, config: str, gpus: int) -> Job:
     """As `--dry-run` makes it on that many GPUs, with the embedded world's prompts where prompts would have to be built."""
     source = load_recipe(name).prompts.source
     settings = load_recipe(name, [f"model.pretrained={model}", f"prompts.source={source if source == 'animals' else 'scenes'}"])
-    return Job.prepare(settings, config, world_size=gpus, cuda=True)
+    with mock.patch("prdp_fast.planning.job.has_embeddings", return_value=True):
+        return Job.prepare(settings, config, world_size=gpus, cuda=True)
 
 
 def rows_of(job: Job) -> dict[str, cost.PhaseRows]:
@@ -157,10 +162,8 @@ def rows_of(job: Job) -> dict[str, cost.PhaseRows]:
 
 
 def estimate(job: Job, settings: Settings, gpus: int) -> str:
-    key = str(settings.model.lora)
-    LORA_OF[key] = settings.model.lora
     recompute = settings.performance.activation_checkpointing
-    _, activations, flop, backward = sizes(settings.model.pretrained, key, recompute, job.config.dtype)
+    activations, flop, backward = sizes(job.family, job.config.dtype, recompute)
     footprint = replace(job.footprint(cuda=True), activations=activations)
     rows = choose_micro_batch(footprint, int(MEMORY), most=job.rows_per_update)
     plan = plan_memory(replace(footprint, micro_batch=rows))
@@ -188,7 +191,8 @@ def test_its_head_says_what_it_costs(name: str, models: dict[str, str]) -> None:
     job = job_of(name, models[hub_id], config[1], int(gpus[1]) if gpus else 1)
     said = " ".join(line.removeprefix("#").strip() for line in head(name))
     assert estimate(job, job.settings, job.world_size) in said
-    assert len(job.transitions.stochastic) == len(job.transitions), "DDIM with eta 1 has a density at every step"
+    if job.settings.sampler.stochastic_steps is None:
+        assert len(job.transitions.stochastic) == len(job.transitions), "DDIM with eta 1 has a density at every step"
 
 
 def test_clipping_that_matters_is_not_rounded_away() -> None:

@@ -39,14 +39,45 @@ def refused(directory: Path, new: dict) -> str:
     return str(raised.value).removeprefix(f"--output {directory}")
 
 
-def test_another_number_of_ranks_is_said_as_such(tmp_path: Path) -> None:
-    """Though the DeepSpeed configuration differs too, which sorts before it."""
-    claim(tmp_path, job(), "auto")
-    assert refused(tmp_path, job(world_size=1, deepspeed={"gradient_accumulation_steps": 16})) == (
-        ": this run has 2 ranks, now 1; start it on 2 (--num_gpus 2), or choose another directory"
+def test_a_run_is_spread_otherwise_and_the_record_tells_so(tmp_path: Path) -> None:
+    offload = {"device": "cpu", "pin_memory": True}
+    zero = {"stage": 3, "offload_optimizer": offload}
+    claim(tmp_path, job(deepspeed={"gradient_accumulation_steps": 8, "zero_optimization": {"stage": 2}}), "auto")
+    new = job(world_size=1, deepspeed={"gradient_accumulation_steps": 16, "zero_optimization": zero})
+    assert claim(tmp_path, new, "auto") == [
+        "continuing on 1 rank instead of 2, at ZeRO stage 3 instead of 2, with offload_optimizer.device cpu instead of none, "
+        "with offload_optimizer.pin_memory true instead of none: equal to rounding, not to the bit"
+    ]
+    assert json.loads((tmp_path / "run.json").read_text()) == new and claim(tmp_path, new, "auto") == []
+    assert claim(tmp_path, new | {"world_size": 2}, "auto") == [
+        "continuing on 2 ranks instead of 1: equal to rounding, not to the bit"
+    ]
+
+
+def test_other_portions_are_told(tmp_path: Path) -> None:
+    claim(tmp_path, job(recipe={"schedule": {"micro_batch": 4}, "sampler": {"rollout_batch": 8}}), "auto")
+    assert claim(tmp_path, job(recipe={"schedule": {"micro_batch": "auto"}, "sampler": {"rollout_batch": 8}}), "auto") == [
+        "continuing with schedule.micro_batch auto instead of 4: equal to rounding, not to the bit"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "said"),
+    [
+        ({"bf16": {"enabled": False}}, {"bf16": {"enabled": True}}, "in float32, now bfloat16"),
+        ({"bf16": {"enabled": True}}, {"fp16": {"enabled": True}}, "in bfloat16, now float16"),
+        ({"fp16": {"enabled": True}}, {"bf16": {"enabled": False}}, "in float16, now float32"),
+    ],
+)
+def test_the_precision_stays(tmp_path: Path, was: dict, now: dict, said: str) -> None:
+    """Though it is one rank more, too."""
+    claim(tmp_path, job(deepspeed=was), "auto")
+    name = {"f": '"bf16": {"enabled": false}', "b": '"bf16": {"enabled": true}'}.get(said[3], "")
+    name = '"fp16": {"enabled": true}' if said.startswith("in float16") else name
+    assert refused(tmp_path, job(deepspeed=now, world_size=3)) == (
+        f": this run computes {said}, which is more than rounding of what it has; write {name} into --config, or choose another "
+        "directory"
     )
-    claim(tmp_path / "one", job(world_size=1), "auto")
-    assert refused(tmp_path / "one", job()).startswith(": this run has 1 rank, now 2; start it on 1 ")
 
 
 def test_the_recipe_comes_before_what_follows_from_it(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from prdp_fast.core.records import Prompt
 from prdp_fast.evaluation import run
 from prdp_fast.evaluation.blocks import Block
 from prdp_fast.evaluation.run import Evaluation, compare_evaluations, evaluate
+from prdp_fast.evaluation.statistics import over_optimised
+from prdp_fast.reporting.tables import before_after
 from prdp_fast.rewards import Reward, RewardOutput, WeightedRewards
 
 PROMPTS = [Prompt(index, f"prompt {index}", {}) for index in range(3)]
@@ -192,3 +194,59 @@ def test_prdp_evaluate_gives_a_silent_reward_up_after_some_images() -> None:
     run.give_up_on_silent_rewards(unscored, block(math.nan, 1.0))
     for _ in range(run.PATIENCE):
         run.give_up_on_silent_rewards(unscored, block(math.nan))
+
+
+# Rewards that are held out from training.
+
+
+class Falling(Reward):
+    """Minus the numbers of `Counting`, of which the third image has none."""
+
+    name = "falling"
+
+    def score(self, images, prompts, metadata):
+        scores = -torch.arange(len(images)).float()
+        scores[2] = math.nan
+        return RewardOutput(scores)
+
+
+def test_a_held_out_reward_is_scored_beside_the_trained_one(monkeypatch) -> None:
+    images = torch.zeros(len(PROMPTS) * B, 3, 8, 8, dtype=torch.uint8)
+    shown = torch.ones(len(images), dtype=torch.bool)
+    shown[5] = False  # a picture that is not finite has no score of any reward
+    monkeypatch.setattr(run, "sample_images", lambda *arguments, **options: (images, shown))
+    trained, held = WeightedRewards([Counting()], [1.0]), WeightedRewards([Falling()], [1.0])
+    found = evaluate(
+        None, None, None, None, trained, PROMPTS, images_per_prompt=B, batch=2, seed=0, held_rewards=held
+    )  # fmt: skip
+    assert found.rewards.tolist() == pytest.approx([1.5, 17 / 3, 9.5]), "the trained reward is as it was"
+    assert found.held["falling"].tolist() == pytest.approx([-4 / 3, -17 / 3, -9.5])
+    nothing = evaluate(None, None, None, None, trained, [], images_per_prompt=B, batch=2, seed=0, held_rewards=held)
+    one = Evaluation(["prompt 0"], images[:B], found.rewards[:1], None, found.scores[:1], {"falling": found.held["falling"][:1]})
+    merged = Evaluation.merge([found, nothing], 3)
+    assert torch.equal(merged.held["falling"], found.held["falling"])
+    assert Evaluation.merge([one, nothing], 1).held["falling"].tolist() == pytest.approx([-4 / 3])
+
+
+def measured_twice(trained: list[float], held: list[float]) -> dict:
+    """A summary's evaluation, of two prompts before (0 everywhere) and after."""
+    images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+
+    def of(rewards: list[float], other: list[float]) -> Evaluation:
+        values = torch.tensor(rewards)
+        return Evaluation(["a", "b"], images, values, None, values[:, None], {"other": torch.tensor(other)})
+
+    return {"seen": compare_evaluations(of([0.0, 0.0], [0.0, 0.0]), of(trained, held))}
+
+
+def test_a_warning_only_where_the_trained_rises_and_the_held_out_falls_beyond_their_errors() -> None:
+    (line,) = over_optimised(measured_twice([1.0, 1.1], [-0.5, -0.6]))
+    assert "on seen the trained reward has risen by 1.05 ± 0.05, and other, held out, has fallen by 0.55 ± 0.05" in line
+    assert "raise objective.kl_weight" in line
+    for trained, held in (
+        ([1.0, 1.1], [0.5, 0.6]), ([-1.0, -1.1], [-0.5, -0.6]), ([1.0, 1.1], [-0.5, 0.4]), ([1.0, -0.9], [-0.5, -0.6]),
+        ([1.0, 1.1], [math.nan, math.nan]),
+    ):  # fmt: skip
+        assert over_optimised(measured_twice(trained, held)) == []
+    text = before_after(measured_twice([1.0, 1.1], [-0.5, -0.6])).markdown()
+    assert "| seen, other (held out) | 2 | 0.000 ± 0.000 | -0.550 ± 0.050 | -0.550 ± 0.050 | -11.0 |" in text

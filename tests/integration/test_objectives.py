@@ -72,3 +72,20 @@ def test_running_statistics_are_resumed_and_shared_by_ranks(tmp_path: Path) -> N
     assert other[1]["mean_abs_advantage"] != pytest.approx(whole[1]["mean_abs_advantage"], rel=1e-3)
     state = json.loads((tmp_path / "ranks" / "checkpoints" / "epoch-000002" / "state.json").read_text())
     assert sorted(map(len, state["prompt_rewards"].values())) == [6, 6]
+
+
+def test_a_held_out_reward_in_a_whole_job(tmp_path: Path) -> None:
+    """Beside the trained one at every evaluation; training itself does not notice it."""
+    held = {
+        "evaluation": "{prompts: 4, every: 1, rewards: [{name: jpeg_size}]}", "schedule.epochs": 1,
+    }  # fmt: skip
+    settings = {name: value for name, value in SMALL.items() if not name.startswith("evaluation")} | held
+    launching.run(
+        TRAIN, "--config", "zero0.json", "--recipe", "smoke", "--output", tmp_path / "run", *launching.settings(settings), ranks=2
+    )
+    plain = train(tmp_path / "plain", {"schedule.epochs": 1})
+    (row,) = (json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert row["loss"] == pytest.approx(plain[0]["loss"], rel=1e-3) and "reward/jpeg_size" not in row
+    for sets in json.loads((tmp_path / "run" / "summary.json").read_text())["evaluation"].values():
+        assert sets["held"]["jpeg_size"]["before"]["n"] == 4 and sets["held"]["jpeg_size"]["after"]["mean"] < 0
+    assert "jpeg_size (held out)" in (tmp_path / "run" / "model" / "README.md").read_text()

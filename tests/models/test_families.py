@@ -282,7 +282,7 @@ def refusal(directory: Path | str) -> str:
 @pytest.mark.parametrize(
     ("name", "file", "values", "words"),
     [
-        ("sd1", "model_index.json", {"_class_name": "FluxPipeline"}, ["is a FluxPipeline", "StableDiffusionXLPipeline"]),
+        ("sd1", "model_index.json", {"_class_name": "KolorsPipeline"}, ["is a KolorsPipeline", "StableDiffusionXLPipeline"]),
         ("sd1", "model_index.json", {"text_encoder": [None, None]}, ["has no text_encoder", "save_pretrained"]),
         ("sdxl", "model_index.json", {"tokenizer_2": None}, ["has no tokenizer_2", "StableDiffusionXLPipeline needs"]),
         ("sd1", "unet/config.json", {"in_channels": 9}, ["U-Net of 9 input channels", "latents of 4"]),

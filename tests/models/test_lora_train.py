@@ -19,6 +19,7 @@ from launching import TRAIN
 from safetensors.torch import load_file
 from tiny_pipelines import FAMILIES, build
 
+from prdp_fast import cli
 from prdp_fast.acceleration.probe import distance
 from prdp_fast.models import lora
 
@@ -170,3 +171,13 @@ def test_on_two_ranks_and_resumed(runs: dict[str, tuple[Path, str]], models: dic
     train(models["sd2"], run, "--resume", "auto", ranks=2, more=more)
     assert same(weights(run), whole)
     assert [row["epoch"] for row in metrics(run)] == list(range(EPOCHS))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_adapter_is_taken_out_of_a_checkpoint(runs: dict[str, tuple[Path, str]], family: str, tmp_path: Path) -> None:
+    """No job, no weights of the base: what the run exported, to the byte."""
+    run, _ = runs[family]
+    assert cli.main(["checkpoint", "export", str(run), str(tmp_path / "made")]) == 0
+    made = {path.relative_to(tmp_path / "made"): path.read_bytes() for path in (tmp_path / "made").rglob("*") if path.is_file()}
+    assert {str(path) for path in made} >= {lora.WEIGHTS, lora.PEFT, lora.KOHYA, "README.md"}
+    assert all((run / "model" / path).read_bytes() == data for path, data in made.items() if path.name != "README.md")

@@ -13,8 +13,9 @@ from prdp_fast.config.recipe import ScheduleSettings
 from prdp_fast.core.format import format_flop
 from prdp_fast.models.families import Family, StableDiffusion, StableDiffusionXL, read_family
 from prdp_fast.planning.cost import PhaseRows, denoiser_flop, describe_epoch, device_peak, epoch_rows, predict_epoch
+from prdp_fast.sampling.draws import UPDATE_STREAM
 from prdp_fast.sampling.policy import Policy
-from prdp_fast.sampling.rows import UPDATE_STREAM, micro_batches, stratified
+from prdp_fast.sampling.rows import micro_batches, stratified
 from prdp_fast.sampling.transitions import Transitions
 
 # unet/config.json of the published pipelines, what differs from the class's own defaults.

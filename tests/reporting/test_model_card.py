@@ -36,7 +36,7 @@ def exported(
 ) -> str:
     (directory / "scheduler").mkdir(parents=True, exist_ok=True)
     (directory / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": "DDIMScheduler"}))
-    write_model_card(directory, settings, family, summary, picture)
+    write_model_card(directory, settings, family({}, 77), summary, picture)
     return (directory / "README.md").read_text()
 
 
@@ -94,7 +94,7 @@ def test_the_code_of_a_card_runs(overrides: list[str], tmp_path: Path, monkeypat
     else:
         state = pipeline.denoiser.state_dict()
     pipeline.export(tmp_path / "model", state)
-    write_model_card(tmp_path / "model", settings, type(pipeline.family), SUMMARY, tmp_path / "none.png")
+    write_model_card(tmp_path / "model", settings, pipeline.family, SUMMARY, tmp_path / "none.png")
     (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "model" / "README.md").read_text(), re.DOTALL)
     monkeypatch.chdir(tmp_path)
     scope: dict = {}

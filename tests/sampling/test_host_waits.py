@@ -15,6 +15,7 @@ from small_model import SHAPE, small_embeddings, small_policy, small_unet
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from prdp_fast.config.recipe import RandomSteps
 from prdp_fast.core.records import Prompt, TextEmbeddings, Trajectories
 from prdp_fast.models.families import StableDiffusion
 from prdp_fast.sampling.policy import Policy
@@ -66,9 +67,15 @@ def sample(policy: Policy, denoiser: torch.nn.Module, batch: int) -> Trajectorie
     )  # fmt: skip
 
 
-def loops(steps: int, batch: int, interval: tuple[int, int] | None, chosen: int | None = None) -> dict[str, Watch]:
+def loops(
+    steps: int,
+    batch: int,
+    interval: tuple[int, int] | None,
+    chosen: int | None = None,
+    window: RandomSteps | None = None,
+) -> dict[str, Watch]:
     """What each loop asks of the device in an epoch after the first, whose tables are on the device already."""
-    policy, denoiser = small_policy(steps, interval=interval), Stub().to(DEVICE)
+    policy, denoiser = small_policy(steps, interval=interval, window=window), Stub().to(DEVICE)
     trajectories = sample(policy, denoiser, batch)
     weights = torch.empty_like(trajectories.log_probs)
     rows = None if chosen is None else torch.arange(chosen).expand(GROUPS * IMAGES, -1)
@@ -117,6 +124,13 @@ def test_a_subset_of_steps_is_moved_once() -> None:
     for name in ("log-probs", "gradient"):
         assert many[name].operators > 2 * few[name].operators
         assert many[name].moved == few[name].moved
+
+
+def test_random_runs_of_noisy_steps_are_moved_once() -> None:
+    few, many = (loops(steps, batch, (200, 900), window=RandomSteps(count=3)) for steps, batch in ((5, 8), (10, 2)))
+    for name, watch in few.items():
+        assert many[name].moved == watch.moved
+        assert len(watch.moved) <= 4
 
 
 @pytest.mark.parametrize("spoil", ["item", "cpu", "branch", "boolean index"])

@@ -540,12 +540,12 @@ def test_a_pass_without_gradients_tries_again_at_its_own_size(monkeypatch) -> No
     trajectories = small_trajectories(policy, small_unet(0))
     plain = update.log_prob_pass
 
-    def exhausted(*args):
+    def exhausted(*args, **named):
         widths.append(args[-1])
         if failing and len(widths) == 2:
             failing.clear()
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return plain(*args)
+        return plain(*args, **named)
 
     monkeypatch.setattr(update, "log_prob_pass", exhausted)
     run(policy, PlainEngine(small_unet(0)), None, trajectories, 3, 8, rewards=REWARDS.float())

@@ -6,11 +6,15 @@ from prdp_fast.config.recipe import LoraSettings
 from prdp_fast.core.errors import UserError
 from prdp_fast.models.configs import read_json, shown
 from prdp_fast.models.families.base import Family
+from prdp_fast.models.families.flux import Flux
 from prdp_fast.models.families.sd import StableDiffusion
+from prdp_fast.models.families.sd3 import StableDiffusion3
 from prdp_fast.models.families.sdxl import StableDiffusionXL
 from prdp_fast.models.files import INDEX
 
-FAMILIES: dict[str, type[Family]] = {family.pipeline_class.__name__: family for family in (StableDiffusion, StableDiffusionXL)}
+FAMILIES: dict[str, type[Family]] = {
+    family.pipeline_class.__name__: family for family in (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux)
+}
 
 __all__ = ["FAMILIES", "Family", "StableDiffusion", "StableDiffusionXL", "find_family", "read_family"]
 
@@ -22,12 +26,14 @@ def find_family(pretrained: str) -> type[Family]:
     if not isinstance(name, str) or name not in FAMILIES:
         what = f"is a {name}" if isinstance(name, str) else f"has _class_name {shown(name)} in its {INDEX}"
         raise UserError(
-            f"model.pretrained {pretrained!r} {what}; expected a {' or '.join(FAMILIES)}: text-to-image models of the SD 1, "
-            "SD 2 and SDXL families"
+            f"model.pretrained {pretrained!r} {what}; expected a {' or '.join(FAMILIES)}: text-to-image models of the families "
+            f"{', '.join(family.title for family in FAMILIES.values())}"
         )
     family = FAMILIES[name]
     for component in family.components:
         entry = index.get(component)
+        if entry in (None, [None, None]) and component in family.optional:
+            continue
         if entry is None or entry == [None, None]:
             raise UserError(
                 f"model.pretrained {pretrained!r} has no {component} in its {INDEX}, which a {name} needs; "

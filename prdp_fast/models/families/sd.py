@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,7 @@ from prdp_fast.models.families.base import Family, both_halves, describing
 
 class StableDiffusion(Family):
     pipeline_class = StableDiffusionPipeline
+    title = "SD 1 and SD 2"
     components: ClassVar[tuple[str, ...]] = ("unet", "vae", "scheduler", "text_encoder", "tokenizer")
     denoiser_component = "unet"
     denoiser_class = UNet2DConditionModel
@@ -28,7 +30,7 @@ class StableDiffusion(Family):
     addition_embed_type: str | None = None  # of the U-Net's configuration: what it is told beside text and timestep
 
     @classmethod
-    def text_encoders(cls, pretrained: str) -> tuple[int, list[Any]]:
+    def text_encoders(cls, pretrained: str, absent: Collection[str] = ()) -> tuple[int, list[Any]]:
         encoder = read_text_encoder(pretrained, "text_encoder", CLIPTextModel)
         return encoder.config.max_position_embeddings, [encoder]
 

@@ -5,6 +5,7 @@ Source: SDXL (arXiv:2307.01952) section 2.2.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -21,12 +22,13 @@ TIME_IDS = 6  # original size, crop and target size
 
 class StableDiffusionXL(StableDiffusion):
     pipeline_class = StableDiffusionXLPipeline
+    title = "SDXL"
     components = (*StableDiffusion.components, "text_encoder_2", "tokenizer_2")
     hub_tag = "stable-diffusion-xl"
     addition_embed_type = "text_time"
 
     @classmethod
-    def text_encoders(cls, pretrained: str) -> tuple[int, list[Any]]:
+    def text_encoders(cls, pretrained: str, absent: Collection[str] = ()) -> tuple[int, list[Any]]:
         length, encoders = super().text_encoders(pretrained)
         return length, [*encoders, read_text_encoder(pretrained, "text_encoder_2", CLIPTextModelWithProjection)]
 
