@@ -57,9 +57,14 @@ class Telemetry:
         self._display: _Bar | _Lines | None = None
         if self.directory is not None:
             self.directory.mkdir(parents=True, exist_ok=True)
-            keep_epochs_before(self.directory / METRICS, first_epoch)
+            kept = keep_epochs_before(self.directory / METRICS, first_epoch)
             self._metrics_file = (self.directory / METRICS).open("ab", buffering=0)
             self._display = choose_display(total_epochs, first_epoch, clock)
+            if lost := sorted(set(range(first_epoch)) - kept):
+                self.message(
+                    f"WARNING: {self.directory / METRICS} was damaged: the row(s) of {len(lost)} of {first_epoch} finished "
+                    f"epochs are lost, the first of epoch {lost[0]}; weights and what is learnt further are as they were"
+                )
 
     @contextlib.contextmanager
     def phase(self, name: str, *, throughput: bool = True) -> Iterator[None]:
@@ -191,11 +196,14 @@ class Telemetry:
         return self._writer
 
 
-def keep_epochs_before(path: Path, first_epoch: int) -> None:
-    """Drop the rows of metrics.jsonl from `first_epoch` on, and a last line that a crash left torn. Whole or not at all."""
+def keep_epochs_before(path: Path, first_epoch: int) -> set[int]:
+    """Drop the rows of metrics.jsonl from `first_epoch` on, and a last line that a crash left torn. Whole or not at all.
+
+    Returns: the epochs that are there.
+    """
     if not path.exists():
-        return
-    kept = []
+        return set()
+    kept, epochs = [], set()
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
@@ -203,7 +211,9 @@ def keep_epochs_before(path: Path, first_epoch: int) -> None:
             continue
         if isinstance(row, dict) and isinstance(row.get("epoch"), int) and row["epoch"] < first_epoch:
             kept.append(line + "\n")
+            epochs.add(row["epoch"])
     write_text(path, "".join(kept))
+    return epochs
 
 
 def plain_number(value: Any) -> float:

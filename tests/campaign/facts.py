@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from campaign.settings import EPOCHS
+
+EPS = torch.finfo(torch.float32).eps
+STEP_ERROR = 0.02  # of a step of Adam, by the rounding of a gradient
+METRIC_ERROR = 0.01  # of a reward or a loss: a pixel on the edge between two values may fall to the other
 MEASURED = ("seconds/", "images_per_s", "memory")  # by a clock, and so otherwise in every run
 
 
@@ -117,40 +123,48 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def difference(run: Path, other: Path, *, rounding: float = 0.0) -> str | None:
+def difference(run: Path, other: Path, *, rate: float | None = None) -> str | None:
     """In what the results of two finished runs differ; None if they do not.
 
-    Args: rounding: largest difference of two weights, over the largest weight of the tensor; and 100 times that of a metric,
-        relative. 0: bit for bit.
+    Args: rate: the learning rate, of runs that need only be equal to rounding; None: bit for bit.
     """
     for path in (run, other):
         if not (path / "summary.json").exists():
             return f"{path.name} is not finished"
-    found, expected = weights(run), weights(other)
+    return difference_of_weights(weights(run), weights(other), rate) or difference_of_files(run, other, exact=rate is None)
+
+
+def difference_of_weights(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], rate: float | None) -> str | None:
+    """A step rounds a weight to eps of it, and moves it by the rate; an error of the gradient is a share of that."""
     if not found or found.keys() != expected.keys():
         return "the exported files"
     for name, tensor in found.items():
         if not tensor.isfinite().all():
             return f"{name} is not finite"
-        far = float((tensor - expected[name]).abs().max()) if tensor.numel() else 0.0
-        if not (torch.equal(tensor, expected[name]) or far <= rounding * float(expected[name].abs().max())):
+        if torch.equal(tensor, expected[name]):
+            continue
+        far, largest = float((tensor - expected[name]).abs().max()), float(expected[name].abs().max())
+        if rate is None or far > EPOCHS * (EPS * largest + STEP_ERROR * rate):
             return f"{name} by up to {far:.1e}"
-    theirs, ours = rows(other), rows(run)
-    if [row and row["epoch"] for row in ours] != [row and row["epoch"] for row in theirs]:
+    return None
+
+
+def difference_of_files(run: Path, other: Path, *, exact: bool) -> str | None:
+    """Rows of metrics and evaluations."""
+    ours, theirs = rows(run), rows(other)
+    if [row and row["epoch"] for row in ours] != [row["epoch"] for row in theirs]:
         return f"metrics.jsonl has the epochs {[row and row['epoch'] for row in ours]}"
     for one, two in zip(ours, theirs):
-        if not rounding and one != two:
-            return f"metrics.jsonl, epoch {one['epoch']}: {next(name for name in two if one.get(name) != two[name])}"
-        if rounding and abs(one["reward"] - two["reward"]) > 100 * rounding * max(abs(two["reward"]), 1e-3):
-            return f"metrics.jsonl, epoch {one['epoch']}: reward {one['reward']:.6g}, expected {two['reward']:.6g}"
-    if not rounding:
-        evaluations = [json.loads((path / "summary.json").read_text())["evaluation"] for path in (run, other)]
-        if evaluations[0] != evaluations[1]:
-            return "summary.json: evaluation"
-        before = [torch.load(path / "evaluation_before.pt", weights_only=True) for path in (run, other)]
-        if not same(*before):
-            return "evaluation_before.pt"
-    return None
+        if exact and one != two:
+            return f"metrics.jsonl, epoch {one['epoch']}: {next(name for name in one | two if one.get(name) != two.get(name))}"
+        name = next((name for name in ("reward", "loss") if not math.isclose(one[name], two[name], rel_tol=METRIC_ERROR)), None)
+        if name:
+            return f"metrics.jsonl, epoch {one['epoch']}: {name} {one[name]:.6g}, expected {two[name]:.6g}"
+    evaluations = [json.loads((path / "summary.json").read_text())["evaluation"] for path in (run, other)]
+    if exact and evaluations[0] != evaluations[1]:
+        return "summary.json: evaluation"
+    before = [torch.load(path / "evaluation_before.pt", weights_only=True) for path in (run, other)]
+    return None if same(*before) else "evaluation_before.pt"
 
 
 def same(one: Any, other: Any) -> bool:

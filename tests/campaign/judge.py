@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from campaign import facts
 from campaign.scene import Case, Scene
+from campaign.settings import RATE
 
-ROUNDING = 2e-3  # of a weight, over the largest of its tensor; measured on the settings that are compared so
 VERDICTS = ("lost", "silent", "hung", "traceback", "differs", "unexpected")
 HEADINGS = {
     "lost": "lost checkpoints", "silent": "silent corruptions", "hung": "hangs", "traceback": "tracebacks",
@@ -53,5 +53,5 @@ def differs(case: Case, scene: Scene) -> list[str]:
         return ["it never came to its end"]
     if scene.starts[-1].status != 0:
         return []  # told by the status already, or by a hang
-    found = facts.difference(scene.run, scene.reference(), rounding=ROUNDING if case.compare == "rounding" else 0.0)
+    found = facts.difference(scene.run, scene.reference(), rate=RATE if case.compare == "rounding" else None)
     return [found] if found else []

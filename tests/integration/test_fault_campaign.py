@@ -103,7 +103,8 @@ def test_results_are_compared_to_the_bit(tmp_path: Path) -> None:
     }  # fmt: skip
     assert found["weights"] == "model/w.safetensors:w by up to 1.2e-07" and "not finite" in found["nan"]
     assert found["reward"] == "metrics.jsonl, epoch 0: reward" and "has the epochs [0, 1, 2]" in found["rows"]
-    assert facts.difference(tmp_path / "weights", expected, rounding=1e-6) is None
+    assert facts.difference(tmp_path / "weights", expected, rate=1e-6) is None
+    assert facts.difference(run_of(tmp_path / "step", weight=1.00001), expected, rate=1e-6) is not None
     (tmp_path / "same/summary.json").unlink()
     assert facts.difference(tmp_path / "same", expected) == "same is not finished"
 
