@@ -19,6 +19,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -44,6 +45,9 @@ def play(case: Case, kit: Kit, seed: int) -> tuple[Row, Scene]:
         case.play(scene)
     except NotHere as reason:
         skipped = str(reason)
+    except Exception as error:  # of this package: the other cases go on, and this one is no good
+        scene.unexpected.append(f"the case itself failed: {type(error).__name__}: {error}")
+        traceback.print_exc()
     verdicts = judge(case, scene) if skipped is None else {}
     row = row_of(case, scene, verdicts, skipped)
     if row.is_sound:

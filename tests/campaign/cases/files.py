@@ -20,6 +20,7 @@ from prdp_fast.core import checkpoint_files  # to write a manifest as a stranger
 
 # By what a checkpoint has of it; of several one is drawn.
 KINDS = {
+    # At stage 0 the optimizer's state is in the file of the weights.
     "weights": r"zero/.*model_states\.pt", "optimizer": r"zero/.*optim_states\.pt", "state": r"state\.json",
     "manifest": r"manifest\.json", "average": r"average-.*\.safetensors", "any": r"(zero/.*\.pt|.*\.json|average-.*)",
 }  # fmt: skip
@@ -207,7 +208,7 @@ BEFORE, CHOICES = "evaluation_before.pt is missing or damaged", "acceleration.js
 CASES = [
     _newest("weights", "bit", TWO, True), _newest("weights", "cut", TWO_LORA), _newest("weights", "missing", ONE),
     _newest("weights", "empty", ONE_EMA), _newest("weights", "bit", THREE), _newest("optimizer", "bit", TWO_EMA),
-    _newest("optimizer", "cut", ONE_OFFLOAD), _newest("optimizer", "missing", TWO_PLAIN),
+    _newest("optimizer", "cut", ONE_OFFLOAD), _newest("optimizer", "missing", TWO),
     _newest("optimizer", "bit", THREE_OFFLOAD), _newest("optimizer", "extra", TWO), _newest("state", "bit", TWO_PLAIN),
     _newest("state", "missing", ONE), _newest("state", "cut", ONE_LORA), _newest("manifest", "bit", TWO_LORA),
     _newest("manifest", "missing", ONE_LORA), _newest("manifest", "empty", ONE_OFFLOAD), _newest("average", "bit", ONE_EMA, True),
