@@ -90,7 +90,11 @@ def write_samples(output: Path | None, name: str, evaluation: Evaluation, teleme
     path = output / run_directory.SAMPLES / f"{name}.png"
     images_per_prompt = len(evaluation.images) // len(evaluation.prompts)
     captions = [prompt for prompt in evaluation.prompts for _ in range(images_per_prompt)]
-    image_grid(evaluation.images[:GRID_PROMPTS], path, columns=6, captions=captions[:GRID_PROMPTS])
+    try:
+        image_grid(evaluation.images[:GRID_PROMPTS], path, columns=6, captions=captions[:GRID_PROMPTS])
+    except OSError as error:  # a full disk; no run ends for a picture
+        telemetry.message(f"WARNING: {path} cannot be written ({error.strerror or error}); make room: the run goes on without it")
+        return
     telemetry.log_image(f"{run_directory.SAMPLES}/{name}", path, step)
 
 

@@ -46,6 +46,13 @@ def limit(scene: Scene, call: int, share: float, room_at: int | None, rank: int 
     scene.finish(evaluation__every=0)
 
 
+def picture_without_room(scene: Scene) -> None:
+    """No room for the pictures of an evaluation on the way, whose call is the fifth: no run ends for a picture."""
+    scene.injected.append("files of rank 0 have no room from call 5 of the reward to call 6")
+    env = {"CAMPAIGN_FAULT": json.dumps({"do": "full", "call": 5, "bytes": 0, "rank": 0, "room_at": 6})}
+    scene.finish(env=env, says=r"WARNING: .*samples/epoch-000002.png cannot be written")
+
+
 @contextlib.contextmanager
 def small_disk(scene: Scene, checkpoints: float) -> Iterator[Path]:
     """A tmpfs with room for a run and so many checkpoints. Raises: NotHere."""
@@ -160,19 +167,20 @@ def locked_by_a_dead_job(scene: Scene) -> None:
 
 CASES = [
     Case("disk full at one checkpoint, then room", ONE, partial(limit, call=4, share=0.5, room_at=5)),
-    Case("disk full of rank 1 at one checkpoint", TWO, partial(limit, call=4, share=0.5, room_at=5, rank=1), short=True),
+    Case("disk full of rank 1 at one checkpoint", TWO, partial(limit, call=4, share=0.5, room_at=5, rank=1)),
     Case("disk full at one checkpoint with an average", ONE_EMA, partial(limit, call=5, share=0.3, room_at=6)),
     Case("disk full from the third epoch on", ONE_OFFLOAD, partial(limit, call=5, share=0.5, room_at=None)),
     Case("disk full of rank 0 from the second epoch on", TWO_EMA, partial(limit, call=4, share=0.2, room_at=None)),
     Case("disk full before evaluation_before.pt", ONE, partial(limit, call=2, share=0.0, room_at=None)),
+    Case("disk full at an evaluation on the way", TWO_LORA, picture_without_room, short=True),
     Case("a disk with room for one checkpoint", TWO, partial(full_disk, checkpoints=1.6)),
     Case("a disk with room for two checkpoints", ONE, partial(full_disk, checkpoints=2.6)),
     Case("a run directory that turns read-only", ONE, partial(read_only, for_s=None)),
     Case("a run directory that turns read-only, 2 ranks", TWO_LORA, partial(read_only, for_s=None)),
-    Case("a run directory that is read-only for a while", ONE_OFFLOAD, partial(read_only, for_s=0.5)),
+    Case("a run directory that is read-only for a while", ONE_OFFLOAD, partial(read_only, for_s=0.5), short=True),
     Case("checkpoints/ is removed in mid-run", TWO_PLAIN, partial(removed, name="checkpoints")),
     Case("ranks/ is removed in mid-run", TWO, partial(removed, name="ranks")),
-    Case("a second job in the run directory", TWO_PLAIN, partial(second_job, at_once=False), short=True),
-    Case("two jobs in one directory at once", ONE, partial(second_job, at_once=True)),
+    Case("a second job in the run directory", TWO_PLAIN, partial(second_job, at_once=False)),
+    Case("two jobs in one directory at once", ONE_EMA, partial(second_job, at_once=True), short=True),
     Case("the next job after one that was killed", TWO_PLAIN, locked_by_a_dead_job),
 ]  # fmt: skip

@@ -196,8 +196,8 @@ def _newest(kind: str, how: str, setting: Setting, short: bool = False) -> Case:
                 short=short)  # fmt: skip
 
 
-def _other(name: str, how: str, setting: Setting, says: str) -> Case:
-    return Case(f"{name}: {how} ({setting})", setting, partial(other_file, name=name, how=how, says=says))
+def _other(name: str, how: str, setting: Setting, says: str, short: bool = False) -> Case:
+    return Case(f"{name}: {how} ({setting})", setting, partial(other_file, name=name, how=how, says=says), short=short)
 
 
 def _case(name: str, setting: Setting, play: Callable[[Scene], None], **more) -> Case:
@@ -206,7 +206,7 @@ def _case(name: str, setting: Setting, play: Callable[[Scene], None], **more) ->
 
 BEFORE, CHOICES = "evaluation_before.pt is missing or damaged", "acceleration.json was damaged: chosen anew"
 CASES = [
-    _newest("weights", "bit", TWO, True), _newest("weights", "cut", TWO_LORA), _newest("weights", "missing", ONE),
+    _newest("weights", "bit", TWO), _newest("weights", "cut", TWO_LORA), _newest("weights", "missing", ONE),
     _newest("weights", "empty", ONE_EMA), _newest("weights", "bit", THREE), _newest("optimizer", "bit", TWO_EMA),
     _newest("optimizer", "cut", ONE_OFFLOAD), _newest("optimizer", "missing", TWO),
     _newest("optimizer", "bit", THREE_OFFLOAD), _newest("optimizer", "extra", TWO), _newest("state", "bit", TWO_PLAIN),
@@ -217,7 +217,7 @@ CASES = [
     _case("all checkpoints, half of weights", TWO, partial(all_damaged, kind="weights", how="cut")),
     _case("all checkpoints, one bit of optimizer", ONE_EMA, partial(all_damaged, kind="optimizer", how="bit")),
     _case("all checkpoints, manifest missing", ONE, partial(all_damaged, kind="manifest", how="missing")),
-    _other("evaluation_before.pt", "cut", TWO, BEFORE), _other("evaluation_before.pt", "bit", ONE, BEFORE),
+    _other("evaluation_before.pt", "cut", TWO, BEFORE), _other("evaluation_before.pt", "bit", ONE_EMA, BEFORE, True),
     _other("evaluation_before.pt", "bit", TWO_PLAIN, BEFORE),
     _other("evaluation_before.pt", "missing", ONE_LORA, BEFORE), _other("acceleration.json", "cut", TWO_EMA, CHOICES),
     _other("acceleration.json", "bit", ONE_EMA, ""),
@@ -225,7 +225,7 @@ CASES = [
     _case("run.json: empty", ONE, partial(record_damaged, how="empty")),
     _case("run.json: bit", ONE_LORA, partial(record_damaged, how="bit")),
     _case("half a row at the end of metrics.jsonl", TWO_LORA, half_a_row),
-    _case("zeros over a row of metrics.jsonl", ONE, row_overwritten, compare="no"),
+    _case("zeros over a row of metrics.jsonl", ONE_EMA, row_overwritten, compare="no", short=True),
     _case("what an earlier start may have left", TWO_PLAIN, leftovers),
     _case("a program in the weights of a checkpoint", TWO, partial(foreign, kind="weights", zipped=True)),
     _case("a program in the optimizer of a checkpoint", ONE_OFFLOAD, partial(foreign, kind="optimizer", zipped=False)),
