@@ -73,6 +73,11 @@ class Telemetry:
             run = RunToTrack(self.directory, first_epoch, recipe or {})
             self._trackers = Trackers(tracking or TrackingSettings(), run, self.message, run_ids)
             self._trackers.catch_up(kept)
+            if lost := sorted(set(range(first_epoch)) - {row["epoch"] for row in kept}):
+                self.message(
+                    f"WARNING: {self.directory / METRICS} was damaged: the row(s) of {len(lost)} of {first_epoch} finished "
+                    f"epochs are lost, the first of epoch {lost[0]}; weights and what is learnt further are as they were"
+                )
         self.run_ids = {} if self._trackers is None else self._trackers.run_ids
 
     @contextlib.contextmanager
