@@ -4,7 +4,7 @@ STAMP := $(VENV)/.stamp
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train test test-fast lint docs bench gpu-session gpu-rehearsal gpu-check gpu-bench clean
+.PHONY: help venv train test test-fast lint docs bench fault-campaign gpu-session gpu-rehearsal gpu-check gpu-bench clean
 
 help:
 	@echo "make venv    the virtual environment in $(VENV), pinned by constraints.txt (PYTHON=$(PYTHON))"
@@ -14,6 +14,7 @@ help:
 	@echo "make lint    ruff and mypy"
 	@echo "make docs    the documentation, built into site/"
 	@echo "make bench   the benchmarks; without a GPU, the plain torch references only"
+	@echo "make fault-campaign  faults put into running jobs on CPU ranks, and a table of what became of them; ARGS='--only SIGKILL'"
 	@echo "make gpu-session  all that is worth knowing of this machine's GPU in 13 minutes, with $(PYTHON); ARGS='--parts kernels,engine'"
 	@echo "make gpu-rehearsal  its long parts on a CPU, with the embedded model, before they are taken to a GPU"
 	@echo "make gpu-check  its parts that say whether all is right: kernel tests, and the engine job by job"
@@ -69,6 +70,10 @@ docs: $(DOCS_STAMP)
 # Operators on CUDA if there is a device, the plain torch references on a CPU if not.
 bench: $(STAMP)
 	@. $(VENV)/bin/activate && OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} python -m pytest -q benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds $(ARGS)
+
+# Half an hour on two cores. It takes signals as they come, and so no pytest.
+fault-campaign: $(STAMP)
+	@. $(VENV)/bin/activate && OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES= python -m tests.campaign $(ARGS)
 
 # Not the virtual environment: the machine's own python, with the CUDA build of torch that fits its driver. This package may not be
 # installed there.

@@ -28,6 +28,8 @@ environment.prepare()
 import torch
 
 torch.set_num_threads(1)
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  # which deepspeed imports with its first engine, and inductor with it
+import torch.utils.tensorboard  # with the first scalar
 from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: F401  # which diffusers imports lazily
 
 import prdp_fast.commands.evaluate

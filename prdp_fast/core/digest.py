@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from prdp_fast.core.files import read_json, write_json
 
@@ -44,6 +45,30 @@ def files_digest(files: Iterable[tuple[str, Path]]) -> str:
 
 def text_digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:DIGITS]
+
+
+def tensors_digest(value: Any) -> str:
+    """SHA-256 of what nested dicts and lists of tensors, numbers and texts hold, whatever file or device they are in."""
+    total = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, dict):
+            total.update(f"dict {len(value)}\0".encode())
+            for name in sorted(value):
+                add(name)
+                add(value[name])
+        elif isinstance(value, (list, tuple)):
+            total.update(f"list {len(value)}\0".encode())
+            for item in value:
+                add(item)
+        elif hasattr(value, "numpy"):
+            array = value.detach().cpu().contiguous().numpy()
+            total.update(f"tensor {array.dtype} {array.shape}\0".encode() + array.tobytes())
+        else:
+            total.update(f"{value!r}\0".encode("utf-8", "surrogatepass"))
+
+    add(value)
+    return total.hexdigest()
 
 
 def content_sha256(path: Path) -> tuple[int, str]:

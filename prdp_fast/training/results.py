@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from prdp_fast.core import distributed, run_directory
+from prdp_fast.core.digest import tensors_digest
 from prdp_fast.core.files import write_json, write_tensors
 from prdp_fast.core.hub import upload
 from prdp_fast.evaluation.run import Evaluation, compare_evaluations
@@ -18,6 +19,7 @@ from prdp_fast.reporting.images import comparison_grid, image_grid
 from prdp_fast.reporting.model_card import write_model_card
 from prdp_fast.training.telemetry import Telemetry
 
+DIGEST = "sha256"  # beside the fields of an evaluation in its file: of their values
 GRID_PROMPTS = 24  # pictures of a sample grid
 COMPARED_PROMPTS = 12  # of the picture that sets before against after
 
@@ -41,15 +43,21 @@ def load_or_run(output: Path | None, run: Callable[[], Evaluations]) -> Evaluati
 
 
 def load(path: Path) -> Evaluations | None:
-    """None if there is no such file, or a damaged one."""
+    """None if there is no such file, or a damaged one: torch compares nothing with what was written."""
     try:
-        return {name: Evaluation(**fields) for name, fields in torch.load(path, weights_only=True).items()}
+        sets = torch.load(path, weights_only=True)
+        for name, values in sets.items():
+            digest = values.pop(DIGEST, None)  # files of earlier versions have none
+            if digest is not None and digest != tensors_digest({name: values}):
+                return None
+        return {name: Evaluation(**values) for name, values in sets.items()}
     except Exception:  # missing, or what pickle, zip and torch say of a damaged file; what it held can be made again
         return None
 
 
 def save(path: Path, evaluations: Evaluations) -> None:
-    write_tensors(path, {name: vars(evaluation) for name, evaluation in evaluations.items()})
+    sets = {name: dict(vars(evaluation)) for name, evaluation in evaluations.items()}
+    write_tensors(path, {name: values | {DIGEST: tensors_digest({name: values})} for name, values in sets.items()})
 
 
 def compare_all(before: Evaluations, after: Evaluations) -> dict[str, Any]:
@@ -66,7 +74,7 @@ def write(
     """
     if before:
         save(output / run_directory.EVALUATION_AFTER, after)
-        write_samples(output, "after", after["unseen"], telemetry, summary["epochs"])
+        write_samples(output, "after", after["unseen"], telemetry, summary["epochs"] - 1)  # beside the last epoch's numbers
         write_comparison(before["unseen"], after["unseen"], output / run_directory.COMPARISON)
     export = output / run_directory.EXPORT
     for note in pipeline.export(export, weights):
@@ -82,7 +90,11 @@ def write_samples(output: Path | None, name: str, evaluation: Evaluation, teleme
     path = output / run_directory.SAMPLES / f"{name}.png"
     images_per_prompt = len(evaluation.images) // len(evaluation.prompts)
     captions = [prompt for prompt in evaluation.prompts for _ in range(images_per_prompt)]
-    image_grid(evaluation.images[:GRID_PROMPTS], path, columns=6, captions=captions[:GRID_PROMPTS])
+    try:
+        image_grid(evaluation.images[:GRID_PROMPTS], path, columns=6, captions=captions[:GRID_PROMPTS])
+    except OSError as error:  # a full disk; no run ends for a picture
+        telemetry.message(f"WARNING: {path} cannot be written ({error.strerror or error}); make room: the run goes on without it")
+        return
     telemetry.log_image(f"{run_directory.SAMPLES}/{name}", path, step)
 
 

@@ -67,11 +67,17 @@ class Telemetry:
         self._display: _Bar | _Lines | None = None
         if self.directory is not None:
             self.directory.mkdir(parents=True, exist_ok=True)
-            keep_epochs_before(self.directory / METRICS, first_epoch)
+            kept = keep_epochs_before(self.directory / METRICS, first_epoch)
             self._metrics_file = (self.directory / METRICS).open("ab", buffering=0)
             self._display = choose_display(total_epochs, first_epoch, clock)
             run = RunToTrack(self.directory, first_epoch, recipe or {})
             self._trackers = Trackers(tracking or TrackingSettings(), run, self.message, run_ids)
+            self._trackers.catch_up(kept)
+            if lost := sorted(set(range(first_epoch)) - {row["epoch"] for row in kept}):
+                self.message(
+                    f"WARNING: {self.directory / METRICS} was damaged: the row(s) of {len(lost)} of {first_epoch} finished "
+                    f"epochs are lost, the first of epoch {lost[0]}; weights and what is learnt further are as they were"
+                )
         self.run_ids = {} if self._trackers is None else self._trackers.run_ids
 
     @contextlib.contextmanager
@@ -181,11 +187,14 @@ class Telemetry:
         self.close()
 
 
-def keep_epochs_before(path: Path, first_epoch: int) -> None:
-    """Drop the rows of metrics.jsonl from `first_epoch` on, and a last line that a crash left torn. Whole or not at all."""
+def keep_epochs_before(path: Path, first_epoch: int) -> list[dict[str, Any]]:
+    """Drop the rows of metrics.jsonl from `first_epoch` on, and a last line that a crash left torn. Whole or not at all.
+
+    Returns: the rows that stay.
+    """
     if not path.exists():
-        return
-    kept = []
+        return []
+    kept, rows = [], []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
@@ -193,7 +202,9 @@ def keep_epochs_before(path: Path, first_epoch: int) -> None:
             continue
         if isinstance(row, dict) and isinstance(row.get("epoch"), int) and row["epoch"] < first_epoch:
             kept.append(line + "\n")
+            rows.append(row)
     write_text(path, "".join(kept))
+    return rows
 
 
 def plain_number(value: Any) -> float:

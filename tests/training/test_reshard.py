@@ -129,15 +129,20 @@ def test_files_for_nvme(checkpoint: Path) -> None:
         load_at_stage_0(checkpoint)
 
 
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "plain pickle"])
 @pytest.mark.parametrize("name", ["mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"])
-def test_a_program_in_a_shard_is_not_run(checkpoint: Path, name: str) -> None:
+def test_a_program_in_a_shard_is_not_run(checkpoint: Path, name: str, zipped: bool) -> None:
     ran = checkpoint.parent / "ran"
 
     class Program:
         def __reduce__(self) -> tuple[Any, ...]:
             return Path.touch, (ran,)
 
-    torch.save({"dp_world_size": Program(), "optimizer_state_dict": Program()}, checkpoint / "zero" / name)
+    torch.save(
+        {"dp_world_size": Program(), "optimizer_state_dict": Program()},
+        checkpoint / "zero" / name,
+        _use_new_zipfile_serialization=zipped,
+    )
     with pytest.raises(NotDataError, match=f"{name}: it asks for getattr when it is read, expected tensors and plain values"):
         load_at_stage_0(checkpoint)
     assert not ran.exists()

@@ -162,10 +162,17 @@ def test_resume_leaves_every_epoch_once(tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-def test_a_torn_line_of_a_kept_epoch_does_not_join_the_next(tmp_path):
+def test_a_torn_line_of_a_kept_epoch_does_not_join_the_next(tmp_path, capsys):
+    """And that its row is lost is said."""
     (tmp_path / METRICS).write_text('{"epoch": 0, "reward": 1.0}\n{"epoch": 1, "rew')
     run_epochs(tmp_path, 2, 3, 3)
     assert [row["epoch"] for row in rows(tmp_path)] == [0, 2]
+    assert (
+        "metrics.jsonl was damaged: the row(s) of 1 of 2 finished epochs are lost, the first of epoch 1"
+        in capsys.readouterr().out
+    )
+    run_epochs(tmp_path, 0, 1, 3)
+    assert "damaged" not in capsys.readouterr().out
 
 
 def test_a_restart_before_the_first_checkpoint_starts_over(tmp_path):

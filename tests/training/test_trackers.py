@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import struct
 import sys
 import threading
 import time
@@ -29,6 +28,7 @@ from prdp_fast.training.telemetry import Telemetry
 from prdp_fast.training.trackers import build, feed
 from prdp_fast.training.trackers.base import RunToTrack
 from prdp_fast.training.trackers.feed import Feed, Sent
+from prdp_fast.training.trackers.wandb import last_step, records
 
 
 class Recorder:
@@ -53,6 +53,9 @@ class Recorder:
 
     def image(self, tag: str, path: Path, step: int) -> None:
         self.got.append((step, tag))
+
+    def arrived(self) -> int | None:
+        return None
 
     def close(self, finished: bool) -> None:
         self.closed = finished
@@ -138,6 +141,22 @@ def test_what_was_sent_before_a_resume_is_not_sent_again(tmp_path: Path) -> None
     assert start("other", 4, 5) == ([4, 5], "other"), "a damaged file knows nothing"
 
 
+def test_what_did_not_arrive_is_sent_by_the_next_start(tmp_path: Path) -> None:
+    """Of a tracker that buffers, and of one that is new: rows of metrics.jsonl make up for it."""
+    run = RunToTrack(tmp_path, 3)
+    made = build.Trackers(TrackingSettings(tensorboard=False), run, print)
+    tracker = Recorder()
+    tracker.arrived = lambda: 0  # type: ignore[method-assign]
+    made.feeds = [Feed(tracker, print, Sent(tmp_path / "sent.json", "id", {"epochs": 9}, {"epochs": 9})), Feed(Recorder(), print)]
+    other = made.feeds[1].tracker
+    made.catch_up([{"schema": 1, "epoch": epoch, "reward": None if epoch == 1 else 0.5} for epoch in range(3)])
+    made.epoch(3, {"reward": 1.0})
+    made.close(True)
+    assert [step for step, _ in tracker.got] == [1, 2, 3] and tracker.got[1:] == [(2, {"reward": 0.5}), (3, {"reward": 1.0})]
+    assert list(tracker.got[0][1]) == ["reward"] and tracker.got[0][1]["reward"] != tracker.got[0][1]["reward"], "null was a NaN"
+    assert [step for step, _ in other.got] == [3], "one that keeps nothing is not caught up with"
+
+
 def test_no_secret_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "short")
@@ -221,7 +240,7 @@ def two_starts(directory: Path, settings: TrackingSettings) -> str:
             for epoch in range(first, last):
                 telemetry.log_epoch(epoch, {"reward": epoch / 2, "reward/a": float("nan"), "loss": 1.0}, 4)
                 telemetry.log_scalars(epoch, {"evaluation/seen": epoch / 4})
-            telemetry.log_image("samples/after", picture(directory), last)
+            telemetry.log_image("samples/after", picture(directory), last - 1)
     (run_id,) = ids.values()
     assert [json.loads(line)["epoch"] for line in (directory / METRICS).read_text().splitlines()] == [*range(5)]
     return run_id
@@ -248,6 +267,7 @@ class FakeWandb(ModuleType):
     def init(self, **options: Any) -> Any:
         self.inits.append(options)
         run = self.runs.setdefault(options["id"], SimpleNamespace(history=[], exit_codes=[]))
+        run.step = run.history[-1][0] + 1 if run.history else 0
 
         def log(values: dict[str, Any], step: int) -> None:
             assert not run.history or step >= run.history[-1][0], "wandb would leave it out"
@@ -265,7 +285,7 @@ def test_wandb_goes_on_with_the_same_run(tmp_path: Path, monkeypatch: pytest.Mon
     run = fake.runs[run_id]
     assert [step for step, values in run.history if "reward" in values] == [0, 1, 2, 3, 4]
     assert [step for step, values in run.history if "evaluation/seen" in values] == [0, 1, 2, 3, 4]
-    assert run.history[-1] == (5, {"samples/after": ("image", b"\x89PNG")}) and run.exit_codes == [0, 0]
+    assert run.history[-1] == (4, {"samples/after": ("image", b"\x89PNG")}) and run.exit_codes == [0, 0]
     first = fake.inits[0]
     assert (first["project"], first["name"], first["resume"], first["tags"]) == ("p", "my-run", "allow", ["a"])
     assert first["config"] == {"recipe": {"seed": 3, "rewards": [{"name": "a"}]}}
@@ -281,33 +301,19 @@ def test_wandb_without_a_key_asks_nobody(tmp_path: Path, monkeypatch: pytest.Mon
     assert printed.count("WARNING: tracking.wandb: no API key; set WANDB_API_KEY") == 2, "once a start"
 
 
-def records(path: Path) -> Iterator[bytes]:
-    """Of a .wandb file: after seven bytes, LevelDB's log format, in blocks of 32 KiB; a header is CRC, length and type."""
-    data, position, whole = path.read_bytes(), 7, b""
-    while position + 7 <= len(data):
-        if (left := 32768 - position % 32768) < 7:
-            position += left
-            continue
-        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
-        whole += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):
-            yield whole
-            whole = b""
-
-
 def test_wandb_offline_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     from wandb.proto import wandb_internal_pb2
 
     monkeypatch.setenv("HOME", str(tmp_path))
     directory = tmp_path / "run"
-    run_id = two_starts(directory, TrackingSettings(tensorboard=False, wandb=WandbSettings(mode="offline")))
+    settings = TrackingSettings(tensorboard=False, wandb=WandbSettings(mode="offline"))
+    run_id = two_starts(directory, settings)
     rewards: list[tuple[int, float]] = []
     files = sorted(directory.glob(f"wandb/offline-run-*-{run_id}*/run-{run_id}.wandb"))
     text = b"".join(path.read_bytes() for path in files)
     for path in files:
-        for data in records(path):
+        for data in records(path.read_bytes()):
             record = wandb_internal_pb2.Record()
             record.ParseFromString(data)
             if record.WhichOneof("record_type") == "history":
@@ -316,6 +322,27 @@ def test_wandb_offline_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
                     rewards.append((values["_step"], values["reward"]))
     assert rewards == [(epoch, epoch / 2) for epoch in range(5)]
     assert b"pytest" not in text, "the command line is nobody's business"
+
+    # A killed process loses what wandb had in memory: what is missing comes from metrics.jsonl.
+    assert [last_step(path) for path in files] == [3, 4]
+    files[1].write_bytes(files[1].read_bytes()[:7])
+    torn = files[0].read_bytes()
+    for size in range(0, len(torn), 97):
+        files[0].write_bytes(torn[:size])
+        assert last_step(files[0]) <= 3
+    files[0].write_bytes(torn[: len(torn) * 2 // 3])
+    lost = last_step(files[0])
+    assert 0 <= lost < 3
+    with Telemetry(directory, total_epochs=5, first_epoch=4, tracking=settings, run_ids={"wandb": run_id}) as telemetry:
+        telemetry.log_epoch(4, {"reward": 2.0}, 4)
+    (newest,) = set(directory.glob(f"wandb/offline-run-*-{run_id}*/run-{run_id}.wandb")) - set(files)
+    steps = []
+    for data in records(newest.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "history":
+            steps.append(record.history.step.num)
+    assert steps == [*range(lost + 1, 5)]
 
 
 class FakeMlflow:

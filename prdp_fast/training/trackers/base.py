@@ -40,6 +40,13 @@ class Tracker(Protocol):
         """Open it. Called before anything else, and again after it has failed."""
         ...
 
+    def arrived(self) -> int | None:
+        """After `begin`, of one that remembers: the last step that earlier starts have surely brought there, -1 for none.
+
+        None: every call that came back without an error has arrived.
+        """
+        ...
+
     def scalars(self, step: int, values: Mapping[str, float], *, whole: bool) -> None:
         """Args: step: an epoch. whole: the values are all that the epoch has; names that only earlier ones had are gone."""
         ...

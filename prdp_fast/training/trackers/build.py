@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from prdp_fast.config.tracking import TrackingSettings
 from prdp_fast.core.run_directory import TRACKERS
@@ -18,6 +20,13 @@ from prdp_fast.training.trackers.tensorboard import TensorBoard
 from prdp_fast.training.trackers.wandb import Wandb
 
 CLOSING_S = 20.0  # that trackers may take together at the end of a run
+
+
+ROW_ITSELF = ("schema", "epoch")  # names in a row that are no numbers of the epoch
+
+
+def send_row(step: int, row: Mapping[str, float], tracker: Tracker) -> None:
+    tracker.scalars(step, row, whole=True)
 
 
 class Trackers:
@@ -49,7 +58,17 @@ class Trackers:
 
     def epoch(self, step: int, row: Mapping[str, float]) -> None:
         for feed in self.feeds:
-            feed.put("epochs", step, lambda tracker: tracker.scalars(step, row, whole=True))
+            feed.put("epochs", step, partial(send_row, step, row))
+
+    def catch_up(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Epochs of earlier starts, for those that remember: what has not come there is sent now.
+
+        Args: rows: of metrics.jsonl, whose null is a NaN.
+        """
+        for feed in self.feeds:
+            for row in rows if feed.sent is not None else ():
+                values = {name: math.nan if value is None else value for name, value in row.items() if name not in ROW_ITSELF}
+                feed.put("epochs", row["epoch"], partial(send_row, row["epoch"], values))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         for feed in self.feeds:

@@ -19,6 +19,7 @@ from prdp_fast.training.trackers.base import Tracker, TrackerError
 
 MOST_WAITING = 1000  # calls; what comes beyond is left out
 MOST_TRIES = 3  # of one call
+KINDS = ("epochs", "scalars", "images")
 
 
 @dataclass
@@ -44,6 +45,11 @@ class Sent:
         steps = steps if chosen == known else {}
         return cls(path, chosen, steps, dict(steps))
 
+    def settle(self, arrived: int | None) -> None:
+        """Args: arrived: as `Tracker.arrived` says."""
+        if arrived is not None:
+            self.before = dict.fromkeys(KINDS, arrived)
+
     def has(self, kind: str, step: int) -> bool:
         return step <= self.before.get(kind, -1)
 
@@ -62,7 +68,7 @@ class Sent:
 
 @dataclass
 class Call:
-    kind: str  # "epochs", "scalars" or "images"
+    kind: str  # of KINDS
     step: int
     make: Callable[[Tracker], Any]
     tries: int = 0
@@ -85,8 +91,6 @@ class Feed:
         self._thread: threading.Thread | None = None
 
     def put(self, kind: str, step: int, make: Callable[[Tracker], Any]) -> None:
-        if self.sent is not None and self.sent.has(kind, step):
-            return
         with self._change:
             if len(self._calls) >= MOST_WAITING:
                 self._lost += 1
@@ -141,8 +145,12 @@ class Feed:
                 if not self._guarded(self.tracker.begin):
                     return  # until the next call wakes us
                 self._begun = True
+                if self.sent is not None:
+                    self.sent.settle(self.tracker.arrived())
             call = self._calls[0]
-            if self._guarded(lambda call=call: call.make(self.tracker)):  # type: ignore[misc]
+            if self.sent is not None and self.sent.has(call.kind, call.step):
+                pass  # by an earlier start
+            elif self._guarded(lambda call=call: call.make(self.tracker)):  # type: ignore[misc]
                 if self.sent is not None:
                     self.sent.add(call.kind, call.step)
             else:

@@ -50,6 +50,9 @@ class Mlflow:
         ).info.run_id
         self.client.log_batch(self.mlflow_run, params=parameters(self.run_to_track.recipe)[:100])
 
+    def arrived(self) -> int | None:
+        return None
+
     def scalars(self, step: int, values: Mapping[str, float], *, whole: bool) -> None:
         from mlflow.entities import Metric
 

@@ -54,6 +54,9 @@ class Prometheus:
             families[metric].add_metric([rest], value)  # an empty label is no label
         yield from families.values()
 
+    def arrived(self) -> int | None:
+        return None
+
     def scalars(self, step: int, values: Mapping[str, float], *, whole: bool) -> None:
         if whole:
             self._row = {**values, "epoch": float(step), "epoch_time_seconds": time.time()}

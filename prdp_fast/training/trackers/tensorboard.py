@@ -24,6 +24,9 @@ class TensorBoard:
     def begin(self) -> None:
         pass
 
+    def arrived(self) -> int | None:
+        return None
+
     def scalars(self, step: int, values: Mapping[str, float], *, whole: bool) -> None:
         with self._writing(step) as writer:
             for name, value in values.items():
