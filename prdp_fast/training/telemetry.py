@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from io import RawIOBase
@@ -190,10 +191,27 @@ class Telemetry:
             from torch.utils.tensorboard import SummaryWriter  # seconds of import, only where something is written
 
             assert self.directory is not None
+            quiet_writers()
             folder = self.directory / TENSORBOARD
             continued = (self.first_epoch > 0 or folder.exists()) and not self._begun_again
             self._writer = SummaryWriter(str(folder), purge_step=self.first_epoch if continued else None, flush_secs=15)
         return self._writer
+
+
+def quiet_writers() -> None:
+    """Keep from the user the traceback that TensorBoard's thread shows of a full or read-only disk: `_optional` tells of it."""
+    global _hook_before
+    if _hook_before is None:
+        _hook_before, threading.excepthook = threading.excepthook, _hook
+
+
+_hook_before: Callable[[threading.ExceptHookArgs], object] | None = None
+
+
+def _hook(args: threading.ExceptHookArgs) -> None:
+    is_writer = type(args.thread).__module__.startswith("tensorboard.")
+    if not (is_writer and issubclass(args.exc_type, OSError)) and _hook_before is not None:
+        _hook_before(args)
 
 
 def keep_epochs_before(path: Path, first_epoch: int) -> set[int]:
