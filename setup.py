@@ -37,6 +37,9 @@ REWARDS = [
 ]  # the `http` reward and its server, imported on first use
 LORA = ["peft>=0.18"]
 DATA = ["pyarrow>=15", "datasets>=3"]  # `prdp shards build` from parquet files and hub data sets, imported on first use
+WANDB = ["wandb>=0.31"]  # trackers of a run, imported by the recipes that name them
+MLFLOW = ["mlflow-skinny>=3"]
+PROMETHEUS = ["prometheus-client>=0.20"]
 DOCS = ["mkdocs-material>=9.6"]  # `make docs`
 DEV = [
     "hypothesis",
@@ -67,7 +70,7 @@ setup(
     package_dir={"prdp_kernels": "kernels/prdp_kernels", "prdp_fast.configs": "configs"},
     package_data={
         "prdp_fast.configs": ["*.json", "recipes/*.yaml", "studies/*.yaml", "launch/*"],
-        "prdp_fast.world": ["tiny/**/*", "tiny_flow/**/*", "tiny_scorer/*"],
+        "prdp_fast.world": ["tiny/**/*", "tiny_flow/**/*"],
     },
     entry_points={"console_scripts": ["prdp = prdp_fast.cli:main"]},
     install_requires=CORE,
@@ -76,7 +79,10 @@ setup(
         "rewards": REWARDS,
         "lora": LORA,
         "data": DATA,
+        "wandb": WANDB,
+        "mlflow": MLFLOW,
+        "prometheus": PROMETHEUS,
         "docs": DOCS,
-        "dev": [*DEV, *LORA, *DATA, *REWARDS],
+        "dev": [*DEV, *LORA, *DATA, *REWARDS, *WANDB, *MLFLOW, *PROMETHEUS],
     },
 )

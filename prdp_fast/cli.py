@@ -37,7 +37,8 @@ SUBCOMMANDS = {
     "evaluate": Subcommand("prdp_fast.commands.evaluate", "score a run or a model on held prompts"),
     "checkpoint": Subcommand("prdp_fast.commands.checkpoint", "list and verify a run's checkpoints"),
     "study": Subcommand("prdp_fast.commands.study", "run and compare several recipes over several seeds"),
-    "report": Subcommand("prdp_fast.commands.report", "table and curves of a run"),
+    "report": Subcommand("prdp_fast.commands.report", "table, curves and page of a run, or of several"),
+    "watch": Subcommand("prdp_fast.commands.watch", "follow a run in the terminal"),
 }
 
 

@@ -316,6 +316,7 @@ def recipe_keys() -> dict[str, Any]:
     """Every key of the schema with its default; ... where it has none. Items of the list of rewards are `rewards.N`."""
     from prdp_fast.config import recipe
     from prdp_fast.config.objectives import OBJECTIVES
+    from prdp_fast.config.tracking import MlflowSettings, PrometheusSettings, WandbSettings
 
     found: dict[str, Any] = {}
 
@@ -329,6 +330,7 @@ def recipe_keys() -> dict[str, Any]:
 
     for section, prefix in (
         (recipe.Settings, ""), (recipe.LoraSettings, "model.lora."), (recipe.RewardSettings, "rewards.N."),
+        (WandbSettings, "tracking.wandb."), (MlflowSettings, "tracking.mlflow."), (PrometheusSettings, "tracking.prometheus."),
         (recipe.RandomSteps, "sampler.stochastic_steps."),
         *((section, "objective.") for section in OBJECTIVES.values()),
     ):  # fmt: skip

@@ -36,12 +36,13 @@ ROOT_MODULES = {"cli", "train"}
 DOORS = {
     "deepspeed": {"training/engine.py"},
     "diffusers": {"models", "acceleration", "sampling", "world"},
-    "tensorboard": {"training/telemetry.py"},
-    "tensorboardX": {"training/telemetry.py"},
-    "torch.utils.tensorboard": {"training/telemetry.py"},
-    "wandb": {"training/telemetry.py"},
-    "mlflow": {"training/telemetry.py"},
-    "argparse": {"commands", "cli", "train", "world/make_model.py", "world/make_flow_model.py", "world/make_scorer.py"},
+    "tensorboard": {"training/trackers/tensorboard.py"},
+    "tensorboardX": {"training/trackers/tensorboard.py"},
+    "torch.utils.tensorboard": {"training/trackers/tensorboard.py"},
+    "wandb": {"training/trackers/wandb.py"},
+    "mlflow": {"training/trackers/mlflow.py"},
+    "prometheus_client": {"training/trackers/prometheus.py"},
+    "argparse": {"commands", "cli", "train", "world/make_model.py", "world/make_flow_model.py"},
 }
 # Imported by a reward on first use only: a recipe that does not name the reward runs without the library.
 REWARD_LIBRARIES_AT_THE_TOP = {"torch", "numpy", "PIL", "prdp_fast", "prdp_kernels"}
@@ -198,7 +199,7 @@ SOUND = {
     "prdp_fast/rewards/clip.py": "import torch\ndef load():\n    import transformers",
     "prdp_fast/world/make_model.py": "import argparse, diffusers\nfrom prdp_fast.core import errors",
     "prdp_fast/train.py": "import argparse\ndef main():\n    from prdp_fast.training import update",
-    "prdp_fast/training/telemetry.py": "def f():\n    from torch.utils.tensorboard import SummaryWriter",
+    "prdp_fast/training/trackers/tensorboard.py": "def f():\n    from torch.utils.tensorboard import SummaryWriter",
     "kernels/prdp_kernels/__init__.py": "import math\nimport torch\nfrom prdp_kernels import op",
     "kernels/prdp_kernels/op.py": "import triton.language",
 }

@@ -1,6 +1,11 @@
-"""Show what a run did: its table of rewards before and after, and curves.png from its metrics.
+"""Show what runs did: the table of rewards before and after, curves.png from the metrics, and report.html, a page of all of it.
 
 prdp report runs/tiny-seed0-1a2b3c4d
+prdp report runs/tiny-seed0-1a2b3c4d --watch 30       the page follows the run until it ends
+prdp report runs/tiny-seed*                           several runs in one page, those of one recipe as a curve with a band
+prdp report runs                                      every run in a directory
+
+The page is one file: it needs no network, and no other file of the run.
 """
 
 from __future__ import annotations
@@ -8,45 +13,46 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from prdp_fast.core.errors import UserError
-from prdp_fast.core.files import read_json
-from prdp_fast.core.paths import fault
-from prdp_fast.core.run_directory import RUN, SUMMARY
-from prdp_fast.reporting.curves import plot_curves
-from prdp_fast.reporting.tables import print_summary
+from prdp_fast.reporting.bands import BANDS
+
+LEAST_WATCH_S = 2.0  # between two pages
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory, finished or not")
+    parser.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="a run directory, finished or not; several; or a directory of runs"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="of the page; default: report.html in RUN, or in the directory of the runs"
+    )
+    parser.add_argument(
+        "--bands", choices=BANDS, default=BANDS[0],
+        help="around the mean of runs that differ in their seed: lowest and highest, or standard error (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--watch", type=seconds, metavar="SECONDS",
+        help="write the page again so often until the runs end; a browser that shows it follows",
+    )  # fmt: skip
+
+
+def seconds(text: str) -> float:
+    value = float(text)
+    if not LEAST_WATCH_S <= value < 1e6:
+        raise argparse.ArgumentTypeError(f"{text} seconds; expected at least {LEAST_WATCH_S:g}")
+    return value
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the table of a finished run, draws the curves of any run that has an epoch, and prints the picture's path last.
+    """Prints the table of a finished run, then the page's path; the path of one run's curves comes last.
 
-    Raises: UserError if the directory is no run, or has nothing to show yet.
+    Raises: UserError if a directory is no run, or has nothing to show yet.
     """
-    directory: Path = args.run
-    if not (directory / RUN).is_file():
-        raise UserError(f"{directory} is no run directory ({RUN} is missing); give the path that training printed last")
-    try:
-        summary = read_json(directory / SUMMARY)
-    except FileNotFoundError:
-        print(f"not finished: no {SUMMARY} yet")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{directory / SUMMARY} cannot be read ({error}); resume the run to write it again") from error
-    else:
-        try:
-            print_summary(summary)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{directory / SUMMARY} is no summary of a run ({error!r}); resume the run to write it again"
-            ) from error
-    try:
-        print(plot_curves(directory))
-    except OSError as error:
-        raise UserError(
-            f"no curves: {fault(error)}; mend it, or copy the run directory to a place that can be written"
-        ) from error
-    except ValueError as error:
-        raise UserError(f"no curves: {error}; expected a run with at least one finished epoch") from error
+    from prdp_fast.evaluation.statistics import compare
+    from prdp_fast.reporting.report import Report, find_runs
+
+    runs = find_runs(args.runs)
+    report = Report(runs, args.runs, args.output, compare, args.bands)
+    if args.watch is not None:
+        report.follow(args.watch)
+    report.print()
     return 0

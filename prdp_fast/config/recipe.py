@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from prdp_fast.config.objectives import ObjectiveSettings, PrdpSettings
 from prdp_fast.config.section import LARGEST, Section
+from prdp_fast.config.tracking import TrackingSettings
 from prdp_fast.core.errors import UserError
 
 MOST_NAMED = 12  # numbers in one line
@@ -307,6 +308,7 @@ class Settings(Section):
     performance: PerformanceSettings = PerformanceSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    tracking: TrackingSettings = TrackingSettings()
 
     @model_validator(mode="after")
     def _check_reference(self) -> Settings:

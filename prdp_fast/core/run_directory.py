@@ -16,7 +16,9 @@ from prdp_fast.core.run_lock import LOCK, lock
 RUN = "run.json"  # the job: resolved recipe, DeepSpeed configuration, ranks, digests of what it reads, versions
 SUMMARY = "summary.json"  # of a finished run
 METRICS = "metrics.jsonl"
+MESSAGES = "messages.txt"  # what the run told its user, with the time
 TENSORBOARD = "tensorboard"
+TRACKERS = "trackers"  # what each tracker has been sent
 ACCELERATION = "acceleration.json"  # what was chosen when the run first started
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
@@ -26,12 +28,14 @@ EVALUATION = "evaluation"  # what `prdp evaluate` found
 EVALUATION_BEFORE, EVALUATION_AFTER = "evaluation_before.pt", "evaluation_after.pt"
 
 # What a resumed run may change: how long it goes on, what it keeps, and what decides about memory and speed alone, whose results
-# differ by rounding. Never what an epoch computes: the recipe's mathematics, and the precision that they are computed in.
+# differ by rounding, and where its numbers go. Never what an epoch computes: the recipe's mathematics, and the precision
+# that they are computed in. A section stands for all that is in it.
 MAY_CHANGE = (
     "schedule.epochs", "schedule.time_limit_minutes", "schedule.on_failure", "schedule.max_repeats",
     "schedule.reward_timeout_s", "schedule.stop_after", "schedule.collective_timeout_minutes", "schedule.max_skipped_updates",
     "schedule.max_nonfinite_epochs", "schedule.micro_batch", "sampler.rollout_batch", "performance.activation_checkpointing",
     "checkpoint.every", "checkpoint.keep", "checkpoint.keep_every", "model.push_to_hub", "performance.coalesce_gradients",
+    "tracking",
 )  # fmt: skip
 # Of these, what other sums come of: the user is told.
 ROUNDS = ("schedule.micro_batch", "sampler.rollout_batch", "performance.coalesce_gradients")
@@ -45,11 +49,12 @@ DERIVED = (
 )  # fmt: skip
 
 
-# What the record holds beside what the job is: digests of the files that it reads, and versions of libraries.
+# What the record holds beside what the job is: digests of the files that it reads, versions of libraries, and the machine.
 CONTENT, VERSIONS, EARLIER_VERSIONS = "content", "versions", "earlier_versions"
+MACHINE = "machine"  # processor and accelerator of the last start, without its name
 FILES, FOLDERS = (
-    (METRICS, SUMMARY, ACCELERATION, EVALUATION_BEFORE, EVALUATION_AFTER),
-    (CHECKPOINTS, SAMPLES, EXPORT, TENSORBOARD),
+    (METRICS, MESSAGES, SUMMARY, ACCELERATION, EVALUATION_BEFORE, EVALUATION_AFTER),
+    (CHECKPOINTS, SAMPLES, EXPORT, TENSORBOARD, TRACKERS),
 )
 
 
@@ -140,7 +145,7 @@ def refuse_another(directory: Path, old: dict[str, Any], new: dict[str, Any]) ->
             f"--output {directory}: this run computes in {computed}, now {wanted}, which is more than rounding of what it has; "
             f"write {mend} into --config, or choose another directory"
         )
-    contents = {CONTENT, VERSIONS, EARLIER_VERSIONS, "prompts"}
+    contents = {CONTENT, VERSIONS, EARLIER_VERSIONS, MACHINE, "prompts"}
     for section in ("recipe", *sorted((old.keys() | new.keys()) - contents - {"recipe", "world_size"})):
         difference = first_difference(old.get(section), new.get(section), section)
         if difference:
@@ -243,7 +248,8 @@ def first_difference(old: Any, new: Any, place: str = "") -> str | None:
             if found:
                 return found
         return None
-    allowed = place.removeprefix("recipe.") in MAY_CHANGE or place in DERIVED
+    setting = place.removeprefix("recipe.")
+    allowed = any(setting == one or setting.startswith(f"{one}.") for one in MAY_CHANGE) or place in DERIVED
     allowed |= place.startswith(f"{SPREAD}.") and not place.startswith(QUANTISED)
     return None if old == new or allowed else f"{place} was {brief(old)}, now {brief(new)}"
 

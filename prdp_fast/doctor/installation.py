@@ -24,6 +24,9 @@ EXTRAS = {
     "rewards": "the reward http and 'prdp serve-reward'",
     "lora": "recipes with model.lora",
     "data": "prompt sets from parquet files and the hub",
+    "wandb": "recipes with tracking.wandb",
+    "mlflow": "recipes with tracking.mlflow",
+    "prometheus": "recipes with tracking.prometheus",
 }
 ON_LINES_OF_THEIR_OWN = ("torch", "triton", "diffusers", "transformers", "deepspeed", "webdataset", "ninja")
 # For builds of torch whose metadata names no Triton, which are those for CPUs.

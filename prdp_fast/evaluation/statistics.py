@@ -139,6 +139,18 @@ def paired_difference(base: np.ndarray, finetuned: np.ndarray, *, seed: int) -> 
     return mean(prompt_means(finetuned) - prompt_means(base), seed=seed)
 
 
+def compare(before: np.ndarray, after: np.ndarray | None, *, seed: int) -> dict[str, dict[str, Any]]:
+    """Before, after and difference of (P, B) scores, as JSON with intervals; the last two are empty without an after.
+
+    Means and standard errors are those that training reports of the same scores.
+    """
+    found: dict[str, dict[str, Any]] = {"before": mean(prompt_means(before), seed=seed)._asdict(), "after": {}, "difference": {}}
+    if after is not None:
+        found["after"] = mean(prompt_means(after), seed=seed)._asdict()
+        found["difference"] = paired_difference(np.asarray(before), np.asarray(after), seed=seed)._asdict()
+    return found
+
+
 def win_rate(base: np.ndarray, finetuned: np.ndarray, *, seed: int) -> Estimate:
     """How often the finetuned model's image is the better one of a pair that shares prompt and noise; a tie is half a win.
 

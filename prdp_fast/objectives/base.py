@@ -42,6 +42,10 @@ class Objective(Protocol):
 
     def __call__(self, batch: ObjectiveInput) -> ObjectiveOutput: ...
 
+    def outside_clip(self, log_ratio: torch.Tensor) -> torch.Tensor | None:
+        """Where a log-ratio to the start of the epoch is out of the clip range, bool of its shape; None without a range."""
+        ...
+
     def too_large(self, spread: float, largest: float, images: int) -> str | None:
         """What float32 cannot hold with such rewards, and which setting is to be changed; None if it holds everything.
 

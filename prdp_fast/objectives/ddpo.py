@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from prdp_fast.objectives.base import ObjectiveInput, ObjectiveOutput
-from prdp_fast.objectives.policy_gradient import STD_FLOOR, centred_rewards, clipped_surrogate, overflow
+from prdp_fast.objectives.policy_gradient import STD_FLOOR, centred_rewards, clipped_surrogate, outside_clip, overflow
 
 
 class DdpoObjective:
@@ -46,6 +46,9 @@ class DdpoObjective:
             "dropped_images": (~batch.rewards.isfinite()).sum(),
         }
         return ObjectiveOutput(loss, weights, metrics)
+
+    def outside_clip(self, log_ratio: torch.Tensor) -> torch.Tensor | None:
+        return outside_clip(log_ratio, self.clip_range)
 
     def too_large(self, spread: float, largest: float, images: int) -> str | None:
         """Advantages are rewards over their standard deviation: a square, or a sum, that overflows makes them 0 or NaN."""

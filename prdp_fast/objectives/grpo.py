@@ -6,7 +6,14 @@ from __future__ import annotations
 import torch
 
 from prdp_fast.objectives.base import ObjectiveInput, ObjectiveOutput
-from prdp_fast.objectives.policy_gradient import centred_rewards, clipped_surrogate, kl_to_reference, kl_weight_error, overflow
+from prdp_fast.objectives.policy_gradient import (
+    centred_rewards,
+    clipped_surrogate,
+    kl_to_reference,
+    kl_weight_error,
+    outside_clip,
+    overflow,
+)
 
 STD_FLOOR = 1e-4  # as in Flow-GRPO's code
 
@@ -41,6 +48,9 @@ class GrpoObjective:
             loss, weights = loss + self.kl_weight * kl, weights + self.kl_weight * slope
             metrics["kl_penalty"] = self.kl_weight * kl
         return ObjectiveOutput(loss, weights, metrics)
+
+    def outside_clip(self, log_ratio: torch.Tensor) -> torch.Tensor | None:
+        return outside_clip(log_ratio, self.clip_range)
 
     def too_large(self, spread: float, largest: float, images: int) -> str | None:
         return overflow(images * spread**2, max(images * largest, 2 * largest))

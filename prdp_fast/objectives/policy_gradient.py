@@ -45,6 +45,11 @@ def clipped_surrogate(
     return loss, weights, ((ratio - 1).abs() > clip_range).float().mean()
 
 
+def outside_clip(log_ratio: torch.Tensor, clip_range: float) -> torch.Tensor:
+    """Whether the ratio is outside 1 +- clip_range."""
+    return (log_ratio.exp() - 1).abs() > clip_range
+
+
 def kl_to_reference(batch: ObjectiveInput) -> tuple[torch.Tensor, torch.Tensor]:
     """KL(policy || reference) of a step in nats an element, mean over images and steps, estimated from log-probs.
 

@@ -54,6 +54,9 @@ class PrdpObjective:
             stats = stats | {"dropped_images": (~batch.rewards.isfinite()).sum()}
         return ObjectiveOutput(loss, weights, stats)
 
+    def outside_clip(self, log_ratio: torch.Tensor) -> torch.Tensor | None:
+        return log_ratio.abs() > self.clip_range
+
     def too_large(self, spread: float, largest: float, images: int) -> str | None:
         """The loss is the square of a log-ratio's distance from (difference of rewards) / kl_weight."""
         target = math.inf if spread / FLOAT32_MAX > self.kl_weight else spread / self.kl_weight

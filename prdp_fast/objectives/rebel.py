@@ -43,6 +43,9 @@ class RebelObjective:
         }
         return ObjectiveOutput(loss.to(batch.log_probs.dtype), weights, metrics)
 
+    def outside_clip(self, log_ratio: torch.Tensor) -> torch.Tensor | None:
+        return None
+
     def too_large(self, spread: float, largest: float, images: int) -> str | None:
         if spread < math.sqrt(FLOAT32_MAX):
             return None

@@ -37,6 +37,9 @@ class RwrObjective:
         }
         return ObjectiveOutput(loss, weights.contiguous(), metrics)
 
+    def outside_clip(self, log_ratio: torch.Tensor) -> torch.Tensor | None:
+        return None
+
     def too_large(self, spread: float, largest: float, images: int) -> str | None:
         if largest / self.temperature < FLOAT32_MAX:
             return None

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import platform
+import re
 import sys
 from dataclasses import dataclass
 from importlib import metadata
@@ -17,7 +19,7 @@ from prdp_fast.core.digest import file_digest, files_digest, text_digest
 from prdp_fast.core.errors import UserError
 from prdp_fast.core.paths import told
 from prdp_fast.core.records import Prompt
-from prdp_fast.core.run_directory import CONTENT, VERSIONS
+from prdp_fast.core.run_directory import CONTENT, MACHINE, VERSIONS
 from prdp_fast.models.families import read_family
 from prdp_fast.models.families.base import Family
 from prdp_fast.models.weights import encoder_digest, pipeline_digest
@@ -85,7 +87,7 @@ class Job:
 
     def full_record(self) -> dict[str, Any]:
         """The record with digests of the files that the job reads, and versions. Reads the model's weights, once."""
-        return self.record() | {CONTENT: self.content(), VERSIONS: versions()}
+        return self.record() | {CONTENT: self.content(), VERSIONS: versions(), MACHINE: machine()}
 
     def content(self) -> dict[str, str]:
         """Digests of what the recipe names by a path or hub id, by its keys. Raises: UserError if a file cannot be read."""
@@ -212,6 +214,20 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
+
+
+def machine() -> dict[str, Any]:
+    """What rank 0 computes on. Not its name: a report of the run may be given to others."""
+    import torch
+
+    found = None
+    with contextlib.suppress(OSError):
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    processor = found[1] if found else platform.processor() or platform.machine()
+    told: dict[str, Any] = {"processor": processor, "cores": os.cpu_count() or 1, "system": platform.system()}
+    if torch.cuda.is_available():
+        told |= {"accelerator": torch.cuda.get_device_name(), "accelerators here": torch.cuda.device_count()}
+    return told
 
 
 def reward_files(options: dict[str, Any]) -> list[tuple[str, Path]]:

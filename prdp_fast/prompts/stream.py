@@ -255,6 +255,10 @@ class PromptStream:
         self.world_size = world_size
         self.shuffle = shuffle
 
+    def position(self, e: int) -> tuple[int, int]:
+        """Where epoch e begins: passes that are finished then, and prompts of the next one that have been drawn."""
+        return divmod(e * self.prompts_per_epoch, len(self.prompt_set))
+
     def epoch(self, e: int) -> list[Prompt]:
         """This rank's prompts_per_epoch / world_size prompts of epoch e, from 0.
 

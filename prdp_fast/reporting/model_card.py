@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from prdp_fast.config.recipe import Settings
 from prdp_fast.models.families.base import Family
 from prdp_fast.models.lora import KOHYA, PEFT
+from prdp_fast.reporting.private import recipe_for_others
 from prdp_fast.reporting.tables import before_after, left_out
 from prdp_fast.world import EMBEDDED
 
@@ -114,25 +115,6 @@ def scores(evaluation: dict[str, Any]) -> str:
 
 
 def training(settings: Settings, summary: dict[str, Any]) -> str:
-    values = settings.model_dump(mode="json")
-    for section in (values, values["evaluation"]):
-        section["rewards"] = [reward | {"options": for_others(reward["options"])} for reward in section["rewards"]]
-    recipe = yaml.safe_dump(without_places(values), sort_keys=False, allow_unicode=True).rstrip()
+    values = recipe_for_others(settings.model_dump(mode="json"))
+    recipe = yaml.safe_dump(values, sort_keys=False, allow_unicode=True).rstrip()
     return f"## Training\n\n{summary['epochs']} epochs, {summary['images']} images. The recipe:\n\n```yaml\n{recipe}\n```"
-
-
-PRIVATE = ("url", "token_env", "arguments")  # options that name a server, a secret's variable, and whatever else a user sends
-
-
-def for_others(options: dict[str, Any]) -> dict[str, Any]:
-    """A reward's options without what is the user's own business."""
-    return {name: "left out" if name in PRIVATE and value else value for name, value in options.items()}
-
-
-def without_places(value: Any) -> Any:
-    """A recipe for others: of an absolute path of this machine the last name alone."""
-    if isinstance(value, dict):
-        return {key: without_places(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [without_places(inner) for inner in value]
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

@@ -1,4 +1,4 @@
-"""Every table of results: rows of text, laid out here and drawn for a terminal or as markdown.
+"""Every table of results: rows of text, laid out here and drawn for a terminal, as markdown or as HTML.
 
 A measured number comes as JSON: "mean", and where known "stderr" (its standard error) and "low" and "high" (its interval).
 """
@@ -14,6 +14,8 @@ import rich.table
 from rich import box
 from rich.console import Console
 from rich.text import Text
+
+from prdp_fast.reporting.markup import Markup, join, tag
 
 ABSENT = "-"  # in place of a number that there is none of
 TRAINED = {"yes": " (trained on)", "other options": " (trained on with other options)", "no": ""}
@@ -35,6 +37,21 @@ class Table:
         rule = "|---|" + "---:|" * (len(self.heads) - 1)
         return "\n".join([line(self.heads), rule, *map(line, self.rows)])
 
+    def html(self, caption: str, *, numbers: bool = True) -> Markup:
+        """A table element. It scrolls by itself where it is wider than the page, by keyboard too.
+
+        numbers: False of columns of words, which stand at the left. A cell may be markup.
+        """
+        first, *others = self.heads
+        css = "number" if numbers else None
+        head = tag("tr", tag("th", first, scope="col"), *(tag("th", name, scope="col", class_=css) for name in others))
+        body = (
+            tag("tr", tag("th", row[0], scope="row"), *(tag("td", parted(one), class_=css) for one in row[1:]))
+            for row in self.rows
+        )
+        table = tag("table", tag("caption", caption), tag("thead", head), tag("tbody", *body))
+        return tag("div", table, class_="scroll", tabindex=0, role="region", aria_label=caption)
+
     def terminal(self, caption: str = "") -> rich.table.Table:
         """For rich's console. On a narrow one, numbers wrap; none is ever cut."""
         table = rich.table.Table(
@@ -51,6 +68,14 @@ class Table:
 
 
 # Cells
+
+
+def parted(cell: str) -> Markup:
+    """A cell for HTML, which wraps before an interval and nowhere else if it is a number."""
+    if isinstance(cell, Markup):
+        return cell
+    number_part, bracket, interval = cell.partition(" [")
+    return join(tag("span", number_part), " ", tag("span", f"[{interval}")) if bracket else tag("span", cell)
 
 
 def number(measured: Mapping[str, Any], digits: int, sign: str = "") -> str:

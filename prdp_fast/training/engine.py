@@ -406,8 +406,8 @@ class ZeroEngine:
             self._load_own(directory)
         elif shards.on_nvme or "nvme" in self.config.offloads:
             raise UserError(
-                f"checkpoint {directory} was written by {shards}, now {self.world_size} at {self.config.stage}, and what is "
-                "offloaded to NVMe cannot be resharded; resume with the ranks and --config of the run, or offload to cpu"
+                f"checkpoint {directory}, of {shards}, would have to be resharded for {self.world_size} at stage "
+                f"{self.config.stage}, and what is offloaded to NVMe cannot be; resume with the ranks and --config of the run"
             )
         else:
             own.fill(shards, self.average, count_in_integers=integers)

@@ -74,7 +74,7 @@ def write(
     """
     if before:
         save(output / run_directory.EVALUATION_AFTER, after)
-        write_samples(output, "after", after["unseen"], telemetry, summary["epochs"])
+        write_samples(output, "after", after["unseen"], telemetry, summary["epochs"] - 1)  # beside the last epoch's numbers
         write_comparison(before["unseen"], after["unseen"], output / run_directory.COMPARISON)
     export = output / run_directory.EXPORT
     for note in pipeline.export(export, weights):

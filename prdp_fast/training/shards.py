@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -69,7 +70,8 @@ def read_data(path: Path) -> dict[str, Any]:
     """A file of `torch.save`, its tensors mapped into memory. Raises: NotDataError; and what torch raises of a damaged one."""
     with torch.serialization.safe_globals(STAND_INS):
         try:
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            # Zip files alone can be mapped; a plain pickle is read, and refused if it is no data.
+            return torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
         except pickle.UnpicklingError as error:
             raise NotDataError.of(path, error) from error
 

@@ -1,4 +1,4 @@
-"""What a run says while it runs: seconds per phase, metrics.jsonl, TensorBoard, the progress bar. Trackers live here only."""
+"""What a run says while it runs: seconds per phase, metrics.jsonl, trackers, the progress bar."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import math
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from io import RawIOBase
@@ -15,9 +14,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from prdp_fast.config.tracking import TrackingSettings
 from prdp_fast.core import ranks
 from prdp_fast.core.files import write_text
-from prdp_fast.core.run_directory import METRICS, TENSORBOARD
+from prdp_fast.core.metric_names import SCHEMA
+from prdp_fast.core.run_directory import MESSAGES, METRICS
+from prdp_fast.training.trackers.base import RunToTrack
+from prdp_fast.training.trackers.build import Trackers
 
 PLAIN_INTERVAL = 10.0  # seconds between progress lines where there is no terminal to draw a bar on
 
@@ -29,10 +32,13 @@ class Telemetry:
         directory: the run directory; None (ranks other than 0) says and writes nothing; phases are timed anyway.
         total_epochs: of the whole run, those before a resume included.
         first_epoch: the epoch that comes next. Rows of metrics.jsonl from this epoch on, left by an earlier start, are dropped,
-            so that a resumed run has every epoch once; TensorBoard hides its own from there on.
+            so that a resumed run has every epoch once.
         clock: seconds, monotonic.
+        tracking: of the recipe; trackers get what metrics.jsonl gets.
+        recipe: JSON, what trackers are told of the job.
+        run_ids: ids of trackers that an earlier start had.
 
-    `phase_seconds` holds wall seconds per phase name, over this start of the run.
+    `phase_seconds` holds wall seconds per phase name, over this start of the run. `run_ids` are what the next start is given.
     """
 
     def __init__(
@@ -42,6 +48,9 @@ class Telemetry:
         total_epochs: int,
         first_epoch: int = 0,
         clock: Callable[[], float] = time.monotonic,
+        tracking: TrackingSettings | None = None,
+        recipe: Mapping[str, Any] | None = None,
+        run_ids: Mapping[str, str] | None = None,
     ) -> None:
         self.directory = None if directory is None else Path(directory)
         self.total_epochs, self.first_epoch, self._clock = total_epochs, first_epoch, clock
@@ -53,19 +62,23 @@ class Telemetry:
         self._trained = 0.0  # seconds in finished epochs, for the ETA
         self._metrics_file: RawIOBase | None = None
         self._waiting = b""  # rows that metrics.jsonl does not have yet
-        self._writer: Any = None
-        self._begun_again = False  # in a new file of TensorBoard, after one that could not be written
+        self._trackers: Trackers | None = None
+        self._finished = True  # without an error
         self._display: _Bar | _Lines | None = None
         if self.directory is not None:
             self.directory.mkdir(parents=True, exist_ok=True)
             kept = keep_epochs_before(self.directory / METRICS, first_epoch)
             self._metrics_file = (self.directory / METRICS).open("ab", buffering=0)
             self._display = choose_display(total_epochs, first_epoch, clock)
-            if lost := sorted(set(range(first_epoch)) - kept):
+            if lost := sorted(set(range(first_epoch)) - {row["epoch"] for row in kept}):
                 self.message(
                     f"WARNING: {self.directory / METRICS} was damaged: the row(s) of {len(lost)} of {first_epoch} finished "
                     f"epochs are lost, the first of epoch {lost[0]}; weights and what is learnt further are as they were"
                 )
+            run = RunToTrack(self.directory, first_epoch, recipe or {})
+            self._trackers = Trackers(tracking or TrackingSettings(), run, self.message, run_ids)
+            self._trackers.catch_up(kept)
+        self.run_ids = {} if self._trackers is None else self._trackers.run_ids
 
     @contextlib.contextmanager
     def phase(self, name: str, *, throughput: bool = True) -> Iterator[None]:
@@ -93,7 +106,7 @@ class Telemetry:
                 self._outside += seconds
 
     def log_epoch(self, epoch: int, metrics: Mapping[str, float], images: int) -> None:
-        """One row: `metrics` with `epoch`, `seconds/<phase>` and `images_per_s` added; and one step of the bar.
+        """One row: `metrics` with `schema`, `epoch`, `seconds/<phase>` and `images_per_s` added; and one step of the bar.
 
         Args:
             metrics: floats; "reward" is the one that the bar shows. NaN and infinities become null in metrics.jsonl.
@@ -101,7 +114,7 @@ class Telemetry:
         """
         now = self._clock()
         wall = 0.0 if self._epoch_start is None else now - self._epoch_start - self._outside
-        row = {name: plain_number(value) for name, value in metrics.items()}
+        row = {name: plain_number(value) for name, value in metrics.items() if name not in ("schema", "epoch")}
         row |= {f"seconds/{name}": round(seconds, 6) for name, seconds in self._epoch_seconds.items()}
         row["images_per_s"] = images / wall if wall > 0 else math.nan
         if self._epoch_start is not None:
@@ -110,9 +123,10 @@ class Telemetry:
         ranks.enter("log", epoch + 1)
         if self._metrics_file is None:
             return
-        assert self.directory is not None
-        self._append(json.dumps({"epoch": epoch} | {k: strict(v) for k, v in row.items() if k != "epoch"}) + "\n")
-        self.log_scalars(epoch, row)
+        numbers = {name: strict(value) for name, value in row.items()}
+        self._append(json.dumps({"schema": SCHEMA, "epoch": epoch} | numbers) + "\n")
+        if self._trackers is not None:
+            self._trackers.epoch(epoch, row)
         if self._display:
             done = epoch + 1 - self.first_epoch
             eta = self._trained / max(done, 1) * (self.total_epochs - epoch - 1)
@@ -132,49 +146,34 @@ class Telemetry:
                 f"{rows} row(s) are written as soon as there is"
             )
 
-    @contextlib.contextmanager
-    def _optional(self) -> Iterator[None]:
-        """Around TensorBoard. It writes in a thread of its own and tells of a full disk later; then it begins a new file."""
-        assert self.directory is not None
-        try:
-            yield
-        except OSError as error:
-            self._writer, self._begun_again = None, True
-            self.message(
-                f"WARNING: {self.directory / TENSORBOARD} cannot be written ({error.strerror or error}); make room: training "
-                f"goes on, and {METRICS} has the same numbers"
-            )
-
     def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Scalars for TensorBoard alone."""
-        if self.directory is not None:
-            with self._optional():
-                for name, value in values.items():
-                    self._tensorboard().add_scalar(name, plain_number(value), step)
+        """Scalars for trackers alone."""
+        if self._trackers is not None:
+            self._trackers.scalars(step, {name: plain_number(value) for name, value in values.items()})
 
     def log_image(self, tag: str, path_to_png: Path, step: int) -> None:
-        if self.directory is not None:
-            import numpy as np
-            from PIL import Image
-
-            with Image.open(path_to_png) as image, self._optional():
-                self._tensorboard().add_image(tag, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+        """For trackers alone. They read the file later."""
+        if self._trackers is not None:
+            self._trackers.image(tag, path_to_png, step)
 
     def message(self, text: str) -> None:
-        """A line for the user, above the bar."""
+        """A line for the user, above the bar; and in messages.txt, for `prdp watch`."""
+        if self.directory is not None:
+            with contextlib.suppress(OSError):  # it is a copy: a full disk is told of where it matters
+                with (self.directory / MESSAGES).open("a", encoding="utf-8", errors="backslashreplace") as file:
+                    file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
         if self._display:
             self._display.message(text)
         elif self.directory is not None:
             print(text, flush=True)
 
     def close(self) -> None:
+        trackers, self._trackers = self._trackers, None
+        if trackers is not None:
+            trackers.close(self._finished)
         display, self._display = self._display, None
         if display:
             display.close()
-        writer, self._writer = self._writer, None
-        if writer is not None:
-            with self._optional():
-                writer.close()
         if self._metrics_file is not None and not self._metrics_file.closed:
             if self._waiting:
                 self._append("")
@@ -184,44 +183,18 @@ class Telemetry:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._finished = error is None
         self.close()
 
-    def _tensorboard(self) -> Any:
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter  # seconds of import, only where something is written
 
-            assert self.directory is not None
-            quiet_writers()
-            folder = self.directory / TENSORBOARD
-            continued = (self.first_epoch > 0 or folder.exists()) and not self._begun_again
-            self._writer = SummaryWriter(str(folder), purge_step=self.first_epoch if continued else None, flush_secs=15)
-        return self._writer
-
-
-def quiet_writers() -> None:
-    """Keep from the user the traceback that TensorBoard's thread shows of a full or read-only disk: `_optional` tells of it."""
-    global _hook_before
-    if _hook_before is None:
-        _hook_before, threading.excepthook = threading.excepthook, _hook
-
-
-_hook_before: Callable[[threading.ExceptHookArgs], object] | None = None
-
-
-def _hook(args: threading.ExceptHookArgs) -> None:
-    is_writer = type(args.thread).__module__.startswith("tensorboard.")
-    if not (is_writer and issubclass(args.exc_type, OSError)) and _hook_before is not None:
-        _hook_before(args)
-
-
-def keep_epochs_before(path: Path, first_epoch: int) -> set[int]:
+def keep_epochs_before(path: Path, first_epoch: int) -> list[dict[str, Any]]:
     """Drop the rows of metrics.jsonl from `first_epoch` on, and a last line that a crash left torn. Whole or not at all.
 
-    Returns: the epochs that are there.
+    Returns: the rows that stay.
     """
     if not path.exists():
-        return set()
-    kept, epochs = [], set()
+        return []
+    kept, rows = [], []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
@@ -229,9 +202,9 @@ def keep_epochs_before(path: Path, first_epoch: int) -> set[int]:
             continue
         if isinstance(row, dict) and isinstance(row.get("epoch"), int) and row["epoch"] < first_epoch:
             kept.append(line + "\n")
-            epochs.add(row["epoch"])
+            rows.append(row)
     write_text(path, "".join(kept))
-    return epochs
+    return rows
 
 
 def plain_number(value: Any) -> float:

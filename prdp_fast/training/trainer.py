@@ -37,6 +37,7 @@ from prdp_fast.planning.job import Job
 from prdp_fast.planning.memory import MemoryPlan
 from prdp_fast.prompts.embeddings import choose_encoder
 from prdp_fast.prompts.stream import PromptStream
+from prdp_fast.reporting.private import recipe_for_others
 from prdp_fast.rewards import BackgroundScores
 from prdp_fast.sampling.rollout import rollout
 from prdp_fast.training import results
@@ -147,8 +148,10 @@ class Trainer:
         # On a CPU the rewards would take the denoiser's own cores.
         in_background = {"on": True, "off": False, "auto": device.type != "cpu"}[performance.background_rewards]
         telemetry = Telemetry(
-            output if distributed.is_main() else None, total_epochs=schedule.epochs, first_epoch=state.epoch
+            output if distributed.is_main() else None, total_epochs=schedule.epochs, first_epoch=state.epoch,
+            tracking=settings.tracking, recipe=recipe_for_others(settings.model_dump(mode="json")), run_ids=state.trackers,
         )  # fmt: skip
+        state.trackers |= telemetry.run_ids
         return cls(
             job, output, state, checkpoints, pipeline, encode, objective, engine, reference, acceleration, stream,
             BackgroundScores(in_background), telemetry, plan, available,
@@ -280,7 +283,9 @@ class Trainer:
         state.finish_epoch(
             count, rollout=count * self.job.policy.evaluations(steps), reference=int(reference_rows), update=int(update_rows)
         )  # fmt: skip
-        self.telemetry.log_epoch(epoch, epoch_metrics(experience, report), count)
+        finished, drawn = self.stream.position(state.epoch)
+        position = {"position/pass": finished, "position/prompt": drawn}
+        self.telemetry.log_epoch(epoch, epoch_metrics(experience, report) | position, count)
         self.watch.check_updates(epoch, report)
 
     def finished(self) -> bool:

@@ -22,13 +22,14 @@ from torch import nn
 
 from prdp_fast.core.distributed import AllReduce
 from prdp_fast.core.memory import release
-from prdp_fast.core.records import Scores, Trajectories
+from prdp_fast.core.records import Prompt, Scores, Trajectories
 from prdp_fast.objectives import Objective, ObjectiveInput
 from prdp_fast.planning.micro_batch import halve_on_oom
 from prdp_fast.sampling.draws import UPDATE_STREAM
 from prdp_fast.sampling.policy import Policy
 from prdp_fast.sampling.rows import RowCounts, count_rows, strata, stratified
 from prdp_fast.training.passes import Reference, gradient_pass, log_prob_pass
+from prdp_fast.training.step_numbers import RatioWatch, StepNumbers
 
 # Of the clip range: a drift beyond it is more than rounding, and is told.
 LOUD_DRIFT = 0.1
@@ -63,6 +64,17 @@ class Experience:
     divisors: dict[str, float] = field(default_factory=dict)  # of rewards that are divided by their standard deviation
     nonfinite_images: int = 0  # over all ranks; they have no reward
 
+    @property
+    def sources(self) -> list[str | None]:
+        """(N) where each image's prompt comes from, if its metadata say so; empty if those of no prompt do."""
+        found = [source_of(prompt) for prompt in self.trajectories.prompts]
+        return [one for one in found for _ in range(self.trajectories.images_per_prompt)] if any(found) else []
+
+
+def source_of(prompt: Prompt) -> str | None:
+    """As its metadata say: `source`, or the `part` that `prdp shards build` names."""
+    return next((value for name in ("source", "part") if isinstance(value := prompt.metadata.get(name), str) and value), None)
+
 
 @dataclass
 class UpdateReport:
@@ -71,6 +83,7 @@ class UpdateReport:
     metrics: dict[str, float] = field(default_factory=dict)  # means over the updates; first_ratio_error is of the first
     # By the step's number: the largest over trajectories of |sampler log-prob - trainer log-prob|, nats.
     drift_by_step: dict[int, float] = field(default_factory=dict)
+    by_step: StepNumbers = field(default_factory=StepNumbers)
     denoiser_rows: int = 0
     free_first_pass: bool = True
     skipped_updates: int = 0
@@ -229,6 +242,7 @@ def run_updates(
     old = None  # log-probs at the start of the epoch, by the training path
     geometry = micro_batch  # of `old`, and so of every log-prob that is compared with it
     told: list[dict[str, float]] = []  # of each update
+    ratios = RatioWatch()
     for _ in range(updates):
         if old is None and on_policy and sampled_will_do(objective, inputs, sampled, last_drift, reduce):
             log_probs = sampled
@@ -236,6 +250,8 @@ def run_updates(
             report.free_first_pass &= old is not None
             log_probs = current_log_probs(policy, engine, trajectories, geometry, whole)
             report.denoiser_rows += every_row
+        ratio = None if old is None else log_probs - old
+        ratios.add(ratio, None if ratio is None else objective.outside_clip(inputs.weighted(ratio)))
         output = objective(inputs.of(log_probs, log_probs if old is None else old))
         weights = inputs.weighted(output.weights.reshape(sampled.shape)) * strata_sizes
         trained, micro_batch = backpropagate(policy, engine, trajectories, weights, chosen, part, micro_batch, reduce, say)
@@ -257,12 +273,28 @@ def run_updates(
 
     report.micro_batch = micro_batch
     report.metrics = {name: sum(one[name] for one in told) / updates for name in told[0]}
+    tell_steps(report, ratios, trained, rewards, trajectories.steps, reference)
     if reference is not None and reference.error is not None:
         error = objective.weight_error(inputs.of(sampled, sampled), reference.error / 2)
         report.metrics["reference_weight_error"] = error
     report.metrics["drift"] = report.drift
     report.metrics["skipped_updates"] = float(report.skipped_updates)
     return report
+
+
+def tell_steps(
+    report: UpdateReport, ratios: RatioWatch, trained: torch.Tensor, rewards: torch.Tensor, steps: torch.Tensor,
+    reference: Reference | None,
+) -> None:  # fmt: skip
+    """Numbers by the sampler's step. Waits for the device, after the last update.
+
+    Args: trained: (N, S), of the last update. steps: (N, S) on the CPU.
+    """
+    drift = {f"drift/step_{step:03d}": value for step, value in report.drift_by_step.items() if not math.isnan(value)}
+    report.by_step.peaks |= drift
+    ratios.read(report.by_step, steps, rewards.isfinite())
+    if reference is not None and reference.error is None:  # else every step carries the mean over some
+        report.by_step.add_means("kl_to_reference", (trained - reference.log_probs).cpu(), steps)
 
 
 def agreed_counts(policy: Policy, trajectories: Trajectories, chosen: torch.Tensor | None, reduce: AllReduce) -> RowCounts:

@@ -80,7 +80,7 @@ def test_mistakes_are_one_line_and_status_2(arguments, message, capsys, tmp_path
     streams = capsys.readouterr()
     assert status == 2 and streams.out == ""
     assert streams.err.startswith(message) and streams.err.count("\n") == 1 and "Traceback" not in streams.err
-    nearest = {"reprot": "; did you mean 'report'?\n", "trian": "; did you mean 'train'?\n", "fly": ", report\n"}
+    nearest = {"reprot": "; did you mean 'report'?\n", "trian": "; did you mean 'train'?\n", "fly": ", watch\n"}
     assert streams.err.endswith(nearest.get(arguments[0] if arguments else "", ""))
 
 

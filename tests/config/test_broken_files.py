@@ -46,6 +46,11 @@ def changed(key: str, value: object) -> dict:
             "zero_optimization.offload_param", {"device": ["cpu"]},
             'zero_optimization.offload_param.device is ["cpu"]; expected "none", "cpu" or "nvme"',
         ),
+        (
+            "zero_optimization.round_robin_gradients", True,
+            "with zero_optimization.round_robin_gradients DeepSpeed takes one weight's float32 copy for another's, in "
+            "checkpoints and in what is exported; remove it, or set it false",
+        ),
         ("optimizer", ["AdamW"], 'optimizer is ["AdamW"]; expected an object, e.g. {"type": "AdamW"}'),
         ("optimizer.type", None, "optimizer.type is null; expected the name of an optimizer"),
         ("optimizer.params", 1e-5, 'optimizer.params is 1e-05; expected an object, e.g. {"lr": "auto"}'),

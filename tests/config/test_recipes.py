@@ -8,7 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -137,6 +137,32 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {hub_id: str(write_configurations(preset, directory / preset)) for hub_id, preset in HUB_IDS.items()}
 
 
+def activations_of(family: Family, dtype: torch.dtype, checkpointing: bool) -> Activations:
+    """Of a transformer, from a few of its blocks of each kind: each more adds the same, and fakes of all take a minute."""
+    config = family.denoiser_config
+    if "num_single_layers" in config:
+        kinds = {"num_layers": config["num_layers"], "num_single_layers": config["num_single_layers"]}
+    elif "dual_attention_layers" in config:
+        dual = len(config["dual_attention_layers"])
+        kinds = {"dual": dual, "plain": config["num_layers"] - dual}
+    else:
+        return fake_activations(family, dtype, checkpointing=checkpointing)
+
+    def measured(**counts: int) -> list[int]:
+        if "dual" in counts:
+            few = {"num_layers": sum(counts.values()), "dual_attention_layers": list(range(counts["dual"]))}
+        else:
+            few = counts
+        return list(astuple(fake_activations(replace(family, denoiser_config=config | few), dtype, checkpointing=checkpointing)))
+
+    few = dict.fromkeys(kinds, 2)
+    total = base = measured(**few)
+    for kind, count in kinds.items():
+        one_more = measured(**few | {kind: 3})
+        total = [value + (count - 2) * (more - first) for value, more, first in zip(total, one_more, base, strict=True)]
+    return Activations(*total)
+
+
 COUNTED: dict[str, tuple[Activations, int, float]] = {}
 
 
@@ -144,7 +170,7 @@ def sizes(family: Family, dtype: torch.dtype, checkpointing: bool) -> tuple[Acti
     """Everything that is counted on a denoiser of full size, once for each size of call."""
     key = str((family.pretrained, family.lora, family.latent_shape, family.text_length, dtype, checkpointing))
     if key not in COUNTED:
-        activations = fake_activations(family, dtype, checkpointing=checkpointing)
+        activations = activations_of(family, dtype, checkpointing)
         COUNTED[key] = activations, cost.denoiser_flop(family), cost.backward_per_forward(family)
     return COUNTED[key]
 

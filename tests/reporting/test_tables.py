@@ -72,8 +72,10 @@ def test_prdp_report_prints_the_same_table(tmp_path, capsys, monkeypatch):
     (tmp_path / "summary.json").write_text(json.dumps(summary()))
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 0, "reward": 0.5}\n')
     assert main(["report", str(tmp_path)]) == 0
-    *table, path = (line.rstrip() for line in capsys.readouterr().out.splitlines())
-    assert "\n".join(table) + "\n" == TERMINAL and path == str(tmp_path / "curves.png")
+    *table, page, path = (line.rstrip() for line in capsys.readouterr().out.splitlines())
+    assert "\n".join(table) + "\n" == TERMINAL and (page, path) == (
+        str(tmp_path / "report.html"), str(tmp_path / "curves.png")
+    )  # fmt: skip
 
 
 def test_images_without_a_score_are_counted_below_the_table():

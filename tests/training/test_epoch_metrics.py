@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import torch
 
@@ -15,7 +16,7 @@ from prdp_fast.training.update import Experience, UpdateReport
 def row(monkeypatch, total: list[float], detail: list[float]) -> dict[str, float]:
     monkeypatch.setattr(distributed, "all_reduce", lambda values, op: [2.0 * value for value in values])  # two equal ranks
     scores = Scores(torch.tensor(total), {"a": torch.tensor(total)}, {"a/b": torch.tensor(detail)})
-    return epoch_metrics(Experience(None, scores, None), UpdateReport())
+    return epoch_metrics(Experience(SimpleNamespace(prompts=[]), scores, None), UpdateReport())
 
 
 def test_what_has_no_score_is_left_out_and_counted(monkeypatch) -> None:

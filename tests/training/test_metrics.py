@@ -6,6 +6,7 @@ import json
 import math
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,7 +59,9 @@ def on_ranks(monkeypatch, runs: list[Callable[[], dict]]) -> list[dict]:
 def epoch(total: list[float], details: dict[str, list[float]], metrics: dict[str, float]) -> Callable[[], dict]:
     tensors = {name: torch.tensor(values) for name, values in details.items()}
     scores = Scores(torch.tensor(total), {"a": torch.tensor(total)}, tensors)
-    return lambda: epoch_metrics(Experience(None, scores, None, nonfinite_images=1), UpdateReport(metrics=metrics))  # type: ignore[arg-type]
+    return lambda: epoch_metrics(
+        Experience(SimpleNamespace(prompts=[]), scores, None, nonfinite_images=1), UpdateReport(metrics=metrics)
+    )  # type: ignore[arg-type]
 
 
 def test_names_that_only_some_ranks_have_are_means_over_those(monkeypatch) -> None:
@@ -92,6 +95,11 @@ def test_batches_that_were_found_follow_a_recipe_that_changes() -> None:
     assert again.micro_batch == 4 and again.batches == {"reference": 1}
     again.follow(first | {"rollout": 8, "micro_batch": "auto", "reference": "auto"})
     assert again.micro_batch is None and again.batches == {}
+    spread = TrainState(micro_batch=4, batches={"rollout": 2, "reference": 1}, asked=first | {"spread": [2, 2, ["none", "none"]]})
+    spread.follow(first | {"spread": [2, 2, ["none", "none"]]})
+    assert spread.micro_batch == 4 and spread.batches == {"rollout": 2, "reference": 1}
+    spread.follow(first | {"spread": [1, 2, ["none", "none"]]})
+    assert spread.micro_batch is None and spread.batches == {}
 
 
 def test_a_state_of_an_earlier_version_is_read() -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import launching
 import pytest
 import torch
-from drive_reshard import AFTER, BEFORE, PAIRS, RATE, SAME, kind_of, stage_of
+from drive_reshard import AFTER, BEFORE, PAIRS, RATE, SAME, kind_of, make_engine, stage_of, update
 from launching import ROOT
 
-pytestmark = pytest.mark.slow
+from prdp_fast.core import distributed
+from prdp_fast.core.errors import UserError
+from prdp_fast.training.shards import NotDataError, average_name
 
 DRIVE = ROOT / "tests/drive_reshard.py"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -46,6 +50,7 @@ def check_loaded(source: str, target: str, written: dict[str, Any], read: dict[s
             assert torch.equal(loaded[kind][name], value), f"{kind} of {name}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: "{}@{}-{}@{}".format(*pair))
 def test_other_ranks_and_stages(pair: tuple[str, int, str, int], folder: Path) -> None:
     """And on for two updates.
@@ -72,6 +77,7 @@ def test_other_ranks_and_stages(pair: tuple[str, int, str, int], folder: Path) -
     assert read["later"]["step"] == written["later"]["step"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", SAME, ids=lambda pair: "{}@{}-{}@{}".format(*pair))
 def test_the_same_ranks_and_stage_go_on_to_the_bit(pair: tuple[str, int, str, int], folder: Path) -> None:
     written, read = told(folder, *pair)
@@ -80,3 +86,76 @@ def test_the_same_ranks_and_stage_go_on_to_the_bit(pair: tuple[str, int, str, in
     for kind in {"weight", *MOMENTS, "average"} & read["later"].keys():
         for name, value in written["later"][kind].items():
             assert torch.equal(read["later"][kind][name], value), f"{kind} of {name}"
+
+
+# What is no checkpoint of this job.
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, torch.device]]:
+    """By one rank at stage 1, in this process."""
+    device, folder = distributed.init(), tmp_path_factory.mktemp("written")
+    engine = make_engine("1", folder, device, average=True)
+    update(engine, 0)
+    engine.save(folder / "checkpoint")
+    yield folder / "checkpoint", device
+    distributed.shutdown()
+
+
+@pytest.fixture
+def checkpoint(written: tuple[Path, torch.device], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(written[0], tmp_path / "checkpoint"))
+
+
+def load_at_stage_0(checkpoint: Path, case: str = "0", average: bool = True) -> None:
+    make_engine(case, checkpoint.parent, torch.device("cpu"), average=average).load(checkpoint)
+
+
+def test_other_weights(checkpoint: Path) -> None:
+    with pytest.raises(UserError, match=r"trains other weights than this job: 0\.bias was \(7,\), now none"):
+        load_at_stage_0(checkpoint, "0-lora", average=False)
+
+
+def test_a_missing_average(checkpoint: Path) -> None:
+    (checkpoint / average_name(0)).unlink()
+    load_at_stage_0(checkpoint, average=False)
+    with pytest.raises(UserError, match="has no average of the weights"):
+        load_at_stage_0(checkpoint)
+
+
+def test_files_for_nvme(checkpoint: Path) -> None:
+    (checkpoint / "zero/offloaded_tensors").mkdir()
+    with pytest.raises(UserError, match="of 1 rank at ZeRO stage 1, would have to be resharded for 1 at stage 0, and"):
+        load_at_stage_0(checkpoint)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "plain pickle"])
+@pytest.mark.parametrize("name", ["mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"])
+def test_a_program_in_a_shard_is_not_run(checkpoint: Path, name: str, zipped: bool) -> None:
+    ran = checkpoint.parent / "ran"
+
+    class Program:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (ran,)
+
+    torch.save(
+        {"dp_world_size": Program(), "optimizer_state_dict": Program()},
+        checkpoint / "zero" / name,
+        _use_new_zipfile_serialization=zipped,
+    )
+    with pytest.raises(NotDataError, match=f"{name}: it asks for getattr when it is read, expected tensors and plain values"):
+        load_at_stage_0(checkpoint)
+    assert not ran.exists()
+
+
+def test_a_fragment_too_few_and_a_rank_too_few(checkpoint: Path) -> None:
+    path = checkpoint / "zero/zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    content = torch.load(path, weights_only=False)
+    (fragments,) = content["optimizer_state_dict"]["param_slice_mappings"]
+    fragments["2.weight"].numel -= 1
+    torch.save(content, path)
+    with pytest.raises(ValueError, match=r"has 20 of the 21 numbers of 2\.weight"):
+        load_at_stage_0(checkpoint)
+    path.rename(path.with_name(path.name.replace("rank_0_", "rank_1_")))
+    with pytest.raises(ValueError, match=r"has optimizer states of ranks \[1\], expected those of 1 ranks"):
+        load_at_stage_0(checkpoint)

@@ -8,14 +8,18 @@ import json
 import math
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
+from prdp_fast.core.metric_names import SCHEMA
+from prdp_fast.core.run_directory import METRICS, TENSORBOARD
 from prdp_fast.training import telemetry as module
-from prdp_fast.training.telemetry import METRICS, TENSORBOARD, Telemetry, clock_time
+from prdp_fast.training.telemetry import Telemetry, clock_time
 
 
 class Clock:
@@ -48,6 +52,17 @@ def scalars(directory: Path) -> dict[str, dict[int, float]]:
     return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
 
 
+def all_events(directory: Path) -> list:
+    """Every event of a scalar that TensorBoard shows."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(directory / TENSORBOARD))
+    events.Reload()
+    return [
+        SimpleNamespace(tag=tag, step=event.step) for tag in events.Tags()["scalars"] for event in events.Scalars(tag)
+    ]  # fmt: skip
+
+
 def run_epochs(directory: Path, first: int, last: int, total: int, value: float = 0.0) -> None:
     with Telemetry(directory, total_epochs=total, first_epoch=first) as telemetry:
         for epoch in range(first, last):
@@ -67,7 +82,15 @@ def test_phases_accumulate_within_an_epoch_and_over_the_run(tmp_path, clock):
             telemetry.log_epoch(epoch, {"reward": 0.5}, 40)
         assert telemetry.phase_seconds == {"rollout": 10.0, "update": 10.0}
     assert rows(tmp_path) == [
-        {"epoch": epoch, "reward": 0.5, "seconds/rollout": 5.0, "seconds/update": 5.0, "images_per_s": 4.0} for epoch in range(2)
+        {
+            "schema": SCHEMA,
+            "epoch": epoch,
+            "reward": 0.5,
+            "seconds/rollout": 5.0,
+            "seconds/update": 5.0,
+            "images_per_s": 4.0,
+        }
+        for epoch in range(2)
     ]
 
 
@@ -109,7 +132,7 @@ def test_rows_are_strict_json_with_plain_numbers(tmp_path):
         telemetry.log_epoch(0, metrics, 4)
         assert len(rows(tmp_path)) == 1, "a row is on disk as soon as it is logged"
     (row,) = rows(tmp_path)
-    assert row == {"epoch": 0, "reward": 0.25, "loss": None, "drift": None, "count": 3, "images_per_s": None}
+    assert row == {"schema": SCHEMA, "epoch": 0, "reward": 0.25, "loss": None, "drift": None, "count": 3, "images_per_s": None}
     written = scalars(tmp_path)
     assert written["reward"] == {0: 0.25} and math.isnan(written["loss"][0])
 
@@ -211,19 +234,48 @@ def test_a_full_disk_keeps_rows_waiting(tmp_path, capsys):
 
 
 def test_tensorboard_without_room_ends_nothing(tmp_path, capsys, monkeypatch):
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
+    """Its row waits for the next one, and a new file holds both."""
+    from torch.utils.tensorboard import SummaryWriter
 
+    add, full = SummaryWriter.add_scalar, threading.Event()
+
+    def add_scalar(self, name, value, step):
+        if step == 1 and not full.is_set():
+            if name != "reward":  # after one that went through
+                full.set()
+                raise OSError(28, "No space left on device")
+        add(self, name, value, step)
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", add_scalar)
     with Telemetry(tmp_path, total_epochs=3) as telemetry:
         telemetry.log_epoch(0, {"reward": 0.5}, 1)
-        telemetry._tensorboard().flush()
-        with monkeypatch.context() as patch:
-            patch.setattr(telemetry._tensorboard(), "add_scalar", full)
-            telemetry.log_epoch(1, {"reward": 1.5}, 1)
-        assert "tensorboard cannot be written (No space left on device)" in capsys.readouterr().out
+        telemetry.log_epoch(1, {"reward": 1.5}, 1)
+        assert full.wait(20)
         telemetry.log_epoch(2, {"reward": 2.5}, 1)
+    told = [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line]
+    assert len(told) == 1 and "tensorboard cannot be written (No space left on device); make room; training goes on" in told[0]
     assert [row["epoch"] for row in rows(tmp_path)] == [0, 1, 2]
-    assert scalars(tmp_path)["reward"] == {0: 0.5, 2: 2.5}, "what was written before is still shown"
+    assert scalars(tmp_path)["reward"] == {0: 0.5, 1: 1.5, 2: 2.5}, "what was written before is still shown, and each once"
+    events = [event.step for event in all_events(tmp_path) if event.tag == "reward"]
+    assert events == [0, 1, 2], "none is there twice"
+
+
+def test_a_thread_of_tensorboard_shows_no_traceback_of_a_disk_and_every_other_one_does(capsys, monkeypatch):
+    from prdp_fast.training.trackers import tensorboard
+
+    class Writer(threading.Thread):
+        __module__ = "tensorboard.summary.writer.event_file_writer"
+
+    monkeypatch.setattr(tensorboard, "_hook_before", None)
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
+    tensorboard.quiet_writers()
+    tensorboard.quiet_writers()
+    for error, thread, shown in (
+        (OSError(30, "Read-only file system"), Writer, False), (KeyError("boom"), Writer, True),
+        (OSError(30, "Read-only file system"), threading.Thread, True),
+    ):  # fmt: skip
+        threading.excepthook(threading.ExceptHookArgs((type(error), error, None, thread())))
+        assert bool(capsys.readouterr().err) == shown, (error, thread)
 
 
 def test_scalars_and_images_reach_tensorboard(tmp_path):
