@@ -11,6 +11,8 @@ from typing import Any
 from prdp_fast.core.run_directory import TENSORBOARD
 from prdp_fast.training.trackers.base import RunToTrack, TrackerError
 
+_hook_before: Callable[[threading.ExceptHookArgs], object] | None = None
+
 
 class TensorBoard:
     """It hides its own epochs from the one that comes next, left by an earlier start."""
@@ -70,13 +72,10 @@ class TensorBoard:
 
 
 def quiet_writers() -> None:
-    """Keep from the user the traceback that TensorBoard's thread shows of a full or read-only disk: `_told` tells of it."""
+    """Keep from the user the traceback that TensorBoard's thread shows of a full or read-only disk: a warning tells of it."""
     global _hook_before
     if _hook_before is None:
         _hook_before, threading.excepthook = threading.excepthook, _hook
-
-
-_hook_before: Callable[[threading.ExceptHookArgs], object] | None = None
 
 
 def _hook(args: threading.ExceptHookArgs) -> None:
