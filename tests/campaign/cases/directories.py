@@ -6,10 +6,12 @@ import contextlib
 import json
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from campaign import facts
 from campaign.cases.signals import ONE, ONE_EMA, ONE_OFFLOAD, TWO, TWO_EMA, TWO_LORA, TWO_PLAIN
 from campaign.scene import Case, Scene
 from campaign.settings import EPOCHS
