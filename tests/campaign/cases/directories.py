@@ -6,10 +6,12 @@ import contextlib
 import json
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from campaign import facts
 from campaign.cases.signals import ONE, ONE_EMA, ONE_OFFLOAD, TWO, TWO_EMA, TWO_LORA, TWO_PLAIN
 from campaign.scene import Case, Scene
 from campaign.settings import EPOCHS
@@ -113,7 +115,8 @@ def read_only_for_a_while(scene: Scene, name: str, says: str) -> None:
     job = scene.start()
     if scene.reach(job, "rollout", epoch=1):
         with protected(scene, scene.run / name):
-            scene.wait_for(job, "update", 2)
+            while facts.epochs(scene.run) < 3 and job.poll() is None:  # a file that is open is still written
+                time.sleep(0.003)
     scene.end(job, (0,), says)
     scene.finished = True
 
