@@ -349,7 +349,8 @@ def test_compiled(mode: str, monkeypatch) -> None:
             latents = torch.randn(N, 4, 8, 8)
             text = torch.randn(2 * N, 6, 16)
             time = torch.arange(N)
-            expected = shared_halves.doubling(build(TWO_LEVELS, torch.float32))(
+            double = shared_halves.doubling(build(TWO_LEVELS, torch.float32))
+            expected = double(latents, timestep=time, encoder_hidden_states=text)[0]
                 latents, timestep=time, encoder_hidden_states=text
             )[0]
             assert distance([one(latents, timestep=time, encoder_hidden_states=text, return_dict=False)[0]], [expected]) < 1e-5
