@@ -351,8 +351,6 @@ def test_compiled(mode: str, monkeypatch) -> None:
             time = torch.arange(N)
             double = shared_halves.doubling(build(TWO_LEVELS, torch.float32))
             expected = double(latents, timestep=time, encoder_hidden_states=text)[0]
-                latents, timestep=time, encoder_hidden_states=text
-            )[0]
             assert distance([one(latents, timestep=time, encoder_hidden_states=text, return_dict=False)[0]], [expected]) < 1e-5
     uncompile(denoiser)
     assert distance(results(denoiser, shared=True), plain) < 1e-5
