@@ -82,7 +82,7 @@ def results(denoiser: UNet2DConditionModel, *, shared: bool, size: tuple[int, in
         for shape in ((N, 4, *size), (2 * N, 6, 16), (2 * N, 4, *size))
     )
     call = denoiser if shared else shared_halves.doubling(denoiser)
-    output = call(latents, torch.tensor([999, 500, 20]), encoder_hidden_states=text, return_dict=False)[0]
+    output = call(latents, timestep=torch.tensor([999, 500, 20]), encoder_hidden_states=text, return_dict=False)[0]
     trained = lora.trained_parameters(denoiser)
     return [output.detach(), *torch.autograd.grad((output * factors).sum(), trained, allow_unused=True)]
 
@@ -350,7 +350,7 @@ def test_compiled(mode: str, monkeypatch) -> None:
             text = torch.randn(2 * N, 6, 16)
             time = torch.arange(N)
             expected = shared_halves.doubling(build(TWO_LEVELS, torch.float32))(latents, time, encoder_hidden_states=text)[0]
-            assert distance([one(latents, time, encoder_hidden_states=text, return_dict=False)[0]], [expected]) < 1e-5
+            assert distance([one(latents, timestep=time, encoder_hidden_states=text, return_dict=False)[0]], [expected]) < 1e-5
     uncompile(denoiser)
     assert distance(results(denoiser, shared=True), plain) < 1e-5
 
