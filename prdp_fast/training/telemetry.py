@@ -70,14 +70,14 @@ class Telemetry:
             kept = keep_epochs_before(self.directory / METRICS, first_epoch)
             self._metrics_file = (self.directory / METRICS).open("ab", buffering=0)
             self._display = choose_display(total_epochs, first_epoch, clock)
-            run = RunToTrack(self.directory, first_epoch, recipe or {})
-            self._trackers = Trackers(tracking or TrackingSettings(), run, self.message, run_ids)
-            self._trackers.catch_up(kept)
             if lost := sorted(set(range(first_epoch)) - {row["epoch"] for row in kept}):
                 self.message(
                     f"WARNING: {self.directory / METRICS} was damaged: the row(s) of {len(lost)} of {first_epoch} finished "
                     f"epochs are lost, the first of epoch {lost[0]}; weights and what is learnt further are as they were"
                 )
+            run = RunToTrack(self.directory, first_epoch, recipe or {})
+            self._trackers = Trackers(tracking or TrackingSettings(), run, self.message, run_ids)
+            self._trackers.catch_up(kept)
         self.run_ids = {} if self._trackers is None else self._trackers.run_ids
 
     @contextlib.contextmanager

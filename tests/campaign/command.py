@@ -40,8 +40,8 @@ def play(case: Case, kit: Kit, seed: int) -> tuple[Row, Scene]:
     """One case in a directory of its own, which is removed if all was sound."""
     folder = Path(tempfile.mkdtemp(prefix="case-", dir=kit.folder))
     scene, skipped = Scene(case, folder, random.Random(f"{seed} {case.name}"), kit), None
-    kit.reference(case.setting)
     try:
+        kit.reference(case.setting)
         case.play(scene)
     except NotHere as reason:
         skipped = str(reason)

@@ -157,9 +157,9 @@ def difference_of_files(run: Path, other: Path, *, exact: bool) -> str | None:
     for one, two in zip(ours, theirs):
         if exact and one != two:
             return f"metrics.jsonl, epoch {one['epoch']}: {next(name for name in one | two if one.get(name) != two.get(name))}"
-        name = next((name for name in ("reward", "loss") if not math.isclose(one[name], two[name], rel_tol=METRIC_ERROR)), None)
-        if name:
-            return f"metrics.jsonl, epoch {one['epoch']}: {name} {one[name]:.6g}, expected {two[name]:.6g}"
+        for name in () if exact else ("reward", "loss"):
+            if not math.isclose(one[name], two[name], rel_tol=METRIC_ERROR):
+                return f"metrics.jsonl, epoch {one['epoch']}: {name} {one[name]:.6g}, expected {two[name]:.6g}"
     evaluations = [json.loads((path / "summary.json").read_text())["evaluation"] for path in (run, other)]
     if exact and evaluations[0] != evaluations[1]:
         return "summary.json: evaluation"

@@ -47,9 +47,9 @@ def changed(scores, images, prompts):
     what, now = FAULT.get("do"), calls == FAULT.get("call", calls)
     if what == "nan of some":
         scores[images.long().sum((1, 2, 3)) % 3 == 0] = float("nan")
-    if what == "nan of a prompt":
+    if what == "nan of a prompt" and len(set(prompts)) > 1:
         for number, prompt in enumerate(prompts):
-            if len(prompt) % 2:
+            if prompt == max(prompts):
                 scores[number] = float("nan")
     if what == "nan of all" and now:
         scores[:] = float("nan")

@@ -84,7 +84,7 @@ def run_of(folder: Path, *, weight: float = 1.0, reward: float = 0.5, epochs: in
     """What a finished run leaves, as far as it is compared."""
     (folder / "model").mkdir(parents=True)
     save_file({"w": torch.tensor([weight, 2.0])}, folder / "model/w.safetensors")
-    rows = [{"epoch": epoch, "reward": reward, "seconds/update": random.random()} for epoch in range(epochs)]
+    rows = [{"epoch": epoch, "reward": reward, "loss": 2.0, "seconds/update": random.random()} for epoch in range(epochs)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "summary.json").write_text('{"evaluation": {}}')
     torch.save({"seen": {"rewards": torch.tensor([reward, float("nan")])}}, folder / "evaluation_before.pt")
@@ -105,6 +105,8 @@ def test_results_are_compared_to_the_bit(tmp_path: Path) -> None:
     assert found["reward"] == "metrics.jsonl, epoch 0: reward" and "has the epochs [0, 1, 2]" in found["rows"]
     assert facts.difference(tmp_path / "weights", expected, rate=1e-6) is None
     assert facts.difference(run_of(tmp_path / "step", weight=1.00001), expected, rate=1e-6) is not None
+    assert facts.difference(tmp_path / "reward", expected, rate=1e-6) == "evaluation_before.pt"
+    assert "reward 0.6, expected 0.5" in str(facts.difference(run_of(tmp_path / "far", reward=0.6), expected, rate=1e-6))
     (tmp_path / "same/summary.json").unlink()
     assert facts.difference(tmp_path / "same", expected) == "same is not finished"
 

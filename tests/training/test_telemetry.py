@@ -260,6 +260,24 @@ def test_tensorboard_without_room_ends_nothing(tmp_path, capsys, monkeypatch):
     assert events == [0, 1, 2], "none is there twice"
 
 
+def test_a_thread_of_tensorboard_shows_no_traceback_of_a_disk_and_every_other_one_does(capsys, monkeypatch):
+    from prdp_fast.training.trackers import tensorboard
+
+    class Writer(threading.Thread):
+        __module__ = "tensorboard.summary.writer.event_file_writer"
+
+    monkeypatch.setattr(tensorboard, "_hook_before", None)
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
+    tensorboard.quiet_writers()
+    tensorboard.quiet_writers()
+    for error, thread, shown in (
+        (OSError(30, "Read-only file system"), Writer, False), (KeyError("boom"), Writer, True),
+        (OSError(30, "Read-only file system"), threading.Thread, True),
+    ):  # fmt: skip
+        threading.excepthook(threading.ExceptHookArgs((type(error), error, None, thread())))
+        assert bool(capsys.readouterr().err) == shown, (error, thread)
+
+
 def test_scalars_and_images_reach_tensorboard(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

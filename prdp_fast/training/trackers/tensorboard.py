@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from prdp_fast.core.run_directory import TENSORBOARD
 from prdp_fast.training.trackers.base import RunToTrack, TrackerError
+
+_hook_before: Callable[[threading.ExceptHookArgs], object] | None = None
 
 
 class TensorBoard:
@@ -51,6 +54,7 @@ class TensorBoard:
             if self.writer is None:
                 from torch.utils.tensorboard import SummaryWriter  # seconds of import, only where something is written
 
+                quiet_writers()
                 continued = self.first_epoch > 0 or self.folder.exists()
                 purge = self.first_epoch if continued else None
                 purge = purge if self._again_from is None else self._again_from
@@ -65,3 +69,16 @@ class TensorBoard:
         except OSError as error:
             self.writer, self._again_from = None, step
             raise TrackerError(f"{self.folder} cannot be written ({error.strerror or error}); make room") from error
+
+
+def quiet_writers() -> None:
+    """Keep from the user the traceback that TensorBoard's thread shows of a full or read-only disk: a warning tells of it."""
+    global _hook_before
+    if _hook_before is None:
+        _hook_before, threading.excepthook = threading.excepthook, _hook
+
+
+def _hook(args: threading.ExceptHookArgs) -> None:
+    is_writer = type(args.thread).__module__.startswith("tensorboard.")
+    if not (is_writer and issubclass(args.exc_type, OSError)) and _hook_before is not None:
+        _hook_before(args)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from campaign import facts
 from campaign.cases.signals import ONE, ONE_EMA, ONE_OFFLOAD, TWO, TWO_EMA, TWO_LORA, TWO_PLAIN
 from campaign.scene import Case, Scene
 from campaign.settings import EPOCHS
@@ -44,13 +45,6 @@ def limit(scene: Scene, call: int, share: float, room_at: int | None, rank: int 
     job = scene.start(env=env, evaluation__every=0)
     scene.end(job, (2,), "error: ")
     scene.finish(evaluation__every=0)
-
-
-def picture_without_room(scene: Scene) -> None:
-    """No room for the pictures of an evaluation on the way, whose call is the fifth: no run ends for a picture."""
-    scene.injected.append("files of rank 0 have no room from call 5 of the reward to call 6")
-    env = {"CAMPAIGN_FAULT": json.dumps({"do": "full", "call": 5, "bytes": 0, "rank": 0, "room_at": 6})}
-    scene.finish(env=env, says=r"WARNING: .*samples/epoch-000002.png cannot be written")
 
 
 @contextlib.contextmanager
@@ -95,25 +89,35 @@ def keep(scene: Scene) -> None:
     scene.run = scene.folder / "run"
 
 
-def read_only(scene: Scene, for_s: float | None) -> None:
-    """The run directory turns read-only in mid-run. Args: for_s: seconds; None: until the job has ended."""
-    job = scene.start()
-    if not scene.reach(job, "rollout", epoch=1):
-        scene.end(job)
-        return
-    mount("--bind", str(scene.run), str(scene.run))
+@contextlib.contextmanager
+def protected(scene: Scene, folder: Path) -> Iterator[None]:
+    """A folder that nothing can be written into, while the block runs. What is open stays so. Raises: NotHere."""
+    mount("--bind", str(folder), str(folder))
     try:
-        mount("-o", "remount,bind,ro", str(scene.run))
-        if for_s is None:
-            scene.end(job, (2,), "(?i)read-only")
-        else:
-            time.sleep(for_s)
+        mount("-o", "remount,bind,ro", str(folder))
+        scene.injected.append(f"{folder.relative_to(scene.folder)} is read-only")
+        yield
     finally:
-        subprocess.run(["umount", "--lazy", str(scene.run)], check=False)
-    if for_s is not None:
-        scene.end(job, (0, 2), "")
-    if scene.starts[-1].status != 0:
-        scene.finish()
+        subprocess.run(["umount", "--lazy", str(folder)], check=False)
+
+
+def read_only(scene: Scene) -> None:
+    """The run directory turns read-only in mid-run, until the job has ended."""
+    job = scene.start()
+    if scene.reach(job, "rollout", epoch=1):
+        with protected(scene, scene.run):
+            scene.end(job, (2,), "(?i)error: .*read-only")
+    scene.finish()
+
+
+def read_only_for_a_while(scene: Scene, name: str, says: str) -> None:
+    """Through a checkpoint and an evaluation. Args: name: of a folder in the run directory."""
+    job = scene.start()
+    if scene.reach(job, "rollout", epoch=1):
+        with protected(scene, scene.run / name):
+            while facts.epochs(scene.run) < 3 and job.poll() is None:  # a file that is open is still written
+                time.sleep(0.003)
+    scene.end(job, (0,), says)
     scene.finished = True
 
 
@@ -171,13 +175,19 @@ CASES = [
     Case("disk full at one checkpoint with an average", ONE_EMA, partial(limit, call=5, share=0.3, room_at=6)),
     Case("disk full from the third epoch on", ONE_OFFLOAD, partial(limit, call=5, share=0.5, room_at=None)),
     Case("disk full of rank 0 from the second epoch on", TWO_EMA, partial(limit, call=4, share=0.2, room_at=None)),
-    Case("disk full before evaluation_before.pt", ONE, partial(limit, call=2, share=0.0, room_at=None)),
-    Case("disk full at an evaluation on the way", TWO_LORA, picture_without_room, short=True),
+    Case("disk full before evaluation_before.pt", ONE, partial(limit, call=2, share=0.004, room_at=None)),
     Case("a disk with room for one checkpoint", TWO, partial(full_disk, checkpoints=1.6)),
-    Case("a disk with room for two checkpoints", ONE, partial(full_disk, checkpoints=2.6)),
-    Case("a run directory that turns read-only", ONE, partial(read_only, for_s=None)),
-    Case("a run directory that turns read-only, 2 ranks", TWO_LORA, partial(read_only, for_s=None)),
-    Case("a run directory that is read-only for a while", ONE_OFFLOAD, partial(read_only, for_s=0.5), short=True),
+    Case("a disk with room for one checkpoint, 1 rank", ONE, partial(full_disk, checkpoints=1.3)),
+    Case("a run directory that turns read-only", ONE, read_only),
+    Case("a run directory that turns read-only, 2 ranks", TWO_LORA, read_only),
+    Case("checkpoints/ that is read-only for a while", TWO_EMA, partial(
+        read_only_for_a_while, name="checkpoints", says="WARNING: checkpoint .* cannot be written .*(?i:read-only)")),
+    Case("tensorboard/ that is read-only for a while", TWO_PLAIN, partial(
+        read_only_for_a_while, name="tensorboard", says="WARNING: .*tensorboard cannot be written")),
+    Case("samples/ that is read-only for a while", TWO_LORA, partial(
+        read_only_for_a_while, name="samples", says="WARNING: .*samples/epoch-000002.png cannot be written"), short=True),
+    Case("a run directory that is read-only for a while", ONE_OFFLOAD, partial(
+        read_only_for_a_while, name=".", says="WARNING: checkpoint .* cannot be written"), short=True),
     Case("checkpoints/ is removed in mid-run", TWO_PLAIN, partial(removed, name="checkpoints")),
     Case("ranks/ is removed in mid-run", TWO, partial(removed, name="ranks")),
     Case("a second job in the run directory", TWO_PLAIN, partial(second_job, at_once=False)),
