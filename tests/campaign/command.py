@@ -84,7 +84,7 @@ def report(row: Row, scene: Scene, elapsed: float) -> None:
     """A line of a case; what its job has said if it is not sound."""
     print(f"[{elapsed:5.0f} s] {row.fault} | {row.setting} | {row.statuses} {row.seconds} | {verdict(row)}", flush=True)
     if not row.is_sound:
-        said = "\n".join(f"--- start {n}\n{start.text[-3000:]}" for n, start in enumerate(scene.starts, 1))
+        said = "\n".join(f"--- start {n}\n{start.text[-8000:]}" for n, start in enumerate(scene.starts, 1))
         print(f"    when: {row.when}\n{said}", file=sys.stderr, flush=True)
 
 
