@@ -83,6 +83,6 @@ setup(
         "mlflow": MLFLOW,
         "prometheus": PROMETHEUS,
         "docs": DOCS,
-        "dev": [*DEV, *LORA, *DATA, *REWARDS, *WANDB, *MLFLOW, *PROMETHEUS],
+        "dev": [*DEV, *LORA, *DATA, *REWARDS, *PROMETHEUS],
     },
 )

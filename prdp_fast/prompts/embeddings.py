@@ -261,9 +261,12 @@ class StoredEmbeddings:
             fresh = getattr(encode(probes), name).detach().to("cpu", torch.float32)
             difference = (fresh - stored.float()).abs().max().item() if fresh.shape == stored.shape else float("inf")
             if not difference <= TOLERANCE * fresh.abs().max().item():
+                own, kept = (" x ".join(map(str, tensor.shape[1:])) for tensor in (fresh, stored))
+                shapes = f"in shape ({own}, where {kept} is stored: see --max-sequence-length)"
+                how = f"by {difference:.3g}" if fresh.shape == stored.shape else shapes
                 raise UserError(
-                    f"{self.directory / MANIFEST} was made with {self.manifest.model!r}, and this model's {name} differ by "
-                    f"{difference:.3g}; run 'prdp embed' with this model, or remove the embeddings"
+                    f"{self.directory / MANIFEST} was made with {self.manifest.model!r}, and this model's {name} differ {how}; "
+                    "run 'prdp embed' with this model, or remove the embeddings"
                 )
 
 

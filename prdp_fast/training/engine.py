@@ -180,7 +180,7 @@ class ZeroEngine:
         # DeepSpeed casts the weights and then makes the master weights of what is left of them.
         loaded = [] if self.dtype == torch.float32 else [value.detach().to("cpu", copy=True) for value in self.trained]
         kept = set(denoiser.state_dict())
-        # Tables that are no weights, as they were loaded: DeepSpeed casts them too.
+        # Tables that are no weights, as they were loaded: they are cast below.
         self.buffers = {
             name: buffer.detach().to("cpu", copy=self.dtype != torch.float32)
             for name, buffer in denoiser.named_buffers() if name in kept
@@ -195,6 +195,9 @@ class ZeroEngine:
                 f"config {config.path.name}: DeepSpeed refuses {place} = {problem['input']!r} of {error.title}: "
                 f"{problem['msg']}; correct it, or remove it"
             ) from None
+        for buffer in self.engine.module.buffers():  # DeepSpeed leaves them; the reference and other copies have them cast
+            if buffer.is_floating_point():
+                buffer.data = buffer.data.to(self.dtype)
         for parameter in self.trained if loaded else ():
             set_master(parameter, loaded.pop(0))
         self.coalesce = config.coalesces(coalesce_gradients)

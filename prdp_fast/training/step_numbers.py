@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+
+
+def by_step(values: torch.Tensor, steps: torch.Tensor) -> Iterator[tuple[int, np.ndarray]]:
+    """The values of each step that are not NaN. On the CPU both: nothing here waits for a device."""
+    flat, numbers = values.double().numpy().ravel(), steps.numpy().ravel()
+    for step in np.unique(numbers):
+        own = flat[numbers == step]
+        yield int(step), own[~np.isnan(own)]
 
 
 @dataclass
@@ -17,16 +27,13 @@ class StepNumbers:
 
     def add_peaks(self, name: str, values: torch.Tensor, steps: torch.Tensor) -> None:
         """The largest of (N, S) values of each step; none of a step whose values are all NaN. On the CPU, as `steps`."""
-        for step in steps.unique().tolist():
-            own = values[steps == step]
-            if len(own := own[~own.isnan()]):
+        for step, own in by_step(values, steps):
+            if len(own):
                 self.peaks[f"{name}/step_{step:03d}"] = float(own.max())
 
     def add_means(self, name: str, values: torch.Tensor, steps: torch.Tensor) -> None:
         """Sum and count of (N, S) values of each step that are not NaN. On the CPU, as `steps`."""
-        for step in steps.unique().tolist():
-            own = values[steps == step].double()
-            own = own[~own.isnan()]
+        for step, own in by_step(values, steps):
             self.means[f"{name}/step_{step:03d}"] = (float(own.sum()), float(len(own)))
 
 

@@ -267,7 +267,9 @@ def test_lora_weights_are_loaded_onto_the_base(run, tmp_path):
     state = {name: weight for name, weight in trained.state_dict().items() if "lora_" in name}
     lora_run = tmp_path / "lora"
     pipeline.export(lora_run / "model", state)
-    loaded = evaluation_run.load_model(Model("x", "tiny", lora_run / "model", ""), torch.device("cpu"), torch.float32)
+    loaded = evaluation_run.load_model(
+        Model("x", "tiny", lora_run / "model", ""), read_family("tiny"), torch.device("cpu"), torch.float32
+    )
     inputs = torch.randn(2, 4, 8, 8, generator=generator), 500, torch.randn(2, 6, 128, generator=generator)
     with torch.no_grad():
         plain = pipeline.denoiser(*inputs, return_dict=False)[0]

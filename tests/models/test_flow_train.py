@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,19 @@ from diffusers import DiffusionPipeline
 from launching import TRAIN
 from safetensors.torch import load_file
 from tiny_pipelines import PIXELS, TOKENS, build, opening
+from transformers import PreTrainedModel
 
 from prdp_fast import cli
 from prdp_fast.acceleration.probe import distance
+from prdp_fast.config.load import load_recipe
+from prdp_fast.core import distributed
+from prdp_fast.core.errors import UserError
 from prdp_fast.core.records import Prompt
-from prdp_fast.models import lora
+from prdp_fast.models import lora, pipeline
+from prdp_fast.models.text import TextEncoder
+from prdp_fast.planning.job import Job
 from prdp_fast.prompts import write_index, write_shards
+from prdp_fast.training.trainer import Trainer
 
 pytestmark = pytest.mark.slow
 
@@ -128,6 +137,83 @@ def test_a_run_trains_the_transformer_and_nothing_else(runs, models: dict[str, P
     for component in [path.name for path in models[name].glob("text_encoder*")] + ["vae"]:
         before, after = weights(models[name], component), weights(run / "model", component)
         assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before), component
+
+
+@pytest.fixture
+def in_this_process() -> Iterator[None]:
+    """A job of one rank is built in the test's own process; afterwards it is as it was."""
+    before = dict(os.environ)
+    yield
+    distributed.shutdown()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def weights_alive(kind: type) -> int:
+    """Numbers in the weights of every network of a class that this process holds."""
+    gc.collect()
+    networks = [thing for thing in gc.get_objects() if isinstance(thing, kind)]
+    return sum({id(value): value.numel() for network in networks for value in network.parameters()}.values())
+
+
+@pytest.mark.parametrize("made", ["by these encoders", "by an earlier version"])
+def test_stored_embeddings_leave_the_text_encoders_where_they_lie(
+    models: dict[str, Path], prompts: Path, made: str, tmp_path: Path, monkeypatch, in_this_process: None
+) -> None:
+    """They are not read where the store knows them; else they are compared, and then let go."""
+    directory = tmp_path / "set"
+    shutil.copytree(prompts, directory)
+    if made == "by an earlier version":
+        manifest = json.loads((directory / "embeddings.json").read_text())
+        del manifest["encoder"]
+        (directory / "embeddings.json").write_text(json.dumps(manifest))
+    words = [f"model.pretrained={models['flux']}", f"prompts={{source: {directory}, stored_embeddings: true}}", *RUNS["flux"][1]]
+    job = Job.prepare(load_recipe("smoke", [*SETTINGS, *words]), "zero2.json", world_size=1, cuda=False)
+    assert job.footprint(cuda=False).frozen_parameters == job.family.vae_parameters
+    read, load_network = [], pipeline.load_network
+    monkeypatch.setattr(pipeline, "load_network", lambda *args: read.append(args[2]) or load_network(*args))
+    held = weights_alive(PreTrainedModel)
+    trainer = Trainer.build(job, distributed.init())
+    encoders = {"text_encoder", "text_encoder_2"}
+    assert set(read) == {"transformer", "vae"} | (encoders if made == "by an earlier version" else set())
+    assert weights_alive(PreTrainedModel) == held and not trainer.pipeline.text_encoders
+    held_prompts = [prompt for drawn in job.evaluation_prompts.values() for prompt in drawn]
+    rows = trainer.encode(held_prompts)
+    whole = pipeline.Pipeline.load(job.family, torch.device("cpu"), torch.float32)
+    fresh = TextEncoder(whole, torch.float32).encode(held_prompts)
+    for row, expected in zip(rows, fresh, strict=True):
+        assert (row is None) == (expected is None) and (row is None or torch.equal(row, expected.half().float()))
+
+
+def test_stored_embeddings_of_other_encoders_or_lengths_are_refused(
+    models: dict[str, Path], prompts: Path, tmp_path: Path, in_this_process: None
+) -> None:
+    other = build("flux_dev", tmp_path / "other", seed=1)
+    longer = f"sampler.max_sequence_length={TOKENS + 1}"
+    for model, more, how in ((other, [], "by [0-9.]+"), (models["flux"], [longer], "in shape.*see --max-sequence-length")):
+        words = [f"model.pretrained={model}", f"prompts={{source: {prompts}, stored_embeddings: true}}", *RUNS["flux"][1], *more]
+        job = Job.prepare(load_recipe("smoke", [*SETTINGS, *words]), "zero2.json", world_size=1, cuda=False)
+        assert not job.knows_embeddings()
+        with pytest.raises(UserError, match=rf"was made with .* this model's .*prompt_embeds differ {how}.*run 'prdp embed'"):
+            Trainer.build(job, distributed.init())
+
+
+def test_tables_beside_the_weights_are_rounded_alike_and_exported_as_loaded(
+    models: dict[str, Path], tmp_path: Path, in_this_process: None
+) -> None:
+    """Of positions: in 16 bits the policy, its reference and the gathered copy of ZeRO-3 read the same ones."""
+    config = json.loads((Path(__file__).parents[2] / "configs" / "zero3.json").read_text()) | {"bf16": {"enabled": True}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    settings = load_recipe("smoke", [*SETTINGS, f"model.pretrained={models['sd35']}"])
+    job = Job.prepare(settings, str(tmp_path / "config.json"), world_size=1, cuda=False)
+    trainer = Trainer.build(job, distributed.init())
+    own, *copies = (
+        dict(denoiser.named_buffers()) for denoiser in (trainer.engine.engine.module, trainer.engine.gathered, trainer.reference)
+    )
+    assert own["pos_embed.pos_embed"].dtype == torch.bfloat16
+    assert all(torch.equal(own["pos_embed.pos_embed"], copy["pos_embed.pos_embed"]) for copy in copies)
+    loaded = weights(models["sd35"])["pos_embed.pos_embed"]
+    assert torch.equal(trainer.engine.full_state_dict()["pos_embed.pos_embed"], loaded) and loaded.dtype == torch.float32
 
 
 FRESH = """

@@ -19,7 +19,7 @@ from transformers import CLIPTokenizer
 from prdp_fast.world import TINY, TINY_FLOW, make_flow_model, making, scenes
 from prdp_fast.world.reader import read_images
 
-FLOOR = 0.75  # of the mean score on unseen prompts. Shipped: 0.85; pictures of other prompts score below 0.3.
+FLOOR = 0.8  # of the mean score on unseen prompts. Shipped: 0.84; against other prompts its pictures score 0.28.
 
 
 def unseen_prompts(count: int) -> list[str]:
