@@ -49,7 +49,7 @@ def kill_in_start(scene: Scene) -> None:
     job = scene.start()
     scene.wait_for(job, "start", -1)
     scene.note("while it starts")
-    time.sleep(scene.draw.uniform(0, 2))
+    time.sleep(scene.draw.uniform(0, 0.4))
     scene.send(job, "SIGKILL", "rank 0")
     scene.end(job, KILLED, within=scene.bound_s)
     scene.finish()
