@@ -54,7 +54,7 @@ def run_case(name: str, mode: str, device, fast: bool) -> dict:
     time = torch.arange(ROWS // 2) * 100
 
     def call(denoiser, shared: bool = fast):
-        return (denoiser if shared else doubling(denoiser))(sample, time, **inputs)[0]
+        return (denoiser if shared else doubling(denoiser))(sample, timestep=time, **inputs)[0]
 
     def update() -> float:
         engine.set_scale(1.0)

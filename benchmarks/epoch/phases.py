@@ -177,7 +177,7 @@ def bare_calls(
     def run() -> None:
         with torch.set_grad_enabled(gradients):
             for _ in range(calls * repeat):
-                output = denoiser(x, timesteps, **told, return_dict=False)[0]
+                output = denoiser(x, timestep=timesteps, **told, return_dict=False)[0]
                 if gradients:
                     output.backward(grad)
 

@@ -337,7 +337,7 @@ def test_compiled(mode: str, monkeypatch) -> None:
             if isinstance(forward := module.__dict__.get("forward"), CompiledForward):
                 compiled = forward.compiled
                 forward.compiled = lambda *args, m=module, c=compiled, **kwargs: (ran.add(m), c(*args, **kwargs))[1]
-    with torch._dynamo.config.patch(error_on_recompile=True):
+    with torch._dynamo.config.patch(error_on_recompile=mode == "blocks"):
         found = results(denoiser, shared=True)
     assert distance(found[:1], plain[:1]) < 1e-5 and distance(found[1:], plain[1:]) < 1e-5
     if mode == "blocks":
@@ -349,8 +349,9 @@ def test_compiled(mode: str, monkeypatch) -> None:
             latents = torch.randn(N, 4, 8, 8)
             text = torch.randn(2 * N, 6, 16)
             time = torch.arange(N)
-            expected = shared_halves.doubling(build(TWO_LEVELS, torch.float32))(latents, time, encoder_hidden_states=text)[0]
-            assert distance([one(latents, time, encoder_hidden_states=text, return_dict=False)[0]], [expected]) < 1e-5
+            double = shared_halves.doubling(build(TWO_LEVELS, torch.float32))
+            expected = double(latents, timestep=time, encoder_hidden_states=text)[0]
+            assert distance([one(latents, timestep=time, encoder_hidden_states=text, return_dict=False)[0]], [expected]) < 1e-5
     uncompile(denoiser)
     assert distance(results(denoiser, shared=True), plain) < 1e-5
 
@@ -373,9 +374,9 @@ def test_a_capture_is_for_the_rows_of_the_result() -> None:
     captured._capture = lambda leaves, tree: pytest.fail("captured")  # type: ignore[method-assign]
     latents, time = torch.zeros(N, 4, 8, 8), torch.zeros(N)
     with torch.no_grad():
-        assert captured(latents, time, encoder_hidden_states=torch.zeros(N, 6, 16)) == "plain"
+        assert captured(latents, timestep=time, encoder_hidden_states=torch.zeros(N, 6, 16)) == "plain"
         with pytest.raises(pytest.fail.Exception, match="captured"):
-            captured(latents, time, encoder_hidden_states=torch.zeros(2 * N, 6, 16))
+            captured(latents, timestep=time, encoder_hidden_states=torch.zeros(2 * N, 6, 16))
 
 
 # -------------------------------------------------------------------------------------------------------------- a whole job

@@ -222,10 +222,19 @@ def test_a_held_out_reward_is_scored_beside_the_trained_one(monkeypatch) -> None
     assert found.rewards.tolist() == pytest.approx([1.5, 17 / 3, 9.5]), "the trained reward is as it was"
     assert found.held["falling"].tolist() == pytest.approx([-4 / 3, -17 / 3, -9.5])
     nothing = evaluate(None, None, None, None, trained, [], images_per_prompt=B, batch=2, seed=0, held_rewards=held)
-    one = Evaluation(["prompt 0"], images[:B], found.rewards[:1], None, found.scores[:1], {"falling": found.held["falling"][:1]})
-    merged = Evaluation.merge([found, nothing], 3)
-    assert torch.equal(merged.held["falling"], found.held["falling"])
-    assert Evaluation.merge([one, nothing], 1).held["falling"].tolist() == pytest.approx([-4 / 3])
+    assert nothing.held["falling"].shape == (0,)
+    assert torch.equal(Evaluation.merge([found], 3).held["falling"], found.held["falling"])
+    # Of two ranks: the first has prompts 0 and 2, the second 1.
+    assert found.scores is not None
+    ranks = [
+        Evaluation(
+            [found.prompts[i] for i in own], images.unflatten(0, (3, B))[own].flatten(0, 1), found.rewards[own], None,
+            found.scores[own], {"falling": found.held["falling"][own]},
+        )
+        for own in ([0, 2], [1])
+    ]  # fmt: skip
+    merged = Evaluation.merge(ranks, 3)
+    assert merged.prompts == found.prompts and torch.equal(merged.held["falling"], found.held["falling"])
 
 
 def measured_twice(trained: list[float], held: list[float]) -> dict:

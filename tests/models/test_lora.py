@@ -348,7 +348,7 @@ def test_the_dry_run_tells_what_is_trained() -> None:
         ("model.lora={rank: 0}", "model.lora.rank is 0"),
         ("model.lora={rnk: 4}", "unknown key 'rnk' under 'model.lora'; did you mean 'rank'?"),
         ("model.lora={alpha: -1}", "model.lora.alpha is -1"),
-        ("model.lora={targets: [to_q, to_z]}", "the U-Net has no layer whose name ends with 'to_z'"),
+        ("model.lora={targets: [to_q, to_z]}", "the denoiser has no layer whose name ends with 'to_z'"),
         ("model.lora={targets: [norm1]}", "name linear layers or convolutions"),
         ("model.lora={targets: []}", "model.lora.targets is []"),
     ],
