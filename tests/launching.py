@@ -118,6 +118,14 @@ def _server() -> subprocess.Popen:
     return server
 
 
+def server_is_gone() -> bool:
+    """Whether the server has died, and every job with it. The next start gets another one."""
+    if _server().poll() is None:
+        return False
+    _server.cache_clear()
+    return True
+
+
 def start(
     script: Path, *arguments: str | Path, ranks: int | None = None, cwd: Path | None = None, env: Mapping[str, str] | None = None
 ) -> Job:

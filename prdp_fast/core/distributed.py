@@ -70,10 +70,27 @@ def init(timeout_s: float = 1800.0) -> torch.device:
             options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         options["timeout"] = timedelta(seconds=timeout_s + GROUP_MARGIN_S)
         try:
+            options |= after_restart(options["timeout"])
             dist.init_process_group(**options)
         except (ValueError, RuntimeError) as error:  # DistNetworkError, DistStoreError: RuntimeErrors
             raise no_meeting(error) from error
     return device
+
+
+def after_restart(timeout: timedelta) -> dict[str, Any]:
+    """Where a rank that torchrun has started again meets the others; nothing for a first start.
+
+    Without --rdzv-backend the store is torchrun's own and outlives the ranks: it still has the addresses of those that died, and
+    torch 2.13 puts no number of the attempt before its keys.
+
+    Raises: ValueError, RuntimeError.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or attempt == "0":
+        return {}
+    address, port = os.environ["MASTER_ADDR"], environment.launched("MASTER_PORT", 0)
+    store = dist.TCPStore(address, port, world_size(), is_master=False, timeout=timeout)
+    return {"store": dist.PrefixStore(f"attempt-{attempt}", store), "rank": rank(), "world_size": world_size()}
 
 
 def share_timeout(timeout_s: float) -> None:

@@ -19,6 +19,11 @@ TIMEOUT = re.compile(r"timed? ?out", re.IGNORECASE)
 def mistake(error: UserError) -> int:
     """What the user can mend. Returns: the exit status."""
     everywhere = not isinstance(error, OneRankError)  # then one line is enough
+    cause = error.__cause__
+    if not everywhere and cause is not None and ranks.here().size > 1 and is_of_communication(cause):
+        status = because_of_another(cause)
+        if status is not None:  # the user can mend nothing: another rank is gone
+            return status
     if not everywhere or ranks.first_word():
         stops.say(f"error: {error}" if everywhere else f"error: {of_rank()}{error}")
     return 2

@@ -30,7 +30,7 @@ from benchmarks.lib.provenance import now
 from campaign.cases import every
 from campaign.cases.directories import NotHere
 from campaign.judge import judge
-from campaign.scene import Case, Kit, Scene
+from campaign.scene import Case, Kit, Scene, ServerDied
 from campaign.table import Row, Table, row_of, verdict
 
 RESULTS = ROOT / "benchmarks/results"
@@ -45,6 +45,9 @@ def play(case: Case, kit: Kit, seed: int) -> tuple[Row, Scene]:
         case.play(scene)
     except NotHere as reason:
         skipped = str(reason)
+    except ServerDied:
+        print(f"the server of ranks was ended from outside: {case.name} begins anew", file=sys.stderr, flush=True)
+        return play(case, kit, seed)
     except Exception as error:  # of this package: the other cases go on, and this one is no good
         scene.unexpected.append(f"the case itself failed: {type(error).__name__}: {error}")
         traceback.print_exc()
@@ -84,7 +87,7 @@ def report(row: Row, scene: Scene, elapsed: float) -> None:
     """A line of a case; what its job has said if it is not sound."""
     print(f"[{elapsed:5.0f} s] {row.fault} | {row.setting} | {row.statuses} {row.seconds} | {verdict(row)}", flush=True)
     if not row.is_sound:
-        said = "\n".join(f"--- start {n}\n{start.text[-3000:]}" for n, start in enumerate(scene.starts, 1))
+        said = "\n".join(f"--- start {n}\n{start.text[-8000:]}" for n, start in enumerate(scene.starts, 1))
         print(f"    when: {row.when}\n{said}", file=sys.stderr, flush=True)
 
 

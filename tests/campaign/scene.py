@@ -57,6 +57,10 @@ class Start:
         return (found or lines or [""])[-1]
 
 
+class ServerDied(Exception):
+    """Somebody has ended the process that forks the ranks: what is seen of a case then says nothing."""
+
+
 class Launched:
     """A job of the true command line, with the interface of a `launching.Job`."""
 
@@ -122,6 +126,8 @@ class Scene:
         within = START_S if within is None else within
         deadline, processes = time.monotonic() + within, [one["pid"] for one in facts.rank_files(self.run)]
         while (status := job.poll()) is None and time.monotonic() < deadline:
+            if isinstance(job, launching.Job) and launching.server_is_gone():
+                raise ServerDied
             time.sleep(0.02)
         if status is None:
             self.hung.append(f"start {len(self.starts) + 1} did not end within {within:.0f} s")
@@ -189,6 +195,8 @@ class Scene:
         """
         deadline = time.monotonic() + START_S
         while job.poll() is None and time.monotonic() < deadline:
+            if isinstance(job, launching.Job) and launching.server_is_gone():
+                raise ServerDied
             found = next((one for one in facts.rank_files(self.run) if one["rank"] == rank), None)
             if found is not None:
                 at = found["epoch"] if found["epoch"] is not None else -1

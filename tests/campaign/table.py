@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launching import ROOT
+
 from benchmarks.lib import provenance
 from campaign.judge import HEADINGS, VERDICTS
 from campaign.scene import Case, Scene
@@ -44,7 +46,7 @@ def row_of(case: Case, scene: Scene, verdicts: dict[str, list[str]], skipped: st
 
 def plain(line: str, scene: Scene) -> str:
     """Without the places of this machine, and not longer than a table has room for."""
-    line = line.replace(str(scene.run), "RUN").replace(str(scene.folder), "DIR")
+    line = line.replace(str(scene.run), "RUN").replace(str(scene.folder), "DIR").replace(f"{ROOT}/", "")
     return line if len(line) <= LONGEST else f"{line[:LONGEST]}..."
 
 

@@ -53,3 +53,24 @@ def test_a_group_waits_a_little_longer_than_the_ranks_themselves(monkeypatch):
     monkeypatch.setattr(dist, "init_process_group", lambda **options: asked.update(options))
     distributed.init(600)
     assert asked["timeout"] == timedelta(seconds=660)
+
+
+def test_a_rank_that_torchrun_starts_again_does_not_meet_the_dead(monkeypatch):
+    """Its store outlives the ranks. What those of the first start have left there is not seen."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store.set("default_pg/0/0", "the address of a rank that died")
+    variables = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    for name, value in (variables | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    asked = {}
+    monkeypatch.setattr(dist, "init_process_group", lambda **options: asked.update(options))
+    distributed.init()
+    assert "store" not in asked, "a first start meets as torch has it"
+    for attempt in ("1", "2"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        distributed.init()
+        assert (asked["rank"], asked["world_size"]) == (1, 2)
+        assert not asked["store"].check(["default_pg/0/0"])
+        asked["store"].set("default_pg/0/0", attempt)
+    assert store.get("default_pg/0/0") == b"the address of a rank that died"

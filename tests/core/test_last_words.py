@@ -56,3 +56,16 @@ def test_a_mistake_of_every_rank_is_told_once_and_one_of_a_single_rank_always(ra
     assert last_words.mistake(UserError("the recipe is wrong")) == last_words.mistake(UserError("the recipe is wrong")) == 2
     assert last_words.mistake(OneRankError("the disk of rank 0 is full")) == 2
     assert capsys.readouterr().err.splitlines() == ["error: the recipe is wrong", "error: rank 0: the disk of rank 0 is full"]
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_checkpoint_that_cannot_be_gathered_because_a_rank_was_killed_names_that_rank(rank_of_two, monkeypatch, capsys, killed):
+    if killed:
+        monkeypatch.setattr(ranks, "start_of", lambda pid: None)
+    error = OneRankError("the checkpoint cannot be gathered")
+    error.__cause__ = CLOSED
+    assert last_words.mistake(error) == (1 if killed else 2)
+    said = capsys.readouterr().err
+    assert (
+        said.startswith("error: rank 1 of 2 " if killed else "error: rank 0: the checkpoint cannot be") and said.count("\n") == 1
+    )

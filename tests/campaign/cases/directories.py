@@ -12,11 +12,12 @@ from functools import partial
 from pathlib import Path
 
 from campaign import facts
-from campaign.cases.signals import ONE, ONE_EMA, ONE_OFFLOAD, TWO, TWO_EMA, TWO_LORA, TWO_PLAIN
+from campaign.cases.signals import ONE, ONE_EMA, ONE_OFFLOAD, SLOW, TWO, TWO_EMA, TWO_LORA, TWO_PLAIN
 from campaign.scene import Case, Scene
 from campaign.settings import EPOCHS
 
 BLOCK = 4096
+VERY_SLOW = {"CAMPAIGN_FAULT": '{"do": "slow", "seconds": 2}'}  # so that the job lives until a second one has started
 
 
 class NotHere(Exception):
@@ -112,7 +113,7 @@ def read_only(scene: Scene) -> None:
 
 def read_only_for_a_while(scene: Scene, name: str, says: str) -> None:
     """Through a checkpoint and an evaluation. Args: name: of a folder in the run directory."""
-    job = scene.start()
+    job = scene.start(env=SLOW)
     if scene.reach(job, "rollout", epoch=1):
         with protected(scene, scene.run / name):
             while facts.epochs(scene.run) < 3 and job.poll() is None:  # a file that is open is still written
@@ -137,7 +138,7 @@ def removed(scene: Scene, name: str) -> None:
 
 def second_job(scene: Scene, at_once: bool) -> None:
     """Of two jobs in one directory one is refused, and the other does not notice."""
-    first = scene.start()
+    first = scene.start(env=None if at_once else VERY_SLOW)
     if not at_once:
         scene.reach(first, scene.draw.choice(("rollout", "update", "checkpoint")))
     else:

@@ -28,10 +28,10 @@ def deepspeed(scene: Scene) -> list[str]:
     return deepspeed_command(TRAIN, *words, ranks=scene.case.setting.ranks)
 
 
-def torchrun(scene: Scene) -> list[str]:
+def torchrun(scene: Scene, *meeting: str) -> list[str]:
     words = scene.case.setting.words(scene.kit.model, scene.run, {})
     command = [str(Path(sys.executable).with_name("torchrun")), f"--nproc_per_node={scene.case.setting.ranks}"]
-    return [*command, f"--master_port={free_port()}", "--max_restarts=3", "--monitor_interval=0.5", str(TRAIN), *words]
+    return [*command, *meeting, "--max_restarts=3", "--monitor_interval=0.5", str(TRAIN), *words]
 
 
 def signalled(scene: Scene, command: Callable[[Scene], list[str]], name: str, statuses: tuple[int, ...]) -> None:
@@ -43,9 +43,11 @@ def signalled(scene: Scene, command: Callable[[Scene], list[str]], name: str, st
     scene.finish()
 
 
-def restarted(scene: Scene) -> None:
-    """torchrun's agent starts the job again each time that a rank is killed."""
-    job, known = scene.launch(torchrun(scene)), set()
+def restarted(scene: Scene, backend: str | None) -> None:
+    """torchrun's agent starts the job again each time that a rank is killed. Args: backend: of its rendezvous; None: its own."""
+    port = free_port()
+    meeting = [f"--rdzv_backend={backend}", f"--rdzv_endpoint=localhost:{port}"] if backend else [f"--master_port={port}"]
+    job, known = scene.launch(torchrun(scene, *meeting)), set()
     for phase in scene.draw.sample(("rollout", "update", "checkpoint"), 3):
         rank, epoch = scene.draw.randrange(2), scene.draw.choice((1, 2))
         while (found := scene.wait_for(job, phase, epoch, rank)) is not None and found["pid"] in known:
@@ -69,5 +71,7 @@ CASES = [
     _case("SIGTERM to prdp train", TWO, prdp, "SIGTERM", 0), _case("SIGINT to prdp train", TWO_EMA, prdp, "SIGINT", 130),
     _case("SIGKILL of prdp train", TWO_PLAIN, prdp, "SIGKILL", -9),
     _case("SIGTERM to deepspeed", TWO, deepspeed, "SIGTERM", 143, -15),
-    Case("a rank killed three times under torchrun", TWO_PLAIN, restarted, mendable=False),  # torchrun shows its own tracebacks
+    # torchrun shows tracebacks of its own.
+    Case("a rank killed three times under torchrun", TWO_PLAIN, partial(restarted, backend=None), mendable=False),
+    Case("a rank killed three times under torchrun, c10d", TWO_EMA, partial(restarted, backend="c10d"), mendable=False),
 ]  # fmt: skip

@@ -29,7 +29,10 @@ def kill(scene: Scene, target: str, phase: str, *, times: int = 1) -> None:
             scene.send(job, "SIGKILL", target)
         two = scene.case.setting.ranks > 1 and target.startswith("rank ")
         says = rf"(?m)^error: rank {rank} of 2 .*ended without a word in phase " if two else ""
-        scene.end(job, KILLED, says=says, within=scene.bound_s)
+        start = scene.end(job, KILLED, says=says, within=scene.bound_s)
+        lines = [line for line in start.text.splitlines() if line.startswith("error: ")]
+        if two and len(lines) > 1:
+            scene.unexpected.append(f"{len(lines)} lines of errors, expected that of the rank alone")
     scene.finish()
 
 
@@ -49,7 +52,7 @@ def kill_in_start(scene: Scene) -> None:
     job = scene.start()
     scene.wait_for(job, "start", -1)
     scene.note("while it starts")
-    time.sleep(scene.draw.uniform(0, 2))
+    time.sleep(scene.draw.uniform(0, 0.4))
     scene.send(job, "SIGKILL", "rank 0")
     scene.end(job, KILLED, within=scene.bound_s)
     scene.finish()
