@@ -188,10 +188,10 @@ CASES = [
     Case("samples/ that is read-only for a while", TWO_LORA, partial(
         read_only_for_a_while, name="samples", says="WARNING: .*samples/epoch-000002.png cannot be written"), short=True),
     Case("a run directory that is read-only for a while", ONE_OFFLOAD, partial(
-        read_only_for_a_while, name=".", says="WARNING: checkpoint .* cannot be written")),
+        read_only_for_a_while, name=".", says="WARNING: checkpoint .* cannot be written"), short=True),
     Case("checkpoints/ is removed in mid-run", TWO_PLAIN, partial(removed, name="checkpoints")),
     Case("ranks/ is removed in mid-run", TWO, partial(removed, name="ranks")),
     Case("a second job in the run directory", TWO_PLAIN, partial(second_job, at_once=False)),
-    Case("two jobs in one directory at once", ONE_EMA, partial(second_job, at_once=True)),
+    Case("two jobs in one directory at once", ONE_EMA, partial(second_job, at_once=True), short=True),
     Case("the next job after one that was killed", TWO_PLAIN, locked_by_a_dead_job),
 ]  # fmt: skip
