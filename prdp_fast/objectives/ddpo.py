@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from prdp_fast.objectives.base import ObjectiveInput, ObjectiveOutput
-from prdp_fast.objectives.policy_gradient import STD_FLOOR, centred_rewards, clipped_surrogate, outside_clip, overflow
+from prdp_fast.objectives.policy_gradient import STD_FLOOR, centred_rewards, outside_clip, overflow, penalised_surrogate
 
 
 class DdpoObjective:
@@ -38,14 +38,7 @@ class DdpoObjective:
 
     def __call__(self, batch: ObjectiveInput) -> ObjectiveOutput:
         """loss = mean over images and steps of max(-A ratio, -A clip(ratio, 1 - eps, 1 + eps))."""
-        advantages = self.advantages(batch)
-        loss, weights, clip_fraction = clipped_surrogate(batch, advantages, self.clip_range)
-        metrics = {
-            "clip_fraction": clip_fraction,
-            "mean_abs_advantage": advantages.abs().mean(),
-            "dropped_images": (~batch.rewards.isfinite()).sum(),
-        }
-        return ObjectiveOutput(loss, weights, metrics)
+        return penalised_surrogate(batch, self.advantages(batch), self.clip_range)
 
     def outside_clip(self, log_ratio: torch.Tensor) -> torch.Tensor | None:
         return outside_clip(log_ratio, self.clip_range)

@@ -5,14 +5,7 @@ from __future__ import annotations
 import torch
 
 from prdp_fast.objectives.base import FLOAT32_MAX, ObjectiveInput, ObjectiveOutput
-from prdp_fast.objectives.policy_gradient import (
-    centred_rewards,
-    clipped_surrogate,
-    kl_to_reference,
-    kl_weight_error,
-    outside_clip,
-    overflow,
-)
+from prdp_fast.objectives.policy_gradient import centred_rewards, kl_weight_error, outside_clip, overflow, penalised_surrogate
 
 
 class DpokObjective:
@@ -28,19 +21,12 @@ class DpokObjective:
         self.reward_weight, self.kl_weight, self.clip_range = reward_weight, kl_weight, clip_range
         self.needs_reference = kl_weight > 0
 
+    def advantages(self, batch: ObjectiveInput) -> torch.Tensor:
+        """(G, B) float32: reward_weight times the rewards less the mean of their prompt; 0 for an image without a reward."""
+        return self.reward_weight * centred_rewards(batch.rewards)[0]
+
     def __call__(self, batch: ObjectiveInput) -> ObjectiveOutput:
-        advantages = self.reward_weight * centred_rewards(batch.rewards)[0]
-        loss, weights, clip_fraction = clipped_surrogate(batch, advantages, self.clip_range)
-        metrics = {
-            "clip_fraction": clip_fraction,
-            "mean_abs_advantage": advantages.abs().mean(),
-            "dropped_images": (~batch.rewards.isfinite()).sum(),
-        }
-        if self.needs_reference:
-            kl, slope = kl_to_reference(batch)
-            loss, weights = loss + self.kl_weight * kl, weights + self.kl_weight * slope
-            metrics["kl_penalty"] = self.kl_weight * kl
-        return ObjectiveOutput(loss, weights, metrics)
+        return penalised_surrogate(batch, self.advantages(batch), self.clip_range, self.kl_weight)
 
     def outside_clip(self, log_ratio: torch.Tensor) -> torch.Tensor | None:
         return outside_clip(log_ratio, self.clip_range)
@@ -52,4 +38,4 @@ class DpokObjective:
         return fault
 
     def weight_error(self, batch: ObjectiveInput, drift: float) -> float:
-        return kl_weight_error(batch, self.reward_weight * centred_rewards(batch.rewards)[0], self.kl_weight, drift)
+        return kl_weight_error(batch, self.advantages(batch), self.kl_weight, drift)

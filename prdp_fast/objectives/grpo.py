@@ -6,14 +6,7 @@ from __future__ import annotations
 import torch
 
 from prdp_fast.objectives.base import ObjectiveInput, ObjectiveOutput
-from prdp_fast.objectives.policy_gradient import (
-    centred_rewards,
-    clipped_surrogate,
-    kl_to_reference,
-    kl_weight_error,
-    outside_clip,
-    overflow,
-)
+from prdp_fast.objectives.policy_gradient import centred_rewards, kl_weight_error, outside_clip, overflow, penalised_surrogate
 
 STD_FLOOR = 1e-4  # as in Flow-GRPO's code
 
@@ -36,18 +29,7 @@ class GrpoObjective:
         return (centred / (std + STD_FLOOR)).clamp(-self.advantage_clip, self.advantage_clip)
 
     def __call__(self, batch: ObjectiveInput) -> ObjectiveOutput:
-        advantages = self.advantages(batch)
-        loss, weights, clip_fraction = clipped_surrogate(batch, advantages, self.clip_range)
-        metrics = {
-            "clip_fraction": clip_fraction,
-            "mean_abs_advantage": advantages.abs().mean(),
-            "dropped_images": (~batch.rewards.isfinite()).sum(),
-        }
-        if self.needs_reference:
-            kl, slope = kl_to_reference(batch)
-            loss, weights = loss + self.kl_weight * kl, weights + self.kl_weight * slope
-            metrics["kl_penalty"] = self.kl_weight * kl
-        return ObjectiveOutput(loss, weights, metrics)
+        return penalised_surrogate(batch, self.advantages(batch), self.clip_range, self.kl_weight)
 
     def outside_clip(self, log_ratio: torch.Tensor) -> torch.Tensor | None:
         return outside_clip(log_ratio, self.clip_range)

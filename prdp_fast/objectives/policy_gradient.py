@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from prdp_fast.objectives.base import FLOAT32_MAX, ObjectiveInput
+from prdp_fast.objectives.base import FLOAT32_MAX, ObjectiveInput, ObjectiveOutput
 
 STD_FLOOR = 1e-8  # as in the authors' code of DDPO: a group of equal rewards gets advantage 0, not NaN
 
@@ -63,6 +63,23 @@ def kl_to_reference(batch: ObjectiveInput) -> tuple[torch.Tensor, torch.Tensor]:
     kept = batch.rewards.isfinite()[:, :, None]
     lr = torch.where(kept, batch.log_probs - batch.ref_log_probs, 0.0)
     return (batch.elements * lr.square() / 2).mean(), batch.elements * lr / lr.numel()
+
+
+def penalised_surrogate(
+    batch: ObjectiveInput, advantages: torch.Tensor, clip_range: float, kl_weight: float = 0.0
+) -> ObjectiveOutput:
+    """`clipped_surrogate` plus kl_weight times `kl_to_reference`, which is left out at weight 0. Arguments as of these."""
+    loss, weights, clip_fraction = clipped_surrogate(batch, advantages, clip_range)
+    metrics = {
+        "clip_fraction": clip_fraction,
+        "mean_abs_advantage": advantages.abs().mean(),
+        "dropped_images": (~batch.rewards.isfinite()).sum(),
+    }
+    if kl_weight:
+        kl, slope = kl_to_reference(batch)
+        loss, weights = loss + kl_weight * kl, weights + kl_weight * slope
+        metrics["kl_penalty"] = kl_weight * kl
+    return ObjectiveOutput(loss, weights, metrics)
 
 
 def kl_weight_error(batch: ObjectiveInput, advantages: torch.Tensor, kl_weight: float, drift: float) -> float:
