@@ -19,7 +19,7 @@ def whole(path: Path) -> Iterator[Path]:
     The bytes are on the disk before the name is, so that a crash leaves the old file or the new one; then the name is too.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_path(path)
     try:
         with naming(path):
             yield partial
@@ -30,6 +30,11 @@ def whole(path: Path) -> Iterator[Path]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def partial_path(path: Path) -> Path:
+    """Where a file is written before it takes its name; what lies there is of a process that was killed."""
+    return path.with_name(f".{path.name}.partial")
 
 
 def sync_directory(path: Path) -> None:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from prdp_fast.core.errors import UserError
-from prdp_fast.core.files import read_json, write_json
+from prdp_fast.core.files import partial_path, read_json, write_json
 from prdp_fast.core.paths import check_output, shortened, told
 from prdp_fast.core.run_lock import LOCK, lock
 
 RUN = "run.json"  # the job: resolved recipe, DeepSpeed configuration, ranks, digests of what it reads, versions
+BEGINNING = {LOCK, partial_path(Path(RUN)).name}  # what a job puts there first, and leaves if it is killed at that moment
 SUMMARY = "summary.json"  # of a finished run
 METRICS = "metrics.jsonl"
 MESSAGES = "messages.txt"  # what the run told its user, with the time
@@ -94,8 +95,10 @@ def check(
     Raises: UserError if the directory is not for this job.
     """
     record, another = directory / RUN, "choose another directory"
-    if not os.path.lexists(record):
-        if directory.is_dir() and any(path.name != LOCK for path in directory.iterdir()):
+    # One look: another job may be putting its files there, and its lock, not this, decides about that.
+    names = set(os.listdir(directory)) if directory.is_dir() else set()
+    if RUN not in names:
+        if names - BEGINNING:
             raise UserError(f"--output {directory} is not empty and holds no run of prdp_fast; choose a new directory")
         return None, ""
     if resume == "never":

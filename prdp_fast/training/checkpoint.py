@@ -16,7 +16,7 @@ import torch
 from prdp_fast.core import checkpoint_files, distributed, environment
 from prdp_fast.core.checkpoint_files import Files
 from prdp_fast.core.errors import OneRankError, UserError, brief
-from prdp_fast.core.files import sync_directory, write_json
+from prdp_fast.core.files import partial_path, sync_directory, write_json
 from prdp_fast.core.format import format_bytes
 from prdp_fast.core.run_directory import CHECKPOINTS
 from prdp_fast.training.health import first_of_ranks
@@ -164,7 +164,7 @@ class Checkpoints:
         if self.directory is None:
             return None
         final = self.directory / checkpoint_files.name_of(state.epoch)
-        partial = self.directory / f".{final.name}.partial"
+        partial = partial_path(final)
         if final == self.newest:  # a finished run resumed, or a stop right after a periodic checkpoint: nothing is newer
             return None
 
@@ -232,7 +232,7 @@ class Checkpoints:
         try:
             for path in old:
                 # Renamed first: a crash in the middle of the removal must not leave a checkpoint that looks whole.
-                doomed = path.with_name(f".{path.name}.partial")
+                doomed = partial_path(path)
                 path.rename(doomed)
                 shutil.rmtree(doomed)
         except OSError as error:

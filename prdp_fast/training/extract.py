@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from prdp_fast.config.recipe import Settings
 from prdp_fast.core import checkpoint_files
 from prdp_fast.core.errors import UserError, brief
+from prdp_fast.core.files import partial_path
 from prdp_fast.core.paths import told
 from prdp_fast.core.run_directory import CHECKPOINTS, CONTENT, RUN, read_record
 from prdp_fast.core.weight_files import write_safetensors
@@ -113,7 +114,7 @@ def export(taken: Extract, directory: Path, say: Callable[[str], None] = print) 
     Raises: UserError if the base is not what the run began with, or the directory cannot be written.
     """
     settings = taken.settings
-    partial = directory.absolute().with_name(f".{directory.absolute().name}.partial")
+    partial = partial_path(directory.absolute())
     with told(f"{directory} cannot be written", "make room, or name another directory"):
         if os.path.lexists(directory) and (not directory.is_dir() or any(directory.iterdir())):
             raise UserError(f"{directory} exists already; name a new directory")

@@ -15,6 +15,7 @@ from launching import ROOT
 
 from prdp_fast.core import run_lock
 from prdp_fast.core.errors import UserError
+from prdp_fast.core.files import partial_path
 from prdp_fast.core.run_directory import RUN, claim
 from prdp_fast.core.run_lock import LOCK, holder
 
@@ -66,6 +67,20 @@ def test_the_same_process_may_claim_again(tmp_path):
 def test_a_directory_with_nothing_but_a_lock_is_free(tmp_path):
     (tmp_path / LOCK).touch()  # a job that ended before it wrote anything
     claim(tmp_path, JOB, "never")
+
+
+def test_a_job_that_is_only_beginning_is_named_as_the_one_that_has_the_directory(tmp_path, other):
+    run = tmp_path / "run"
+    (run / RUN).rename(partial_path(run / RUN))  # as it is between the lock and the record
+    with pytest.raises(UserError, match=rf"is in use by a job on \S+, process {other.pid}"):
+        claim(run, JOB, "auto")
+
+
+def test_a_job_killed_while_it_wrote_its_record_leaves_a_free_directory(tmp_path):
+    (tmp_path / LOCK).touch()
+    partial_path(tmp_path / RUN).write_text('{"recipe"')
+    claim(tmp_path, JOB, "never")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [LOCK, RUN]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"host": "a"}'])

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from prdp_fast.core.errors import brief
+from prdp_fast.core.files import partial_path
 from prdp_fast.core.run_directory import METRICS
 from prdp_fast.core.secret_words import without_secrets
 from prdp_fast.training.trackers.base import Tracker, TrackerError
@@ -61,7 +62,7 @@ class Sent:
         """Without a sync: what a crash of the machine takes back is sent once more."""
         with contextlib.suppress(OSError):  # a full disk; there are louder lines about it
             self.path.parent.mkdir(exist_ok=True)
-            partial = self.path.with_name(f".{self.path.name}.partial")
+            partial = partial_path(self.path)
             partial.write_text(json.dumps({"run": self.run_id, "sent": self.steps}) + "\n", encoding="utf-8")
             os.replace(partial, self.path)
 
