@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     check_output("--output", output)
     status = 0
     if not args.page:
-        status = run_all(study, runs, output, config=args.config, num_gpus=args.num_gpus)
+        status = run_all(study, runs, settings, output, config=args.config, num_gpus=args.num_gpus)
     found = findings.collect(study, runs, output)
     if not any(arm["seeds"] or arm["failures"] for arm in found.values()):
         raise UserError(f"{output} has no finished run of the study; run it first, without --page")

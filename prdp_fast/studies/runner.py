@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from prdp_fast.core.files import write_json
-from prdp_fast.core.run_directory import SUMMARY
+from prdp_fast.config.recipe import Settings
+from prdp_fast.core.files import read_json, write_json
+from prdp_fast.core.run_directory import RUN, SUMMARY, read_record
 from prdp_fast.studies.declaration import Run, Study
 
 STOPPED = (130, 143)  # by Ctrl-C, or a signal; 0 without a summary is a stop too
@@ -27,10 +28,18 @@ def command(study: Study, run: Run, directory: Path, config: str, num_gpus: int 
 
 
 def run_all(
-    study: Study, runs: list[Run], output: Path, *, config: str, num_gpus: int | None, say: Callable[[str], None] = print
+    study: Study,
+    runs: list[Run],
+    settings: dict[str, Settings],
+    output: Path,
+    *,
+    config: str,
+    num_gpus: int | None,
+    say: Callable[[str], None] = print,
 ) -> int:
     """Run what is not finished. A run that fails is noted, and the others follow.
 
+    Args: settings: of each arm, as `declaration.check` returns them.
     Returns: 0, or the status of the run that was stopped: the same command goes on.
     """
     for number, run in enumerate(runs, start=1):
@@ -38,13 +47,19 @@ def run_all(
         if is_finished(directory):
             say(f"{number} of {len(runs)}: {run.name} is finished")
             continue
-        say(f"{number} of {len(runs)}: {run.name}")
         output.mkdir(parents=True, exist_ok=True)
+        if not directory.exists() and (twin := find_twin(settings[run.arm], run.seed, config, output)):
+            directory.symlink_to(os.path.relpath(twin, output.resolve()), target_is_directory=True)
+            say(f"{number} of {len(runs)}: {run.name} is {twin.parent.name}/{twin.name}, which is finished")
+            continue
+        say(f"{number} of {len(runs)}: {run.name}")
         failure_file(output, run).unlink(missing_ok=True)
+        words = command(study, run, directory, config, num_gpus)
+        write_json(start_file(directory), {"config": config, "command": words})
         log = output / f"{run.name}.log"
         with log.open("a", encoding="utf-8") as file:
             try:
-                status = subprocess.run(command(study, run, directory, config, num_gpus), stdout=file, stderr=file).returncode
+                status = subprocess.run(words, stdout=file, stderr=file).returncode
             except KeyboardInterrupt:  # the run has the signal too, and saves itself
                 return 130
         if is_finished(directory):
@@ -55,6 +70,24 @@ def run_all(
         say(f"{run.name} failed with status {status}: {last_line(log)}")
         write_json(failure_file(output, run), {"status": status, "reason": last_line(log)})
     return 0
+
+
+def find_twin(settings: Settings, seed: int, config: str, output: Path) -> Path | None:
+    """A finished run of the same recipe, seed and DeepSpeed file in a study beside this one: studies of one recipe share runs."""
+    wanted = settings.model_copy(update={"seed": seed}).model_dump(mode="json")
+    for record in sorted(output.resolve().parent.glob(f"*/*/{RUN}")):
+        directory = record.parent
+        if directory.is_symlink() or not is_finished(directory) or not start_file(directory).is_file():
+            continue
+        found, _ = read_record(record)
+        if found is not None and found["recipe"] == wanted and read_json(start_file(directory))["config"] == config:
+            return directory
+    return None
+
+
+def start_file(directory: Path) -> Path:
+    """How the run in `directory` was last started."""
+    return directory.with_name(f"{directory.name}.start.json")
 
 
 def last_line(path: Path) -> str:
@@ -73,4 +106,4 @@ def failure_of(output: Path, run: Run) -> dict[str, object] | None:
     path = failure_file(output, run)
     if is_finished(output / run.name) or not path.is_file():
         return None
-    return json.loads(path.read_text(encoding="utf-8"))
+    return dict(read_json(path))
