@@ -179,7 +179,7 @@ def cost(summary: Mapping[str, Any]) -> str:
     lines = [", ".join(parts)] if parts else []
     forwards = summary.get("unet_forwards")
     if forwards:
-        lines.append("U-Net forwards: " + ", ".join(f"{name} {count:,}" for name, count in forwards.items()))
+        lines.append("denoiser rows: " + ", ".join(f"{name} {count:,}" for name, count in forwards.items()))
     return "\n".join(lines)
 
 

@@ -116,7 +116,7 @@ def drift_warning(drift: float, clip_range: float | None, told: float) -> str | 
     )  # fmt: skip
     return (
         f"drift: sampler and trainer disagree by up to {drift:.1e} nats on one step's log-prob{clipping}; but if "
-        "it is more than a 16-bit policy rounds by (1e-5 to 5e-3), rollout and update do not run the same U-Net: "
+        "it is more than a 16-bit policy rounds by (1e-5 to 5e-3), rollout and update do not run the same denoiser: "
         "set performance.compile off and performance.attention sdpa to find out which choice it is"
     )
 

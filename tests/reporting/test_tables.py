@@ -48,7 +48,7 @@ reward   n         before          after      difference  s.e.      all right
 seen    96  0.512 ± 0.012  0.701 ± 0.012  +0.189 ± 0.021  +9.0  25.0% > 50.0%
 unseen  96  0.500 ± 0.012  0.440 ± 0.012  -0.060 ± 0.000     -  20.0% > 10.0%
 60 epochs, 15,360 images, 6.9 min
-U-Net forwards: rollout 614,400, reference 583,680, update 583,680
+denoiser rows: rollout 614,400, reference 583,680, update 583,680
 """
 
 MARKDOWN = """\
