@@ -4,13 +4,14 @@ STAMP := $(VENV)/.stamp
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train test test-fast lint docs bench fault-campaign gpu-session gpu-rehearsal gpu-check gpu-bench clean
+.PHONY: help venv train browser test test-fast lint docs bench fault-campaign gpu-session gpu-rehearsal gpu-check gpu-bench clean
 
 help:
 	@echo "make venv    the virtual environment in $(VENV), pinned by constraints.txt (PYTHON=$(PYTHON))"
 	@echo "make train   finetune the embedded model on this machine; ARGS='--seed 1 ...' is passed on"
 	@echo "make test    the test suite, on a CPU; ARGS='-k name' is passed on"
 	@echo "make test-fast  the part of it that one runs while working"
+	@echo "make browser  what the tests open the HTML report with: Chromium, if this is Debian and you are root, and two packages of npm"
 	@echo "make lint    ruff and mypy"
 	@echo "make docs    the documentation, built into site/"
 	@echo "make bench   the benchmarks; without a GPU, the plain torch references only"
@@ -46,6 +47,10 @@ test: $(STAMP)
 # What takes no launched job, no compiler and no interpreter of kernels.
 test-fast: $(STAMP)
 	@. $(VENV)/bin/activate && $(PYTEST) -m "not slow and not distributed" --ignore tests/kernels $(ARGS)
+
+browser:
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || { apt-get update -qq && apt-get install -qq -y chromium >/dev/null; }
+	@npm ci --prefix tests/browser --silent --no-audit --no-fund
 
 # The parts of gpu-session that take minutes on a CPU, before they are taken to a GPU.
 gpu-rehearsal: $(STAMP)
