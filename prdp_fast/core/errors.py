@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
+ENDLESS = re.compile(r"\S{400,}")  # longer than any path or address that one reads: a file's word that would fill the screen
+
 
 def brief(error: Exception) -> str:
     """An error of a library in a few words, on one line."""
@@ -15,7 +19,8 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(line.strip() for line in message.splitlines()))
+        line = " ".join(line.strip() for line in message.splitlines())
+        super().__init__(ENDLESS.sub(lambda word: f"{word[0][:200]}...{word[0][-40:]}", line))
 
 
 class RewardError(UserError):
