@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
+from fuzz.inputs import VALUES, changed, edited
 from hypothesis import strategies as st
 from PIL import Image
 
-from fuzz.inputs import VALUES, changed, edited
 from prdp_fast.config.deepspeed import resolve_config
 from prdp_fast.config.load import CONFIGS, find_recipe, load_recipe
 from prdp_fast.core import checkpoint_files
@@ -231,7 +231,9 @@ def targets(tmp: Path) -> list[Target]:
         Target("study", changed(STUDY).map(as_yaml), study),
         Target("shard index", changed(tree), lambda value, directory: index(value, directory, tar, file)),
         Target("shard", edited(tar), lambda value, directory: shard(value, directory, copy.deepcopy(tree))),
-        Target("shard, unpacked", edited(gzip.decompress(tar)), lambda value, directory: shard(value, directory, copy.deepcopy(tree))),
+        Target(
+            "shard, unpacked", edited(gzip.decompress(tar)), lambda value, directory: shard(value, directory, copy.deepcopy(tree))
+        ),
         Target("text file of prompts", edited("a red square\nein Gr\u00fcn\n".encode()) | st.binary(max_size=64), text_file),
         Target("run.json", changed(JOB), run_record),
         Target("metrics.jsonl", edited(ROWS), metrics),
