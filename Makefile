@@ -4,7 +4,7 @@ STAMP := $(VENV)/.stamp
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train browser test test-fast lint docs bench fault-campaign gpu-session gpu-rehearsal gpu-check gpu-bench clean
+.PHONY: help venv train browser test test-fast lint docs bench study fuzz fault-campaign gpu-session gpu-rehearsal gpu-check gpu-bench clean
 
 help:
 	@echo "make venv    the virtual environment in $(VENV), pinned by constraints.txt (PYTHON=$(PYTHON))"
@@ -15,6 +15,8 @@ help:
 	@echo "make lint    ruff and mypy"
 	@echo "make docs    the documentation, built into site/"
 	@echo "make bench   the benchmarks; without a GPU, the plain torch references only"
+	@echo "make study   every study of configs/studies, one after the other, in about three hours on two cores; STUDIES='pairing clipping'"
+	@echo "make fuzz    100,000 nearly right recipes, indices, shards, manifests, requests: each is read, or refused in one line"
 	@echo "make fault-campaign  faults put into running jobs on CPU ranks, and a table of what became of them; ARGS='--only SIGKILL'"
 	@echo "make gpu-session  all that is worth knowing of this machine's GPU in 13 minutes, with $(PYTHON); ARGS='--parts kernels,engine'"
 	@echo "make gpu-rehearsal  its long parts on a CPU, with the embedded model, before they are taken to a GPU"
@@ -75,6 +77,15 @@ docs: $(DOCS_STAMP)
 # Operators on CUDA if there is a device, the plain torch references on a CPU if not.
 bench: $(STAMP)
 	@. $(VENV)/bin/activate && OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} python -m pytest -q benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds $(ARGS)
+
+# The searches come first: others take their learning rates from them. What is finished is left alone, so it goes on after a stop.
+STUDIES ?= learning_rates learning_rates_small large_scale small_scale clipping learned_reward online_vs_offline pairing kl_weight subsets
+study: $(STAMP)
+	@. $(VENV)/bin/activate && for name in $(STUDIES); do OMP_NUM_THREADS=1 prdp study $$name $(if $(RANKS),--num_gpus $(RANKS)) $(ARGS) || exit; done
+
+# Nineteen kinds of input. Another seed finds other ones: PRDP_FUZZ_SEED=1 make fuzz.
+fuzz: $(STAMP)
+	@. $(VENV)/bin/activate && PRDP_FUZZ_INPUTS=5300 $(PYTEST) --dist load tests/fuzz $(ARGS)
 
 # Half an hour on two cores. It takes signals as they come, and so no pytest.
 fault-campaign: $(STAMP)

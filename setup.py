@@ -70,7 +70,7 @@ setup(
     package_dir={"prdp_kernels": "kernels/prdp_kernels", "prdp_fast.configs": "configs"},
     package_data={
         "prdp_fast.configs": ["*.json", "recipes/*.yaml", "studies/*.yaml", "launch/*"],
-        "prdp_fast.world": ["tiny/**/*", "tiny_flow/**/*"],
+        "prdp_fast.world": ["tiny/**/*", "tiny_flow/**/*", "tiny_scorer/**/*"],
     },
     entry_points={"console_scripts": ["prdp = prdp_fast.cli:main"]},
     install_requires=CORE,

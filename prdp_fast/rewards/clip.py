@@ -9,6 +9,7 @@ import torch
 
 from prdp_fast.core.errors import UserError
 from prdp_fast.rewards.scoring_model import ScoringModel, find_model_file, read_pretrained
+from prdp_fast.world import TINY_SCORER
 
 Pixels = Callable[[torch.Tensor], torch.Tensor]  # (n, 3, H, W) uint8 -> (n, 3, S, S) float32, both on the CPU
 
@@ -93,11 +94,12 @@ class ClipReward(ScoringModel):
     def __init__(self, *, model: str, processor: str | None = None, **placing: Any) -> None:
         """
         Args:
-            model: hub id or directory.
+            model: hub id or directory; "tiny_scorer" is the embedded world's.
             processor: of the tokenizer and the image processor, if they are not the model's own.
         """
         super().__init__(**placing)
-        self.model, self.processor = model, processor or model
+        self.model = str(TINY_SCORER) if model == TINY_SCORER.name else model
+        self.processor = processor or self.model
 
     def load(self) -> None:
         from transformers import CLIPModel

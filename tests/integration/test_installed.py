@@ -91,7 +91,7 @@ def python(*arguments: str | Path, directory: Path = ROOT.parent, path: tuple[Pa
 def test_a_wheel_holds_everything(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     expected = {f"prdp_fast/{file.relative_to(ROOT)}" for file in (ROOT / "configs").rglob("*") if file.is_file()}
-    models = (file for name in ("tiny", "tiny_flow") for file in (ROOT / "prdp_fast" / "world" / name).rglob("*"))
+    models = (file for name in ("tiny", "tiny_flow", "tiny_scorer") for file in (ROOT / "prdp_fast" / "world" / name).rglob("*"))
     expected |= {str(file.relative_to(ROOT)) for file in models if file.is_file()}
     for root, package in ((ROOT, "prdp_fast"), (ROOT / "kernels", "prdp_kernels")):
         expected |= {str(file.relative_to(root)) for file in (root / package).rglob("*.py")}
