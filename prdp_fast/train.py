@@ -41,6 +41,7 @@ from prdp_fast.core import launcher, stop_times, stops
 from prdp_fast.core.errors import OneRankError, UserError
 from prdp_fast.core.paths import check_output, fault
 from prdp_fast.core.run_directory import RUN, claim, finished_epochs
+from prdp_fast.core.visible import visible
 from prdp_fast.core.watchdog import watching
 
 if TYPE_CHECKING:
@@ -253,7 +254,7 @@ def claim_for_all(output: Path, job: Job, resume: str) -> None:
         try:
             notes = claim(output, job.full_record(), resume, complete=complete_record)
             ranks.clean(output)
-            print(*notes, sep="\n", end="\n" if notes else "", flush=True)
+            print(*map(visible, notes), sep="\n", end="\n" if notes else "", flush=True)
         except UserError as error:
             problem = str(error)
     problem, start = distributed.from_main((problem, start))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from prdp_fast.core.visible import visible
+
 
 def brief(error: Exception) -> str:
     """An error of a library in a few words, on one line."""
@@ -11,11 +13,12 @@ def brief(error: Exception) -> str:
 class UserError(ValueError):
     """A mistake in what the user asked for or supplied, as one line: what, got, expected, next move.
 
-    The entry points print it without a traceback and exit with status 2.
+    The entry points print it without a traceback and exit with status 2. What it repeats of files and servers of others commands
+    no terminal.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(line.strip() for line in message.splitlines()))
+        super().__init__(visible(" ".join(line.strip() for line in message.splitlines())))
 
 
 class RewardError(UserError):
