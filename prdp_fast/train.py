@@ -38,7 +38,7 @@ environment.prepare()
 from prdp_fast.config.load import find_recipe, load_recipe
 from prdp_fast.config.tracking import check_libraries
 from prdp_fast.core import launcher, stop_times, stops
-from prdp_fast.core.errors import OneRankError, UserError
+from prdp_fast.core.errors import OneRankError, UserError, brief
 from prdp_fast.core.paths import check_output, fault
 from prdp_fast.core.run_directory import RUN, claim, finished_epochs
 from prdp_fast.core.visible import visible
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from prdp_fast.core.watchdog import Watchdog
     from prdp_fast.planning.job import Job
 
+SHARED_S = 90.0  # in which a rank sees what rank 0 has written: NFS may keep for a minute that a file is not there
 ALONE_S = 3.0  # after which a rank that failed before the ranks met takes its fault for its own
 
 
@@ -231,6 +232,11 @@ def train_here(args: argparse.Namespace, job: Job, output: Path, watchdog: Watch
         return stop.request.status
     except UserError as error:
         return last_words.leave(last_words.mistake(error))
+    except torch.OutOfMemoryError as error:  # while the job is built, or ends: in an epoch it is met
+        return last_words.leave(last_words.mistake(OneRankError(
+            f"out of memory ({brief(error)}); use more ranks, a higher ZeRO stage, or a GPU with more memory, and go on with "
+            f"--resume {output}"
+        )))  # fmt: skip
     except OSError as error:
         if error.filename is None:
             return last_words.leave(last_words.unexpected(error))
@@ -261,8 +267,12 @@ def claim_for_all(output: Path, job: Job, resume: str) -> None:
     if problem:
         raise UserError(problem)
     ranks.join(output, start, distributed.rank(), job.world_size)
-    with agree():  # a stop that came before
-        pass
+    with agree():  # a stop that came before, too
+        if not distributed.is_main() and not ranks.sees(0, SHARED_S):
+            raise UserError(
+                f"--output {output} on {socket.gethostname()} is not the directory that rank 0 writes into; expected one on a "
+                "file system that all machines share: give its path there"
+            )
 
 
 def choose_output(args: argparse.Namespace, record: dict[str, Any]) -> Path:

@@ -31,3 +31,7 @@ class NotFiniteError(UserError):
 
 class OneRankError(UserError):
     """Found by one rank alone, while the others may be waiting for it in a collective: it speaks for itself and leaves."""
+
+
+class AgreedError(UserError):
+    """Found by one rank or several, and raised by all at one point, where the weights are those of the last finished epoch."""
