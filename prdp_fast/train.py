@@ -36,7 +36,7 @@ from prdp_fast.core import environment
 environment.prepare()
 
 from prdp_fast.config.load import find_recipe, load_recipe
-from prdp_fast.config.tracking import check_libraries
+from prdp_fast.config.tracking import check_libraries, check_mlflow_secrets
 from prdp_fast.core import launcher, stop_times, stops
 from prdp_fast.core.errors import OneRankError, UserError, brief
 from prdp_fast.core.paths import check_output, fault
@@ -191,6 +191,7 @@ def print_plan(args: argparse.Namespace, settings: Settings) -> int:
 def prepare(args: argparse.Namespace, settings: Settings) -> tuple[Job, Path]:
     """The job, and its run directory."""
     check_libraries(settings.tracking)
+    check_mlflow_secrets(settings.tracking, os.environ)
     import torch  # takes seconds, and a mistake in the recipe is reported before
 
     from prdp_fast.core import distributed
