@@ -36,11 +36,12 @@ from prdp_fast.core import environment
 environment.prepare()
 
 from prdp_fast.config.load import find_recipe, load_recipe
-from prdp_fast.config.tracking import check_libraries
+from prdp_fast.config.tracking import check_libraries, check_mlflow_secrets
 from prdp_fast.core import launcher, stop_times, stops
-from prdp_fast.core.errors import OneRankError, UserError
+from prdp_fast.core.errors import OneRankError, UserError, brief
 from prdp_fast.core.paths import check_output, fault
 from prdp_fast.core.run_directory import RUN, claim, finished_epochs
+from prdp_fast.core.visible import visible
 from prdp_fast.core.watchdog import watching
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from prdp_fast.core.watchdog import Watchdog
     from prdp_fast.planning.job import Job
 
+SHARED_S = 90.0  # in which a rank sees what rank 0 has written: NFS may keep for a minute that a file is not there
 ALONE_S = 3.0  # after which a rank that failed before the ranks met takes its fault for its own
 
 
@@ -189,6 +191,7 @@ def print_plan(args: argparse.Namespace, settings: Settings) -> int:
 def prepare(args: argparse.Namespace, settings: Settings) -> tuple[Job, Path]:
     """The job, and its run directory."""
     check_libraries(settings.tracking)
+    check_mlflow_secrets(settings.tracking, os.environ)
     import torch  # takes seconds, and a mistake in the recipe is reported before
 
     from prdp_fast.core import distributed
@@ -230,6 +233,11 @@ def train_here(args: argparse.Namespace, job: Job, output: Path, watchdog: Watch
         return stop.request.status
     except UserError as error:
         return last_words.leave(last_words.mistake(error))
+    except torch.OutOfMemoryError as error:  # while the job is built, or ends: in an epoch it is met
+        return last_words.leave(last_words.mistake(OneRankError(
+            f"out of memory ({brief(error)}); use more ranks, a higher ZeRO stage, or a GPU with more memory, and go on with "
+            f"--resume {output}"
+        )))  # fmt: skip
     except OSError as error:
         if error.filename is None:
             return last_words.leave(last_words.unexpected(error))
@@ -253,15 +261,19 @@ def claim_for_all(output: Path, job: Job, resume: str) -> None:
         try:
             notes = claim(output, job.full_record(), resume, complete=complete_record)
             ranks.clean(output)
-            print(*notes, sep="\n", end="\n" if notes else "", flush=True)
+            print(*map(visible, notes), sep="\n", end="\n" if notes else "", flush=True)
         except UserError as error:
             problem = str(error)
     problem, start = distributed.from_main((problem, start))
     if problem:
         raise UserError(problem)
     ranks.join(output, start, distributed.rank(), job.world_size)
-    with agree():  # a stop that came before
-        pass
+    with agree():  # a stop that came before, too
+        if not distributed.is_main() and not ranks.sees(0, SHARED_S):
+            raise UserError(
+                f"--output {output} on {socket.gethostname()} is not the directory that rank 0 writes into; expected one on a "
+                "file system that all machines share: give its path there"
+            )
 
 
 def choose_output(args: argparse.Namespace, record: dict[str, Any]) -> Path:

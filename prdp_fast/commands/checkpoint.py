@@ -21,6 +21,7 @@ from prdp_fast.core import checkpoint_files
 from prdp_fast.core.errors import UserError
 from prdp_fast.core.format import format_bytes
 from prdp_fast.core.run_directory import CHECKPOINTS, RUN
+from prdp_fast.core.visible import visible
 
 HEAD = ("epoch", "files", "size", "state")
 
@@ -78,7 +79,7 @@ def table(args: argparse.Namespace) -> int:
         return 0
     widths = [max(len(line[column]) for line in [HEAD, *rows]) for column in range(3)]
     for line in [HEAD, *rows]:
-        print("  ".join([*(cell.rjust(width) for cell, width in zip(line, widths)), line[3]]))
+        print("  ".join([*(cell.rjust(width) for cell, width in zip(line, widths)), visible(line[3])]))
     return 1 if damaged else 0
 
 

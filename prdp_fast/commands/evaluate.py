@@ -15,6 +15,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from prdp_fast.core.errors import OneRankError, UserError
+from prdp_fast.core.visible import visible
 from prdp_fast.evaluation.request import EvaluationRequest
 
 
@@ -96,7 +97,7 @@ def evaluate(request: EvaluationRequest, *, restart: bool) -> None:
 
     def say(text: str) -> None:
         if distributed.is_main():
-            print(text, flush=True)
+            print(visible(text, lines=True), flush=True)
 
     plan = plan_evaluation(request, cuda=torch.cuda.is_available())
     directory = EvaluationDirectory(plan.output)
@@ -116,5 +117,5 @@ def evaluate(request: EvaluationRequest, *, restart: bool) -> None:
     write_json(plan.output / RESULT, record, indent=None)  # a line a number would be most of the file
     page = evaluation_page(record, LEVEL)
     write_text(plan.output / PAGE, page)
-    print(page)
+    print(visible(page, lines=True))
     print(*pictures, plan.output / RESULT, sep="\n", flush=True)

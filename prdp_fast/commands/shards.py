@@ -19,6 +19,7 @@ from typing import Any
 
 from prdp_fast.core.errors import UserError
 from prdp_fast.core.paths import check_output
+from prdp_fast.core.visible import visible
 from prdp_fast.prompts import clean
 from prdp_fast.prompts.curate import REPORT, CountTokens, curate
 from prdp_fast.prompts.sources import KINDS, Source
@@ -114,20 +115,22 @@ def _print_source(what: str, report: Mapping[str, Any]) -> None:
     for reason, count in report["dropped"].items():
         print(f"  {count:,} left out: {clean.REASONS[reason]}")
         for example in report["examples"][reason]:
-            print(f"      {example}")
+            print(f"      {visible(example)}")
 
 
 def _info(args: argparse.Namespace) -> int:
     version, sets = describe(args.directory)
-    print(f"{args.directory}, version {version}")
+    print(f"{args.directory}, version {visible(version)}")
     for summary in sets:
-        print(f"set {summary.name}: {summary.prompts:,} prompts in {summary.shards} shards, {summary.bytes / 1e6:.1f} MB")
+        print(
+            f"set {visible(summary.name)}: {summary.prompts:,} prompts in {summary.shards} shards, {summary.bytes / 1e6:.1f} MB"
+        )
         for text in summary.examples:
-            print(f"    {text}")
+            print(f"    {visible(text)}")
     return 0
 
 
 def _verify(args: argparse.Namespace) -> int:
     faults = verify(args.directory)
-    print("\n".join(faults) or f"{args.directory}: all right")
+    print("\n".join(map(visible, faults)) or f"{args.directory}: all right")
     return 1 if faults else 0

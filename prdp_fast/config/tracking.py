@@ -6,6 +6,7 @@ No option holds a secret: keys, tokens and passwords come from the environment, 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from importlib.util import find_spec
 from urllib.parse import urlsplit
 
@@ -14,6 +15,7 @@ from pydantic import Field, field_validator
 from prdp_fast.config.section import Section
 from prdp_fast.core.errors import UserError
 
+MLFLOW_URI, MLFLOW_SECRETS = "MLFLOW_TRACKING_URI", ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 LIBRARIES = {"wandb": "wandb", "mlflow": "mlflow", "prometheus": "prometheus_client"}  # by tracker, which is the extra's name too
 
 
@@ -64,6 +66,21 @@ class TrackingSettings(Section):
     prometheus: PrometheusSettings | None = Field(
         None, description="gauges of the last epoch, to be scraped; needs the extra prometheus"
     )
+
+
+def check_mlflow_secrets(settings: TrackingSettings, environment: Mapping[str, str]) -> None:
+    """Raises: UserError if MLflow would send a secret to a server that only the recipe names: it may be somebody else's."""
+    uri = settings.mlflow and settings.mlflow.uri
+    secret = next((name for name in MLFLOW_SECRETS if environment.get(name)), None)
+    if uri and secret and urlsplit(uri).scheme in ("http", "https") and not same_server(uri, environment.get(MLFLOW_URI, "")):
+        raise UserError(
+            f"tracking.mlflow.uri {uri}: {secret} would be sent there, and {MLFLOW_URI} does not name that server; export "
+            f"{MLFLOW_URI}={uri} if the secret is for it, or unset {secret}"
+        )
+
+
+def same_server(uri: str, other: str) -> bool:
+    return urlsplit(uri)[:2] == urlsplit(other)[:2]
 
 
 def check_libraries(settings: TrackingSettings) -> None:

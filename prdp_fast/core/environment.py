@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from prdp_fast.core.errors import OneRankError, UserError
+from prdp_fast.core.visible import visible
 
 _set_here: dict[str, str] = {}
 _faults: list[str] = []  # found by `prepare`, told by `check_launch`
@@ -81,7 +82,7 @@ def launched(name: str, default: int) -> int:
 def say(text: str) -> None:
     """A line for the user, of the one rank that speaks."""
     if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)
+        print(visible(text), file=sys.stderr, flush=True)
 
 
 def _set_default(name: str, value: str) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from prdp_fast.core.errors import UserError
+from prdp_fast.core.visible import visible
 
 REASONS = {
     errno.EEXIST: "something that is no directory is there already",
@@ -27,7 +28,7 @@ def fault(error: OSError) -> str:
 
 def shortened(path: str | bytes | os.PathLike[str], most: int = 200) -> str:
     """A path that can be printed on a line: of one that is too long the two ends."""
-    text = os.fsdecode(path).encode("utf-8", "backslashreplace").decode()
+    text = visible(os.fsdecode(path).encode("utf-8", "backslashreplace").decode())
     return text if len(text) <= most else f"{text[: most // 2]}...{text[-most // 4 :]}"
 
 

@@ -165,6 +165,16 @@ def others() -> list[dict[str, Any]]:
     return [one for one in found if one is not None]
 
 
+def sees(rank: int, within_s: float) -> bool:
+    """Whether this rank sees what another one of this start has written. A network's file system takes its time."""
+    deadline = time.monotonic() + within_s
+    while _here.directory is not None and _get(_here.directory / name_of(rank)) is None:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
 def vanished() -> dict[str, Any] | None:
     """The file of a rank of this machine whose process is gone without a word, None if there is none.
 

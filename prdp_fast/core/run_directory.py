@@ -11,6 +11,7 @@ from typing import Any
 from prdp_fast.core.errors import UserError
 from prdp_fast.core.files import partial_path, read_json, write_json
 from prdp_fast.core.paths import check_output, shortened, told
+from prdp_fast.core.ranks import RANKS
 from prdp_fast.core.run_lock import LOCK, lock
 
 RUN = "run.json"  # the job: resolved recipe, DeepSpeed configuration, ranks, digests of what it reads, versions
@@ -55,7 +56,7 @@ CONTENT, VERSIONS, EARLIER_VERSIONS = "content", "versions", "earlier_versions"
 MACHINE = "machine"  # processor and accelerator of the last start, without its name
 FILES, FOLDERS = (
     (METRICS, MESSAGES, SUMMARY, ACCELERATION, EVALUATION_BEFORE, EVALUATION_AFTER),
-    (CHECKPOINTS, SAMPLES, EXPORT, TENSORBOARD, TRACKERS),
+    (CHECKPOINTS, SAMPLES, EXPORT, TENSORBOARD, TRACKERS, RANKS),
 )
 
 

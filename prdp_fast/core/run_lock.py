@@ -17,6 +17,17 @@ LOCK = ".lock"  # in the run directory: host, process and start of the job that 
 _held: dict[Path, IO[str]] = {}  # by this process, until it ends
 
 
+def _let_go() -> None:
+    """In a child that this process has forked, such as a worker of a reward: it would hold the lock after its parent's end."""
+    for file in _held.values():
+        file.close()
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
+
+
 def lock(directory: Path) -> None:
     """Keep other jobs out, before anything in the directory is cleaned. The kernel drops the lock when the process ends.
 

@@ -17,6 +17,7 @@ from types import FrameType
 from typing import NamedTuple
 
 from prdp_fast.core import ranks
+from prdp_fast.core.visible import visible
 
 # A run that was asked to stop has done what it was asked. Ctrl-C tells scripts, as everywhere, that a person broke it off.
 STATUS = {"SIGTERM": 0, "SIGUSR1": 0, "SIGHUP": 0, "SIGINT": 130}
@@ -154,4 +155,4 @@ def end_now() -> None:
 def say(line: str) -> None:
     """To whoever may still listen: the terminal of a launcher that is gone does not."""
     with contextlib.suppress(OSError, ValueError):
-        print(line, file=sys.stderr, flush=True)
+        print(visible(line), file=sys.stderr, flush=True)

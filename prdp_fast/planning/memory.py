@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from prdp_fast.config.deepspeed import DeepSpeedConfig
 from prdp_fast.config.recipe import Settings
+from prdp_fast.core import cgroups
 from prdp_fast.core.format import format_bytes
 from prdp_fast.models.families import Family
 
@@ -292,7 +293,8 @@ def plan_memory(job: Footprint) -> MemoryPlan:
 
 
 def free_bytes(device: torch.device, local_ranks: int = 1) -> int:
-    """What this rank may fill: of a GPU what is free and what it holds already, of a CPU its part of what is available."""
+    """What this rank may fill: of a GPU what is free and what it holds already, of a CPU its part of what is available, to this
+    machine and within the limits of its control groups."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     try:
@@ -301,4 +303,5 @@ def free_bytes(device: torch.device, local_ranks: int = 1) -> int:
         available = int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):  # no Linux
         available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return available // local_ranks
+    room = cgroups.memory_room()
+    return min(available, available if room is None else room) // local_ranks

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from prdp_fast.core.visible import visible
 from prdp_fast.reporting.images import note
 from prdp_fast.reporting.markup import Markup, join, tag
 from prdp_fast.reporting.run_data import EvaluatedSet
-from prdp_fast.reporting.visible import visible
 
 MOST_SIDE = 384  # pixels: what is larger is made smaller
 SMALL = 128  # pixels: such pictures are kept exactly, and shown with sharp pixels

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from prdp_fast.core.run_directory import COMPARISON, SAMPLES
+from prdp_fast.core.visible import visible
 from prdp_fast.reporting import gallery, words
 from prdp_fast.reporting.bands import BANDS, Group, band, group_runs
 from prdp_fast.reporting.evaluation_page import sampling
@@ -25,7 +26,6 @@ from prdp_fast.reporting.style import stylesheet
 from prdp_fast.reporting.svg import STYLES, Chart, Line, histogram, line_chart, tick
 from prdp_fast.reporting.tables import Table, before_after, diversity_table, left_out, reward_table
 from prdp_fast.reporting.times_page import times_of
-from prdp_fast.reporting.visible import visible
 
 REPORT = "report.html"  # in the run directory
 PAIRS = 12  # of pictures, of one run or of all together

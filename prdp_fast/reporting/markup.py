@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
-from prdp_fast.reporting.visible import visible
+from prdp_fast.core.visible import visible
 
 VOID = frozenset({"br", "hr", "img", "input", "link", "meta"})  # elements without a closing tag
 INLINE = frozenset({"a", "bdi", "b", "code", "em", "label", "span", "strong", "tspan"})  # space beside them would be seen

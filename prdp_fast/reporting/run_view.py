@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from prdp_fast.core.run_directory import MESSAGES, RUN, SUMMARY
+from prdp_fast.core.visible import visible
 from prdp_fast.reporting.liveness import Rank, how_it_ended, read_file, read_ranks
 from prdp_fast.reporting.run_data import at, finite, points_of, read_rows, total
-from prdp_fast.reporting.visible import visible
 
 BLOCKS, ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-=+*#@"
 INDENT = 12 * " "  # below the names of the lines

@@ -8,12 +8,12 @@ from typing import Any
 
 import yaml
 
+from prdp_fast.core.visible import visible
 from prdp_fast.reporting.bands import different, flat
 from prdp_fast.reporting.markup import Markup, join, tag
 from prdp_fast.reporting.private import recipe_for_others, without_places
 from prdp_fast.reporting.run_data import RunData, at
 from prdp_fast.reporting.tables import Table
-from prdp_fast.reporting.visible import visible
 
 MOST_LINES = 400  # of a recipe
 MOST_CELL = 60  # characters

@@ -15,6 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.text import Text
 
+from prdp_fast.core.visible import visible
 from prdp_fast.reporting.markup import Markup, join, tag
 
 ABSENT = "-"  # in place of a number that there is none of
@@ -53,17 +54,17 @@ class Table:
         return tag("div", table, class_="scroll", tabindex=0, role="region", aria_label=caption)
 
     def terminal(self, caption: str = "") -> rich.table.Table:
-        """For rich's console. On a narrow one, numbers wrap; none is ever cut."""
+        """For rich's console. On a narrow one, numbers wrap; none is ever cut. Nothing in it commands the terminal."""
         table = rich.table.Table(
-            box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), caption=caption or None,
-            caption_justify="left",
+            box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0),
+            caption=visible(caption, lines=True) or None, caption_justify="left",
         )  # fmt: skip
-        first, *others = self.heads
+        first, *others = map(visible, self.heads)
         table.add_column(first, no_wrap=True)
         for head in others:
             table.add_column(head, justify="right")
         for row in self.rows:
-            table.add_row(*map(Text, row))  # not a str, in which rich would look for markup
+            table.add_row(*map(Text, map(visible, row)))  # not a str, in which rich would look for markup
         return table
 
 

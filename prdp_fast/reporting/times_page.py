@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from prdp_fast.core.visible import visible
 from prdp_fast.reporting.markup import Markup, join, tag
 from prdp_fast.reporting.run_data import RunData, at, finite
 from prdp_fast.reporting.svg import bar
 from prdp_fast.reporting.tables import ABSENT, Table, percent
-from prdp_fast.reporting.visible import visible
 from prdp_fast.reporting.words import phase_rows
 
 # A backward is two matrix products for each of the forward's; one, where most weights are frozen.

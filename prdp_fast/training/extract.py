@@ -18,6 +18,7 @@ from prdp_fast.core.errors import UserError, brief
 from prdp_fast.core.files import partial_path
 from prdp_fast.core.paths import told
 from prdp_fast.core.run_directory import CHECKPOINTS, CONTENT, RUN, read_record
+from prdp_fast.core.visible import visible
 from prdp_fast.core.weight_files import write_safetensors
 from prdp_fast.models.families import read_family
 from prdp_fast.models.pipeline import Pipeline, write_adapter
@@ -104,7 +105,7 @@ def newest_whole(found: list[Path], say: Callable[[str], None]) -> Path:
             return checkpoint
         faults.append(f"checkpoint {checkpoint}: {fault}")
         if len(found) > 1:
-            say(f"{faults[-1]}; the one before it is taken")
+            say(visible(f"{faults[-1]}; the one before it is taken"))
     raise UserError(f"{faults[0]}; {'take another one' if len(found) == 1 else 'no checkpoint of the run is whole'}")
 
 

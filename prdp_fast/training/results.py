@@ -26,14 +26,17 @@ COMPARED_PROMPTS = 12  # of the picture that sets before against after
 Evaluations = dict[str, Evaluation]  # by prompt set
 
 
-def load_or_run(output: Path | None, run: Callable[[], Evaluations]) -> Evaluations:
-    """The evaluation before training, from the run directory if an earlier start left it there. Every rank calls this."""
+def load_or_run(output: Path | None, prompts: dict[str, list[str]], run: Callable[[], Evaluations]) -> Evaluations:
+    """The evaluation before training, from the run directory if an earlier start left it there. Every rank calls this.
+
+    Args: prompts: of each set. A file of others is another run's.
+    """
     if output is None:
         return {}
     path = output / run_directory.EVALUATION_BEFORE
     # Rank 0 looks for all: another rank could look when rank 0 has written already.
     found = distributed.from_main(load(path) if distributed.is_main() else None)
-    if found is not None:
+    if found is not None and {name: evaluation.prompts for name, evaluation in found.items()} == prompts:
         return found
     evaluations = run()
     if distributed.is_main():

@@ -21,7 +21,7 @@ from prdp_fast.acceleration.choose import Acceleration
 from prdp_fast.acceleration.process import choose_fused_optimizer, prepare_process
 from prdp_fast.config.objectives import DdpoSettings
 from prdp_fast.core import distributed, ranks, run_directory
-from prdp_fast.core.errors import OneRankError, RewardError, UserError
+from prdp_fast.core.errors import AgreedError, OneRankError, RewardError, UserError
 from prdp_fast.core.format import format_bytes
 from prdp_fast.core.memory import smaller_on_oom
 from prdp_fast.core.records import Prompt, TextEmbeddings, Trajectories
@@ -183,7 +183,7 @@ class Trainer:
 
     def collect(self) -> Experience:
         """What one epoch learns from. Noise and subsets follow from the seed and the epoch: a repetition has the same."""
-        with self.telemetry.phase("prompts"):
+        with self.telemetry.phase("prompts"), agree():
             prompts = self.stream.epoch(self.state.epoch)
             embeddings = self.encode(prompts)
         trajectories = self.sample(prompts, embeddings)
@@ -400,7 +400,9 @@ class Trainer:
                 f"{self.output} has no whole {run_directory.EVALUATION_BEFORE}, and objective {self.objective.name!r} keeps "
                 "no reference to make it again; put the file back, or go on with --set evaluation.prompts=0 in another --output"
             )
-        self.telemetry.message(f"{run_directory.EVALUATION_BEFORE} is missing or damaged: the reference is evaluated again")
+        self.telemetry.message(
+            f"{run_directory.EVALUATION_BEFORE} is missing or damaged, or another run's: the reference is evaluated again"
+        )
 
         def run() -> dict[str, Evaluation]:
             with self.base_denoiser() as denoiser:
@@ -429,7 +431,8 @@ class Trainer:
         """The reference on every evaluation set: measured when the run starts, read again when it goes on."""
         if not self.job.evaluation_prompts:
             return {}
-        before = results.load_or_run(self.output, lambda: self.evaluate_reference(list(self.job.evaluation_prompts)))
+        prompts = {name: [prompt.text for prompt in held] for name, held in self.job.evaluation_prompts.items()}
+        before = results.load_or_run(self.output, prompts, lambda: self.evaluate_reference(list(prompts)))
         if before and self.state.epoch == 0:
             results.write_samples(self.output, "before", before["unseen"], self.telemetry, 0)
         return before
@@ -503,7 +506,8 @@ class Trainer:
             yield denoiser
 
     def repeatable(self, what: str, run: Callable[[], Result]) -> Result:
-        """run(), and again if a reward fails in it and the recipe says so; then the run stops, with a checkpoint."""
+        """run(), and again if a reward fails in it and the recipe says so; then the run stops, with a checkpoint, as it does for
+        whatever else a rank finds in it."""
         schedule = self.job.settings.schedule
         repeats = schedule.max_repeats if schedule.on_failure == "repeat" else 0
         for repeat in itertools.count(1):
@@ -518,4 +522,7 @@ class Trainer:
                         f"{self.output}"
                     ) from error
                 self.telemetry.message(f"{what}: {error}; repeating it, {repeat} of {repeats}")
-        raise AssertionError("unreachable")
+            except AgreedError as error:
+                fault = str(error)  # and not the error, whose traceback may hold what the memory is full of
+                break
+        self.watch.stop(f"{fault}; stopped in {what}")

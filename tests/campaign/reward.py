@@ -27,7 +27,7 @@ def score(images, prompts):
 
 
 def happen(what):
-    """Instead of an answer."""
+    """Before an answer, or instead of one."""
     if what == "raise":
         raise KeyError("boom")
     if what == "hang":
@@ -38,6 +38,8 @@ def happen(what):
         raise SystemExit(0)
     if what == "leave":
         os._exit(0)
+    if what == "empty":
+        open(FAULT["path"], "w").close()
     if what == "full":
         resource.setrlimit(resource.RLIMIT_FSIZE, (FAULT["bytes"], resource.RLIM_INFINITY))
 
@@ -55,6 +57,8 @@ def changed(scores, images, prompts):
         scores[:] = float("nan")
     if what == "huge" and now:
         return [1e39] * len(scores)
+    if what == "large" and now:
+        return scores.double() * 1e38
     if what == "text" and now:
         return ["good"] * len(scores)
     if what == "too few" and now:

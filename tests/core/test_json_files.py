@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from prdp_fast.core.files import write_json
+from prdp_fast.core.files import write_json, write_tensors
 
 
 def test_json_is_strict_and_whole(tmp_path, monkeypatch):
@@ -33,3 +34,24 @@ def test_json_is_strict_and_whole(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no"):
         write_json(path, {"new": 1})
     assert json.loads(path.read_text()) == expected
+
+
+def test_a_file_is_on_the_disk_before_its_name_and_its_name_before_anything_else(tmp_path, monkeypatch):
+    """Evaluations and every JSON file: a crash of the machine leaves the old file or the new one."""
+    events = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        events.append(f"sync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        fsync(descriptor)
+
+    def replaced(source: object, target: object) -> None:
+        events.append(f"name {Path(str(target)).name}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    for write, name in ((write_tensors, "evaluation_after.pt"), (write_json, "summary.json")):
+        events.clear()
+        write(tmp_path / name, {"a": 1})
+        assert events == [f"sync .{name}.partial", f"name {name}", f"sync {tmp_path.name}"]

@@ -136,7 +136,7 @@ def test_a_directory_where_a_file_belongs_is_found_at_the_start(tmp_path: Path, 
     assert f"{tmp_path / name} is a directory" in refused(tmp_path, job())
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "samples", "model", "tensorboard"])
+@pytest.mark.parametrize("name", ["checkpoints", "samples", "model", "tensorboard", "trackers", "ranks"])
 @pytest.mark.parametrize("link", [False, True])
 def test_a_file_or_a_broken_link_where_a_directory_belongs(tmp_path: Path, name: str, link: bool) -> None:
     claim(tmp_path, job(), "auto")

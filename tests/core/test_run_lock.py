@@ -69,6 +69,39 @@ def test_a_directory_with_nothing_but_a_lock_is_free(tmp_path):
     claim(tmp_path, JOB, "never")
 
 
+FORKS = f"""
+import os, sys, time
+from pathlib import Path
+from prdp_fast.core.run_directory import claim
+claim(Path(sys.argv[1]), {JOB!r}, "auto")
+child = os.fork()
+if child:
+    print(child, flush=True)
+time.sleep(120)
+"""
+
+
+def test_what_a_job_has_forked_does_not_hold_the_directory_after_it(tmp_path):
+    """A worker of a reward outlives a job that is killed; the job's lock is there as long as the job."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", FORKS, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])},
+    )  # fmt: skip
+    assert process.stdout is not None
+    child = int(process.stdout.readline())
+    try:
+        with pytest.raises(UserError, match=rf"is in use by a job on \S+, process {process.pid}"):
+            claim(tmp_path / "run", JOB, "auto")
+        process.kill()
+        process.wait()
+        os.kill(child, 0)  # it lives
+        claim(tmp_path / "run", JOB, "auto")
+    finally:
+        process.kill()
+        os.kill(child, signal.SIGKILL)
+        process.communicate()
+
+
 def test_a_job_that_is_only_beginning_is_named_as_the_one_that_has_the_directory(tmp_path, other):
     run = tmp_path / "run"
     (run / RUN).rename(partial_path(run / RUN))  # as it is between the lock and the record

@@ -158,6 +158,14 @@ def test_a_model_alone_has_one_row(tmp_path):
     assert (tmp_path / "out" / "samples" / "0-mine.png").is_file()
 
 
+def test_a_model_s_name_commands_no_terminal(tmp_path, capsys):
+    model = tmp_path / "mo\x1b[31mdel"
+    shutil.copytree(TINY, model)
+    assert evaluate(model, *MODEL, *FAST, "--output", tmp_path / "out") == 0
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown and r"| mo\x1b[31mdel |" in shown
+
+
 def test_the_picture_shows_the_first_prompts_of_a_set(tmp_path, monkeypatch):
     """Three of five, in blocks of two: the blocks keep no more images than the picture takes."""
     monkeypatch.setattr(evaluation_run, "KEPT_PICTURES", 3)

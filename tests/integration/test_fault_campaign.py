@@ -169,3 +169,18 @@ def test_the_campaign_has_the_faults_that_it_promises(capsys: pytest.CaptureFixt
     assert {case.setting.ranks for case in CASES} == {1, 2} and {case.setting.stage for case in CASES} == {0, 1, 2, 3}
     assert all({getattr(case.setting, name) for case in CASES} == {True, False} for name in ("offload", "lora", "ema"))
     assert main(["--only", "no such fault"]) == 2
+
+
+# What quietly spoilt a run once, or did not say what was wrong. Words of the names of cases.
+ON_ANY_NUMBER_OF_RANKS = (
+    "evaluation_before.pt", "evaluation_before.pt of other prompts", "newest checkpoint, one bit flipped in optimizer",
+    "newest checkpoint, half of", "newest checkpoint, missing: state", "all checkpoints", "a corrupt pickle", "a program in",
+    "objective.kl_weight 1e-300", "a reward answers 1e38", "a reward calls sys.exit(0)", "SIGKILL of the launcher",
+    "SIGTERM to deepspeed", "SIGHUP to deepspeed", "a second job", "two jobs in one directory", "the next job after one",
+    "is emptied", "a reward raises", "a reward hangs", "hangs in the background",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("words", ON_ANY_NUMBER_OF_RANKS)
+def test_the_campaign_tries_it_on_one_rank_and_on_two(words: str) -> None:
+    assert {case.setting.ranks for case in CASES if words in case.name} == {1, 2}

@@ -22,6 +22,7 @@ import pytest
 from made_runs import PROMPTS, SECRET, a_run, row
 
 from prdp_fast.cli import main
+from prdp_fast.core.visible import visible
 from prdp_fast.evaluation.statistics import compare
 from prdp_fast.reporting import gallery
 from prdp_fast.reporting.bands import band, group_runs
@@ -31,7 +32,6 @@ from prdp_fast.reporting.report import Report, find_runs
 from prdp_fast.reporting.run_data import read_run
 from prdp_fast.reporting.style import DARK, LIGHT
 from prdp_fast.reporting.svg import MOST_POINTS, Chart, Line, histogram, line_chart, log_ticks, thinned, tick, ticks
-from prdp_fast.reporting.visible import visible
 
 # A page as a tree
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from prdp_fast.core import distributed
+from prdp_fast.core.errors import UserError
 from prdp_fast.evaluation.run import Evaluation
-from prdp_fast.training.results import load, save
+from prdp_fast.training.results import load, load_or_run, save
+from prdp_fast.training.trainer import Trainer
 
 PROMPTS = ["a cat", "a dog é"]
 
@@ -48,6 +53,32 @@ def read_by_torch(path: Path) -> bool:
     except Exception:
         return False
     return True
+
+
+def test_a_file_of_other_prompts_is_another_run_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was copied there, say. What is measured before training must be of the prompts that are measured after it."""
+    monkeypatch.setattr(distributed, "barrier", lambda: None)
+    kept, made = {"seen": evaluation()}, {"seen": evaluation(prompts=["a cat", "a bird"])}
+    save(tmp_path / "evaluation_before.pt", kept)
+
+    def found(prompts: dict[str, list[str]]) -> Evaluation:
+        return load_or_run(tmp_path, prompts, lambda: made)["seen"]
+
+    assert same(found({"seen": PROMPTS}), evaluation())
+    for others in ({"seen": ["a cat", "a bird"]}, {"seen": PROMPTS, "unseen": PROMPTS}, {"seen": PROMPTS[:1]}):
+        save(tmp_path / "evaluation_before.pt", kept)
+        assert found(others) is made["seen"]
+    read = load(tmp_path / "evaluation_before.pt")
+    assert read is not None and read["seen"].prompts == ["a cat", "a bird"], "and it is kept"
+
+
+def test_without_a_reference_a_lost_evaluation_is_refused_and_not_made_of_trained_weights() -> None:
+    trainer: Any = SimpleNamespace(
+        state=SimpleNamespace(epoch=3), reference=None, engine=SimpleNamespace(has_adapter=False), output=Path("run"),
+        objective=SimpleNamespace(name="rwr"), evaluate=lambda names: pytest.fail("the trained weights were evaluated"),
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"run has no whole evaluation_before.pt, and objective 'rwr' keeps no reference"):
+        Trainer.evaluate_reference(trainer, ["seen"])
 
 
 def test_files_of_earlier_versions_are_read(tmp_path: Path) -> None:

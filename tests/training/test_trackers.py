@@ -17,8 +17,16 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from prdp_fast import train
 from prdp_fast.config.load import load_recipe
-from prdp_fast.config.tracking import MlflowSettings, PrometheusSettings, TrackingSettings, WandbSettings, check_libraries
+from prdp_fast.config.tracking import (
+    MlflowSettings,
+    PrometheusSettings,
+    TrackingSettings,
+    WandbSettings,
+    check_libraries,
+    check_mlflow_secrets,
+)  # fmt: skip
 from prdp_fast.core.errors import UserError
 from prdp_fast.core.run_directory import METRICS, first_difference
 from prdp_fast.core.secret_words import without_secrets
@@ -195,6 +203,29 @@ def test_a_tracker_whose_library_is_missing_is_refused_at_the_start(monkeypatch:
     for name in ("wandb", "mlflow", "prometheus"):
         with pytest.raises(UserError, match=rf"tracking.{name} needs .*pip install 'prdp-fast\[{name}\]'"):
             check_libraries(tracking(f"{name}={{}}"))
+
+
+@pytest.mark.parametrize("secret", ["MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"])
+def test_a_recipe_cannot_have_the_secret_of_mlflow_sent(secret: str) -> None:
+    settings = tracking("mlflow={uri: 'https://theirs:5000/x'}")
+    for own in ({}, {"MLFLOW_TRACKING_URI": "https://mine:5000"}, {"MLFLOW_TRACKING_URI": "http://theirs:5000"}):
+        with pytest.raises(
+            UserError, match=rf"{secret} would be sent there.*MLFLOW_TRACKING_URI=https://theirs:5000/x"
+        ) as caught:
+            check_mlflow_secrets(settings, own | {secret: "hunter2"})
+        assert "hunter2" not in str(caught.value)
+    check_mlflow_secrets(settings, {secret: "hunter2", "MLFLOW_TRACKING_URI": "https://theirs:5000"})
+    check_mlflow_secrets(settings, {"MLFLOW_TRACKING_USERNAME": "me"})
+    for harmless in ("mlflow={}", "mlflow={uri: 'file:///data/mlruns'}", "mlflow=null"):
+        check_mlflow_secrets(tracking(harmless), {secret: "hunter2"})
+
+
+def test_training_asks_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hunter2")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr("prdp_fast.train.check_libraries", lambda settings: None)
+    assert train.main(["--recipe", "smoke", "--set", "tracking.mlflow.uri=https://theirs", "--dry-run"]) == 2
+    assert "MLFLOW_TRACKING_PASSWORD would be sent there" in capsys.readouterr().err
 
 
 def test_a_resumed_run_may_be_tracked_otherwise() -> None:

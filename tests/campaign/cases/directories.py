@@ -192,6 +192,9 @@ CASES = [
     Case("checkpoints/ is removed in mid-run", TWO_PLAIN, partial(removed, name="checkpoints")),
     Case("ranks/ is removed in mid-run", TWO, partial(removed, name="ranks")),
     Case("a second job in the run directory", TWO_PLAIN, partial(second_job, at_once=False)),
+    Case("a second job in the run directory, 1 rank", ONE, partial(second_job, at_once=False)),
+    Case("two jobs in one directory at once, 2 ranks", TWO_EMA, partial(second_job, at_once=True)),
     Case("two jobs in one directory at once", ONE_EMA, partial(second_job, at_once=True), short=True),
     Case("the next job after one that was killed", TWO_PLAIN, locked_by_a_dead_job),
+    Case("the next job after one that was killed, 1 rank", ONE_EMA, locked_by_a_dead_job),
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -17,6 +18,9 @@ from campaign.cases.signals import ONE, ONE_EMA, ONE_LORA, ONE_OFFLOAD, THREE, T
 from campaign.scene import Case, Scene
 from campaign.settings import EPOCHS, Setting
 from prdp_fast.core import checkpoint_files  # to write a manifest as a stranger would
+from prdp_fast.core.records import Prompt
+from prdp_fast.prompts.shards import write_index, write_shards
+from prdp_fast.prompts.stream import PromptSet, PromptStream
 
 # By what a checkpoint has of it; of several one is drawn.
 KINDS = {
@@ -83,6 +87,40 @@ def other_file(scene: Scene, name: str, how: str, says: str) -> None:
     if says:
         scene.must_name(name)
     scene.finish(says=says)
+
+
+def other_prompts(scene: Scene) -> None:
+    """The evaluation before training is that of a run of other prompts."""
+    scene.crashed()
+    path = scene.run / "evaluation_before.pt"
+    sets = torch.load(path, weights_only=True)
+    for values in sets.values():
+        values["prompts"] = [f"{prompt}, again" for prompt in values["prompts"]]
+        values["rewards"] += 1
+        del values["sha256"]  # as in files of earlier versions
+    torch.save(sets, path)
+    scene.injected.append("evaluation_before.pt of other prompts")
+    scene.must_name("evaluation_before.pt")
+    scene.finish(says=BEFORE)
+
+
+def shard_emptied(scene: Scene) -> None:
+    """A shard that in the third epoch the last rank alone needs. The run stops, saved, and goes on with it put back."""
+    folder, ranks = scene.folder / "prompts", scene.case.setting.ranks
+    prompts = [Prompt(number, f"a red circle, number {number}", {}) for number in range(4 * EPOCHS)]
+    write_index(folder, {"train": write_shards(prompts, folder, "train", shard_size=1)}, "1")
+    stream = PromptStream(PromptSet.open(folder, "train"), seed=0, prompts_per_epoch=4, rank=ranks - 1, world_size=ranks)
+    path = folder / f"train-{scene.draw.choice(stream.epoch(2)).index:05d}.tar.gz"
+    kept = path.read_bytes()
+    fault = json.dumps({"do": "empty", "call": 2, "path": str(path), "rank": 0})
+    job = {"prompts__source": folder, "evaluation__prompts": 0, "checkpoint__every": 100}
+    says = rf"error: prompt shard {path} cannot be read .*; 2 finished epochs are saved"
+    scene.injected.append(f"{path.name} is emptied while epoch 1 is scored")
+    scene.end(scene.start(env={"CAMPAIGN_FAULT": fault}, **job), (2,), says, within=scene.bound_s)
+    path.write_bytes(kept)
+    scene.finish(says="continuing after epoch 2", **job)
+    if facts.epochs(scene.run) != EPOCHS:
+        scene.unexpected.append(f"{facts.epochs(scene.run)} epochs, expected {EPOCHS}")
 
 
 def record_damaged(scene: Scene, how: str) -> None:
@@ -209,8 +247,9 @@ CASES = [
     _newest("weights", "bit", TWO), _newest("weights", "cut", TWO_LORA), _newest("weights", "missing", ONE),
     _newest("weights", "empty", ONE_EMA), _newest("weights", "bit", THREE), _newest("optimizer", "bit", TWO_EMA),
     _newest("optimizer", "cut", ONE_OFFLOAD), _newest("optimizer", "missing", TWO),
-    _newest("optimizer", "bit", THREE_OFFLOAD), _newest("optimizer", "extra", TWO), _newest("state", "bit", TWO_PLAIN),
-    _newest("state", "missing", ONE), _newest("state", "cut", ONE_LORA), _newest("manifest", "bit", TWO_LORA),
+    _newest("optimizer", "bit", ONE_EMA), _newest("optimizer", "bit", THREE_OFFLOAD), _newest("optimizer", "extra", TWO),
+    _newest("state", "bit", TWO_PLAIN), _newest("state", "missing", ONE), _newest("state", "missing", TWO_EMA),
+    _newest("state", "cut", ONE_LORA), _newest("manifest", "bit", TWO_LORA),
     _newest("manifest", "missing", ONE_LORA), _newest("manifest", "empty", ONE_OFFLOAD), _newest("average", "bit", ONE_EMA, True),
     _newest("average", "cut", TWO_EMA), _newest("average", "missing", TWO_LORA), _newest("any", "bit", ONE),
     _newest("any", "bit", TWO_LORA), _newest("any", "bit", ONE_EMA),
@@ -219,16 +258,23 @@ CASES = [
     _case("all checkpoints, manifest missing", ONE, partial(all_damaged, kind="manifest", how="missing")),
     _other("evaluation_before.pt", "cut", TWO, BEFORE), _other("evaluation_before.pt", "bit", ONE_EMA, BEFORE, True),
     _other("evaluation_before.pt", "bit", TWO_PLAIN, BEFORE),
-    _other("evaluation_before.pt", "missing", ONE_LORA, BEFORE), _other("acceleration.json", "cut", TWO_EMA, CHOICES),
+    _other("evaluation_before.pt", "missing", ONE_LORA, BEFORE), _other("evaluation_before.pt", "missing", TWO_EMA, BEFORE),
+    _other("evaluation_before.pt", "cut", ONE, BEFORE),
+    _case("evaluation_before.pt of other prompts", TWO, other_prompts),
+    _case("evaluation_before.pt of other prompts, 1 rank", ONE_LORA, other_prompts),
+    _other("acceleration.json", "cut", TWO_EMA, CHOICES),
     _other("acceleration.json", "bit", ONE_EMA, ""),
     _case("run.json: cut", TWO_PLAIN, partial(record_damaged, how="cut")),
     _case("run.json: empty", ONE, partial(record_damaged, how="empty")),
     _case("run.json: bit", ONE_LORA, partial(record_damaged, how="bit")),
+    _case("a shard that the last rank needs is emptied", TWO, shard_emptied, compare="no"),
+    _case("a shard that the only rank needs is emptied", ONE, shard_emptied, compare="no"),
     _case("half a row at the end of metrics.jsonl", TWO_LORA, half_a_row),
     _case("zeros over a row of metrics.jsonl", ONE_EMA, row_overwritten, compare="no", short=True),
     _case("what an earlier start may have left", TWO_PLAIN, leftovers),
     _case("a program in the weights of a checkpoint", TWO, partial(foreign, kind="weights", zipped=True)),
     _case("a program in the optimizer of a checkpoint", ONE_OFFLOAD, partial(foreign, kind="optimizer", zipped=False)),
     _case("a corrupt pickle with its right hash", TWO_EMA, foreign_pickle),
+    _case("a corrupt pickle with its right hash, 1 rank", ONE, foreign_pickle),
     _case("an old checkpoint under a newer name", ONE_LORA, renamed),
 ]  # fmt: skip

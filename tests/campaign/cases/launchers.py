@@ -13,7 +13,7 @@ from pathlib import Path
 from launching import TRAIN, deepspeed_command, free_port
 
 from campaign import facts
-from campaign.cases.signals import TWO, TWO_EMA, TWO_PLAIN
+from campaign.cases.signals import ONE, ONE_EMA, TWO, TWO_EMA, TWO_PLAIN
 from campaign.scene import Case, Scene
 from campaign.settings import Setting
 
@@ -71,6 +71,9 @@ CASES = [
     _case("SIGTERM to prdp train", TWO, prdp, "SIGTERM", 0), _case("SIGINT to prdp train", TWO_EMA, prdp, "SIGINT", 130),
     _case("SIGKILL of prdp train", TWO_PLAIN, prdp, "SIGKILL", -9),
     _case("SIGTERM to deepspeed", TWO, deepspeed, "SIGTERM", 143, -15),
+    _case("SIGHUP to deepspeed", TWO_EMA, deepspeed, "SIGHUP", 129, -1),
+    _case("SIGTERM to deepspeed, one rank", ONE, deepspeed, "SIGTERM", 143, -15),
+    _case("SIGHUP to deepspeed, one rank", ONE_EMA, deepspeed, "SIGHUP", 129, -1),
     # torchrun shows tracebacks of its own.
     Case("a rank killed three times under torchrun", TWO_PLAIN, partial(restarted, backend=None), mendable=False),
     Case("a rank killed three times under torchrun, c10d", TWO_EMA, partial(restarted, backend="c10d"), mendable=False),

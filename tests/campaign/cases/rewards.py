@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 from functools import partial
 
-from campaign.cases.signals import ONE, ONE_EMA, ONE_OFFLOAD, THREE, TWO, TWO_EMA, TWO_LORA, TWO_PLAIN
+from campaign.cases.signals import ONE, ONE_EMA, ONE_LORA, ONE_OFFLOAD, THREE, TWO, TWO_EMA, TWO_LORA, TWO_PLAIN
 from campaign.scene import Case, Scene
 
 ONCE = {"schedule__reward_timeout_s": 5, "schedule__collective_timeout_minutes": 0.5}
@@ -54,6 +54,7 @@ def tiny_kl_weight(scene: Scene) -> None:
 
 
 SOME, GROUP = json.dumps({"do": "nan of some"}), json.dumps({"do": "nan of a prompt"})
+LARGE = "error: .*lower rewards.0.weight"
 PYTHON = r"error: reward 'python': .* \(on rank 1\)"
 CASES = [
     Case("a reward raises on one rank", TWO_LORA, partial(fails, says=PYTHON, do="raise", rank=1)),
@@ -70,9 +71,12 @@ CASES = [
     Case("a reward answers NaN for every image", TWO_EMA, partial(fails, says="NaN or infinity for all", do="nan of all")),
     Case("a reward answers 1e39", ONE, partial(fails, says="error: .*", do="huge")),
     Case("a reward answers 1e39 on every rank, sharded", THREE, partial(fails, says="error: .*", do="huge")),
+    Case("a reward answers 1e38", ONE_EMA, partial(fails, says=LARGE, do="large")),
+    Case("a reward answers 1e38 on one rank", TWO_PLAIN, partial(fails, says=LARGE, do="large", rank=1)),
     Case("a reward answers with words", ONE_OFFLOAD, partial(fails, says="error: .*", do="text")),
     Case("a reward answers too few numbers on one rank", TWO_LORA, partial(fails, says="error: .*", do="too few", rank=1)),
     Case("a reward raises once, and the epoch is repeated", TWO, partial(repeated, do="raise", rank=1)),
     Case("a reward hangs once, and the epoch is repeated", ONE, partial(repeated, do="hang")),
     Case("objective.kl_weight 1e-300", TWO, tiny_kl_weight, compare="no"),
+    Case("objective.kl_weight 1e-300 on one rank", ONE_LORA, tiny_kl_weight, compare="no"),
 ]  # fmt: skip

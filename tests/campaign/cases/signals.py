@@ -60,7 +60,7 @@ def kill_in_start(scene: Scene) -> None:
 
 def stop(
     scene: Scene, names: str, target: str, phase: str, status: int = 0, then: float | None = None, fault: str = "",
-    epoch: int | None = None,
+    epoch: int | None = None, **values: object,
 ) -> None:  # fmt: skip
     """A signal or several; the run saves and ends well, and the same command goes on.
 
@@ -68,9 +68,10 @@ def stop(
         then: seconds after which SIGKILL follows.
         fault: CAMPAIGN_FAULT of the first start.
         epoch: None draws it.
+        values: recipe settings of both starts.
     """
     env = {"CAMPAIGN_FAULT": fault} if fault else SLOW if phase == "reward" else None
-    job = scene.start(env=env, checkpoint__every=100 if then is None else 1)
+    job = scene.start(env=env, checkpoint__every=100 if then is None else 1, **values)
     if scene.reach(job, phase, epoch=epoch):
         for name in names.split():
             scene.send(job, name, target)
@@ -80,7 +81,7 @@ def stop(
             scene.send(job, "SIGKILL", "group")
     statuses = (status,) if then is None else (status, -9)
     scene.end(job, statuses, says="stopped by SIG" if then is None else "", within=scene.bound_s)
-    scene.finish()
+    scene.finish(**values)
 
 
 def stop_at_once(scene: Scene) -> None:
@@ -136,6 +137,7 @@ CASES = [
     _kill("SIGKILL of the launcher in rollout", TWO_EMA, "launcher", "rollout"),
     _kill("SIGKILL of the launcher in checkpoint", TWO_PLAIN, "launcher", "checkpoint"),
     _kill("SIGKILL of the launcher in reward", TWO_LORA, "launcher", "reward"),
+    _kill("SIGKILL of the launcher of one rank in update", ONE, "launcher", "update"),
     Case("SIGKILL of a rank three times, in three phases", TWO_PLAIN, kill_at_every_restart),
     Case("SIGKILL while a resumed job starts", ONE_EMA, kill_in_start, short=True),
     _stop("SIGTERM to rank 0 in rollout", TWO, "SIGTERM", "rank 0", "rollout"),
@@ -159,6 +161,14 @@ CASES = [
     _stop(
         "SIGTERM to rank 1 whose reward hangs in an evaluation", TWO_PLAIN, "SIGTERM", "rank 1", "evaluate", epoch=2,
         fault='{"do": "hang", "call": 5, "rank": 1}',
+    ),
+    _stop(
+        "SIGINT to rank 1 while its reward hangs in the background", TWO_LORA, "SIGINT", "rank 1", "reward", 130, epoch=1,
+        fault='{"do": "hang", "call": 4, "rank": 1}', performance__background_rewards="on",
+    ),
+    _stop(
+        "SIGINT to the only rank while its reward hangs in the background", ONE, "SIGINT", "rank 0", "reward", 130, epoch=1,
+        fault='{"do": "hang", "call": 4}', performance__background_rewards="on",
     ),
     Case("SIGTERM before the first epoch", ONE, stop_at_once),
     Case("SIGSTOP of rank 1 for good", TWO, partial(halt, rank=1, phase="rollout", seconds=None), bound_s=90),
