@@ -186,7 +186,7 @@ class Trainer:
 
     def collect(self) -> Experience:
         """What one epoch learns from. Noise and subsets follow from the seed and the epoch: a repetition has the same."""
-        with self.telemetry.phase("prompts"):
+        with self.telemetry.phase("prompts"), agree():  # prompts may have to come from far
             prompts = self.stream.epoch(self.state.epoch)
             embeddings = self.encode(prompts)
         trajectories = self.sample(prompts, embeddings)

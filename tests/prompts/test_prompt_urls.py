@@ -29,14 +29,16 @@ from prdp_fast import cli
 from prdp_fast.config.load import load_recipe
 from prdp_fast.config.recipe import PromptSettings
 from prdp_fast.core.digest import content_sha256
-from prdp_fast.core.errors import UserError
+from prdp_fast.core.errors import OneRankError, UserError
 from prdp_fast.core.records import Prompt
+from prdp_fast.core.run_directory import first_difference
 from prdp_fast.planning.job import Job
 from prdp_fast.prompts import PromptSet, PromptStream, directory, embeddings, write_index, write_shards
 from prdp_fast.prompts.directory import CorruptFile, RemoteDirectory, open_directory
 from prdp_fast.prompts.embeddings import MANIFEST, ROWS, StoredEmbeddings, write_embeddings
 from prdp_fast.prompts.shards import INDEX, read_index
 from prdp_fast.prompts.verify import describe, verify
+from prdp_fast.train import claim_for_all
 
 SHARD = "train-00001.tar.gz"
 
@@ -613,6 +615,25 @@ def test_every_prompt_of_the_whole_shards_comes_exactly_once_a_pass(data: st.Dat
                 sequence += [prompt.index for prompt in stream.epoch(epoch)]
     for start in range(0, len(sequence) - len(wanted) + 1, len(wanted)):
         assert sorted(sequence[start : start + len(wanted)]) == wanted
+
+
+def test_ranks_that_read_different_indices_do_not_start(
+    tmp_path: Path, server: ShardServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe("smoke", [f"prompts.source={server.url}", "evaluation.prompts=0"])
+    job = Job.prepare(recipe, "zero2.json", world_size=2, cuda=False)
+    monkeypatch.setattr("prdp_fast.core.distributed.is_main", lambda: False)
+    monkeypatch.setattr("prdp_fast.core.distributed.from_main", lambda own: (None, "start", "of rank 0"))
+    with pytest.raises(OneRankError, match=f"{server.url} was changed while the ranks started"):
+        claim_for_all(tmp_path / "run", job, "auto")
+
+
+@pytest.mark.parametrize(
+    ("key", "may"), [("cache_dir", True), ("cache_gb", True), ("fetch_timeout_s", True), ("on_corrupt", False), ("source", False)]
+)
+def test_what_a_run_that_goes_on_may_change(key: str, may: bool) -> None:
+    old, new = ({"recipe": {"prompts": {key: value}}} for value in ("a", "b"))
+    assert (first_difference(old, new) is None) == may
 
 
 @pytest.mark.slow
