@@ -319,13 +319,15 @@ def test_a_file_in_use_stays(tmp_path: Path, server: ShardServer) -> None:
         assert not path.exists()
 
 
-def test_remains_of_a_killed_process(tmp_path: Path, server: ShardServer, small_prompts: list[Prompt]) -> None:
+@pytest.mark.parametrize("forgotten", [False, True])
+def test_remains_of_a_killed_process(tmp_path: Path, server: ShardServer, small_prompts: list[Prompt], forgotten: bool) -> None:
     shards = read_index(server.directory / INDEX).sets["train"].shards
     folder = tmp_path / "cache/prompts/fetched"
     folder.mkdir(parents=True)
-    for shard in shards[:2]:
+    for shard in shards:
         (folder / f"{shard.sha256}.partial").write_bytes(b"half of it")
-    (folder / f"{'0' * 64}.partial").write_bytes(bytes(10_000))  # nobody will ever go on with this one
+    if forgotten:  # nobody will ever go on with this one
+        (folder / f"{'0' * 64}.partial").write_bytes(bytes(10_000))
     room = sum(shard.bytes for shard in shards)
     assert list(opened(server, cache_gb=room / 1e9)) == small_prompts
     assert cached(tmp_path) == {shard.sha256 for shard in shards}
