@@ -27,6 +27,10 @@ CORE = [
     "matplotlib>=3.8",
     "rich>=13",
     "packaging>=22",  # `prdp doctor` judges versions with it
+    # Prompts from a URL.
+    "fsspec>=2024.2",
+    "httpx2>=2",
+    "tenacity>=9",
 ]
 GPU = ["xformers>=0.0.35"]
 REWARDS = [
@@ -37,6 +41,8 @@ REWARDS = [
 ]  # the `http` reward and its server, imported on first use
 LORA = ["peft>=0.18"]
 DATA = ["pyarrow>=15", "datasets>=3"]  # `prdp shards build` from parquet files and hub data sets, imported on first use
+S3 = ["s3fs>=2024.2"]  # prompts from an object store, imported by fsspec for a URL that begins so
+GCS = ["gcsfs>=2024.2"]
 WANDB = ["wandb>=0.31"]  # trackers of a run, imported by the recipes that name them
 MLFLOW = ["mlflow-skinny>=3"]
 PROMETHEUS = ["prometheus-client>=0.20"]
@@ -79,6 +85,8 @@ setup(
         "rewards": REWARDS,
         "lora": LORA,
         "data": DATA,
+        "s3": S3,
+        "gcs": GCS,
         "wandb": WANDB,
         "mlflow": MLFLOW,
         "prometheus": PROMETHEUS,

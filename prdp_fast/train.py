@@ -264,9 +264,12 @@ def claim_for_all(output: Path, job: Job, resume: str) -> None:
             print(*map(visible, notes), sep="\n", end="\n" if notes else "", flush=True)
         except UserError as error:
             problem = str(error)
-    problem, start = distributed.from_main((problem, start))
+    prompts = job.train_prompts.fingerprint
+    problem, start, of_main = distributed.from_main((problem, start, prompts))
     if problem:
         raise UserError(problem)
+    if prompts != of_main:  # each rank has read the index for itself
+        raise OneRankError(f"{job.train_prompts.directory} was changed while the ranks started; give the same command again")
     ranks.join(output, start, distributed.rank(), job.world_size)
     with agree():  # a stop that came before, too
         if not distributed.is_main() and not ranks.sees(0, SHARED_S):

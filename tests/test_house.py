@@ -42,7 +42,7 @@ DOORS = {
     "wandb": {"training/trackers/wandb.py"},
     "mlflow": {"training/trackers/mlflow.py"},
     "prometheus_client": {"training/trackers/prometheus.py"},
-    "argparse": {"commands", "cli", "train", "world/make_model.py", "world/make_flow_model.py"},
+    "argparse": {"commands", "cli", "train", "world/make_model.py", "world/make_flow_model.py", "world/make_scorer.py"},
 }
 # Imported by a reward on first use only: a recipe that does not name the reward runs without the library.
 REWARD_LIBRARIES_AT_THE_TOP = {"torch", "numpy", "PIL", "prdp_fast", "prdp_kernels"}

@@ -70,6 +70,9 @@ HELD: dict[str, tuple[str, ...]] = {
         f"{HERE}::test_a_file_in_the_run_directory_stops_a_job",
         "tests/integration/test_one_rank_faults.py::test_a_shard_that_only_one_rank_needs",
     ),
+    "The index of prompts behind a URL is taken as it comes, over http too, and a run that goes on notices another one.": (
+        "tests/prompts/test_prompt_urls.py::test_a_job_is_known_by_its_index",
+    ),
 }  # fmt: skip
 
 

@@ -32,12 +32,15 @@ def run(args: argparse.Namespace) -> int:
     from prdp_fast.models.pipeline import Pipeline
     from prdp_fast.models.text import TextEncoder
     from prdp_fast.models.weights import encoder_digest
+    from prdp_fast.prompts.directory import is_url
     from prdp_fast.prompts.embeddings import StoredEmbeddings, write_embeddings
     from prdp_fast.prompts.shards import INDEX, read_index
 
     for option, value in (("--batch", args.batch), ("--max-sequence-length", args.max_sequence_length)):
         if value is not None and value < 1:
             raise UserError(f"{option} is {value}; expected at least 1")
+    if is_url(args.directory):
+        raise UserError("DIR is a URL; expected a directory on this machine: embed it there, and upload what was written")
     read_index(args.directory / INDEX)  # before a model is loaded
     check_output("DIR", args.directory)  # embeddings are written beside the shards
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     build.add_argument("--seed", type=int, default=0, help="of the hash that holds out and shuffles (default: %(default)s)")
     for name, summary in (("info", "sets, sizes and first prompts"), ("verify", "check every byte; status 1 and a line a fault")):
         action = actions.add_parser(name, help=summary, allow_abbrev=False)
-        action.add_argument("directory", type=Path, metavar="DIR")
+        action.add_argument("directory", metavar="DIR", help="a directory, or its URL")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -156,13 +156,24 @@ class SamplerSettings(Section):
 
 
 class PromptSettings(Section):
-    source: str = Field("scenes", description="'scenes' (embedded world), 'animals' (45), a shard directory, or a .txt file")
+    source: str = Field(
+        "scenes", description="'scenes' (embedded world), 'animals' (45), a shard directory or its URL, or a .txt file"
+    )
     train: str = Field("train", description="name of the set that is trained on")
     seen: str = Field("seen_eval", description="evaluation set of prompts that training may draw")
     unseen: str = Field("unseen_eval", description="evaluation set of prompts that training never draws")
     limit: int | None = Field(None, ge=1, description="train on this many prompts of the set, chosen once by a fixed seed")
     stored_embeddings: bool = Field(
         False, description="read the float16 embeddings that `prdp embed` left beside the shards; the text encoder rests"
+    )
+    on_corrupt: Literal["stop", "skip"] = Field(
+        "stop",
+        description="a damaged shard of the trained set: stop, or leave it out of all passes, as found when the run began",
+    )
+    cache_dir: str | None = Field(None, description="of files from a URL; null: the user's cache. Ranks and jobs may share it")
+    cache_gb: float = Field(10.0, gt=0, description="that it may hold; what was used longest ago goes first")
+    fetch_timeout_s: float = Field(
+        300.0, gt=0, description="seconds in which a file has to come from its URL, with all attempts; then the run stops"
     )
 
 

@@ -74,6 +74,7 @@ METRICS = (
     Metric("memory/device_peak_bytes", "bytes", "most memory of tensors on a rank's GPU since it started, likewise", "on a GPU"),
     Metric("position/pass", "passes", "finished passes over the prompts, at the end of the epoch"),
     Metric("position/prompt", "prompts", "of the pass after those, that have been drawn"),
+    Metric("skipped_shards", "shards", "of the trained set that are damaged and left out", "`prompts.on_corrupt: skip`"),
 )  # fmt: skip
 
 

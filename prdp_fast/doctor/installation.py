@@ -24,6 +24,8 @@ EXTRAS = {
     "rewards": "the reward http and 'prdp serve-reward'",
     "lora": "recipes with model.lora",
     "data": "prompt sets from parquet files and the hub",
+    "s3": "prompts from s3://",
+    "gcs": "prompts from gs://",
     "wandb": "recipes with tracking.wandb",
     "mlflow": "recipes with tracking.mlflow",
     "prometheus": "recipes with tracking.prometheus",

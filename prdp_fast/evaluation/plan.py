@@ -26,6 +26,7 @@ from prdp_fast.models.families.base import Family
 from prdp_fast.models.files import find_file, resolve, what_else
 from prdp_fast.models.lora import WEIGHTS
 from prdp_fast.models.schedulers import SCHEDULERS
+from prdp_fast.prompts.directory import is_url
 from prdp_fast.prompts.stream import SHIPPED, PromptSet
 from prdp_fast.rewards import WeightedRewards, build_reward
 from prdp_fast.sampling.policy import Policy, build_policy, build_transitions
@@ -249,7 +250,7 @@ def choose_prompts(request: EvaluationRequest, recipe: Settings | None) -> tuple
     records: dict[str, Any] = {}
     for text in wanted:
         source, name, limit = find_set(text, run_prompts)
-        prompt_set = PromptSet.open(source, name, limit=limit)
+        prompt_set = PromptSet.open(source, name, limit=limit, settings=run_prompts)
         label = text if Path(text).suffix != ".txt" else Path(text).stem
         if label in drawn:
             raise UserError(f"--prompts {text!r}: two sets are called {label!r}; give each once, and files different names")
@@ -268,9 +269,9 @@ def find_set(text: str, run_prompts: PromptSettings | None) -> tuple[str, str, i
     if text.endswith(".txt"):
         return text, "train", None
     source, separator, name = text.rpartition(":")
-    if separator and source and name:
+    if separator and source and name and "/" not in name:  # of a URL alone, the colon is the scheme's or the port's
         return source, name, None
-    if text in SHIPPED or Path(text).is_dir() or run_prompts is None:
+    if text in SHIPPED or Path(text).is_dir() or is_url(text) or run_prompts is None:
         raise UserError(f"--prompts {text!r} names no set; expected SOURCE:NAME, e.g. {text}:unseen_eval, or a .txt file")
     return run_prompts.source, text, None
 

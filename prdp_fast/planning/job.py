@@ -15,7 +15,7 @@ from typing import Any
 
 from prdp_fast.config.deepspeed import DeepSpeedConfig, resolve_config
 from prdp_fast.config.recipe import PromptSettings, Settings
-from prdp_fast.core.digest import file_digest, files_digest, text_digest
+from prdp_fast.core.digest import files_digest, text_digest
 from prdp_fast.core.errors import UserError
 from prdp_fast.core.paths import told
 from prdp_fast.core.records import Prompt
@@ -25,8 +25,8 @@ from prdp_fast.models.families.base import Family
 from prdp_fast.models.weights import encoder_digest, pipeline_digest
 from prdp_fast.objectives import build_objective
 from prdp_fast.planning.memory import Activations, Footprint
-from prdp_fast.prompts.embeddings import MANIFEST as EMBEDDINGS
-from prdp_fast.prompts.embeddings import StoredEmbeddings, has_embeddings
+from prdp_fast.prompts.directory import Directory, LocalDirectory
+from prdp_fast.prompts.embeddings import StoredEmbeddings, embeddings_digest, has_embeddings
 from prdp_fast.prompts.stream import PromptSet, PromptStream
 from prdp_fast.rewards import WeightedRewards, build_rewards
 from prdp_fast.sampling.policy import Policy, build_policy, build_transitions, flow_method
@@ -99,7 +99,7 @@ class Job:
                 lines = [json.dumps([prompt.index, prompt.text, prompt.metadata], sort_keys=True) for prompt in held]
                 found[f"prompts.{name}"] = text_digest("\n".join(lines))
             if settings.prompts.stored_embeddings:
-                found["prompts.stored_embeddings"] = file_digest(self.train_prompts.directory / EMBEDDINGS)
+                found["prompts.stored_embeddings"] = embeddings_digest(self.train_prompts.directory)
             for section, rewards in (("rewards", settings.rewards), ("evaluation.rewards", settings.evaluation.rewards)):
                 for reward in rewards:
                     if files := reward_files(reward.options):
@@ -274,14 +274,14 @@ def check_subsets(settings: Settings, stochastic_steps: int) -> None:
 def open_prompts(settings: Settings, world_size: int) -> tuple[PromptSet, dict[str, list[Prompt]]]:
     """The set that is trained on, and the prompts of each evaluation set. Raises: UserError."""
     prompts, evaluation, schedule = settings.prompts, settings.evaluation, settings.schedule
-    train = PromptSet.open(prompts.source, prompts.train, limit=prompts.limit)
+    train = PromptSet.open(prompts.source, prompts.train, limit=prompts.limit, settings=prompts, damage=prompts.on_corrupt)
     check_embeddings(prompts, train, settings.model.pretrained)
     PromptStream(train, seed=settings.seed, prompts_per_epoch=schedule.prompts_per_epoch, world_size=world_size)  # refuses a few
     held = {}
     if evaluation.prompts:
         # With a limited training set, "seen" means the prompts that are trained on.
-        seen = train if prompts.limit else PromptSet.open(prompts.source, prompts.seen)
-        unseen = PromptSet.open(prompts.source, prompts.unseen)
+        seen = train if prompts.limit else PromptSet.open(prompts.source, prompts.seen, settings=prompts)
+        unseen = PromptSet.open(prompts.source, prompts.unseen, settings=prompts)
         for name, prompt_set in (("seen", seen), ("unseen", unseen)):
             held[name] = prompt_set.draw(min(evaluation.prompts, len(prompt_set)), seed=evaluation.seed)
     return train, held
@@ -290,7 +290,11 @@ def open_prompts(settings: Settings, world_size: int) -> tuple[PromptSet, dict[s
 def check_embeddings(prompts: PromptSettings, train: PromptSet, pretrained: str) -> None:
     """Raises: UserError if the recipe wants stored embeddings and the set has none."""
     if prompts.stored_embeddings and not has_embeddings(train.directory):
+        directory, then = train.directory, ""
+        where: Directory | str = directory
+        if not isinstance(directory, LocalDirectory):
+            where, then = "DIR", " and upload what it wrote"
         raise UserError(
-            f"prompts.stored_embeddings is set, but {train.directory} has none; run 'prdp embed {train.directory} --model "
-            f"{pretrained}', or set it false"
+            f"prompts.stored_embeddings is set, but {directory} has none; run 'prdp embed {where} --model {pretrained}'{then}, "
+            "or set it false"
         )

@@ -3,10 +3,12 @@
     embeddings.json                 the shards they belong to, the model's name, names and shapes, files with bytes and SHA-256
     embeddings-00000.safetensors    1,000 prompts: every tensor of TextEmbeddings that has a row per prompt, float16; "index"
                                     (int64) and "text" (int64), the prompts' numbers and a hash of their texts
+    embeddings-index.safetensors    "index" and "text" of all files one after the other, and "rows" (int64), how many each has
     embeddings-empty.safetensors    the tensors that all rows share: what the empty prompt has, and SDXL's picture size
 
 A prompt of several sets is there once. A row of Stable Diffusion (77 x 768) takes 118 KB, so 100,000 prompts take 12 GB. Rows are
-read one by one from mapped files: memory is 20 bytes a prompt and the rows asked for.
+read one by one from mapped files: memory is 20 bytes a prompt and the rows asked for. From a URL only those files are fetched
+whose rows are asked for.
 
 Of T5 at 512 tokens a row takes 4 MB.
 
@@ -15,28 +17,36 @@ float16 keeps 11 bits of an embedding, more than the bfloat16 that a GPU run com
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from prdp_fast.core.digest import DIGITS
 from prdp_fast.core.errors import UserError
 from prdp_fast.core.files import write_json
 from prdp_fast.core.records import Prompt, TextEmbeddings
-from prdp_fast.prompts.shards import INDEX, read_index
+from prdp_fast.prompts.directory import Directory, LocalDirectory, open_directory
+from prdp_fast.prompts.shards import BARE_NAME, INDEX, SHA256, index_of, read_index
 from prdp_fast.prompts.stream import PromptSet
 
 MANIFEST = "embeddings.json"
 EMPTY = "embeddings-empty.safetensors"
+ROWS = "embeddings-index.safetensors"
 PER_FILE = 1000  # prompts
 FILE_BYTES = 2**28  # and no more, beyond the batch that passes it: a prompt of T5 takes megabytes
 PROBES = 4  # prompts that a run's own encoder is compared on
+AGAIN = "run 'prdp embed' again"
 TOLERANCE = 0.02  # of the largest embedding value; float16 and bfloat16 encoders differ by 0.005, other models by about 1
 
 Encode = Callable[[list[Prompt]], TextEmbeddings]
@@ -45,9 +55,9 @@ Encode = Callable[[list[Prompt]], TextEmbeddings]
 class _File(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    file: str
-    bytes: int
-    sha256: str
+    file: str = Field(pattern=BARE_NAME)
+    bytes: NonNegativeInt
+    sha256: str = Field(pattern=SHA256)
 
 
 class Manifest(BaseModel):
@@ -136,11 +146,15 @@ def write_embeddings(
         shapes.update({name: list(tensor.shape[1:]) for name, tensor in tensors.items()})
         tensors["index"] = torch.tensor([prompt.index for prompt in prompts])
         tensors["text"] = torch.tensor([_text_hash(prompt.text) for prompt in prompts])
+        indices.append(tensors["index"])
+        hashes.append(tensors["text"])
         files.append(_write(directory, f"embeddings-{len(files):05d}.safetensors", tensors))
         pieces.clear()
         prompts.clear()
 
     shared: dict[str, torch.Tensor] = {}
+    indices: list[torch.Tensor] = []
+    hashes: list[torch.Tensor] = []
     for prompt in _all_prompts(directory):
         waiting.append(prompt)
         total += 1
@@ -154,7 +168,8 @@ def write_embeddings(
         flush()
     if not files:
         raise UserError(f"{directory} has no prompts to encode; build it from at least one")
-    files.append(_write(directory, EMPTY, shared))
+    rows = {"index": torch.cat(indices), "text": torch.cat(hashes), "rows": torch.tensor(list(map(len, indices)))}
+    files += [_write(directory, ROWS, rows), _write(directory, EMPTY, shared)]
     manifest = Manifest(version=version, model=model, encoder=encoder, shapes=shapes, prompts=total, files=files)
     write_json(directory / MANIFEST, manifest.model_dump())
     return directory / MANIFEST
@@ -163,53 +178,70 @@ def write_embeddings(
 class StoredEmbeddings:
     """The embeddings of a prompt directory."""
 
-    def __init__(self, directory: Path, manifest: Manifest) -> None:
+    def __init__(self, directory: Directory, manifest: Manifest) -> None:
         """Use `open`."""
         self.directory, self.manifest = directory, manifest
-        self._files = [entry.file for entry in manifest.files if entry.file != EMPTY]
-        indices, hashes, places = [], [], []
-        for number, file in enumerate(self._files):
-            with self._opened(file) as tensors:
-                index = tensors.get_tensor("index").numpy()
-                indices.append(index)
-                hashes.append(tensors.get_tensor("text").numpy())
-                places.append(np.stack([np.full(len(index), number, np.int32), np.arange(len(index), dtype=np.int32)], 1))
-        order = np.argsort(np.concatenate(indices), kind="stable")
-        self._index = np.concatenate(indices)[order]
-        self._hash = np.concatenate(hashes)[order]
-        self._place = np.concatenate(places)[order]
-        with self._opened(EMPTY) as tensors:
+        by_name = {entry.file: entry for entry in manifest.files}
+        self._files = [entry for name, entry in by_name.items() if name not in (EMPTY, ROWS)]
+        if ROWS in by_name:
+            with self._opened(by_name[ROWS]) as tensors:
+                index, hashes, rows = (tensors.get_tensor(name).numpy() for name in ("index", "text", "rows"))
+        elif isinstance(directory, LocalDirectory):  # of an earlier version: every file has to be opened
+            index, hashes, rows = self._all_rows()
+        else:
+            raise UserError(f"{directory.place(MANIFEST)} names no {ROWS}; {AGAIN}")
+        order = np.argsort(index, kind="stable")
+        self._index, self._hash = index[order], hashes[order]
+        numbers = np.repeat(np.arange(len(rows), dtype=np.int32), rows)
+        inside = np.concatenate([np.arange(count, dtype=np.int32) for count in rows])
+        self._place = np.stack([numbers, inside], 1)[order]
+        with self._opened(by_name[EMPTY]) as tensors:
             self._shared = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (no mapping)
 
     @classmethod
-    def open(cls, directory: str | Path) -> StoredEmbeddings | None:
+    def open(cls, directory: str | Path | Directory) -> StoredEmbeddings | None:
         """The embeddings of a directory, or None if it has none.
 
         Raises: UserError if they are damaged or were made for other prompts.
         """
-        directory = Path(directory)
-        if not (directory / MANIFEST).is_file():
-            return None
-        again = "run 'prdp embed' again"
+        if isinstance(directory, (str, Path)):
+            directory = open_directory(directory)
+        place = directory.place(MANIFEST)
         try:
-            manifest = Manifest.model_validate_json((directory / MANIFEST).read_bytes())
+            content = directory.document(MANIFEST)
+            if content is None:
+                return None
+            manifest = Manifest.model_validate_json(content)
         except (OSError, ValidationError) as error:
             reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
-            raise UserError(f"{directory / MANIFEST} cannot be read ({reason}); {again}") from error
-        version = read_index(directory / INDEX).version
+            raise UserError(f"{place} cannot be read ({reason}); {AGAIN}") from error
+        version = index_of(directory).version
         if manifest.version != version:
-            raise UserError(f"{directory / MANIFEST} is of prompts {manifest.version}, the shards are {version}; {again}")
-        for entry in manifest.files:
-            path = directory / entry.file
-            if not path.is_file() or path.stat().st_size != entry.bytes:
-                raise UserError(f"{path} is missing or has another size than {MANIFEST} says; {again}")
+            raise UserError(f"{place} is of prompts {manifest.version}, the shards are {version}; {AGAIN}")
+        if isinstance(directory, LocalDirectory):
+            for entry in manifest.files:
+                path = directory.path / entry.file
+                if not path.is_file() or path.stat().st_size != entry.bytes:
+                    raise UserError(f"{path} is missing or has another size than {MANIFEST} says; {AGAIN}")
         return cls(directory, manifest)
 
-    def _opened(self, file: str):  # type: ignore[no-untyped-def]
-        try:
-            return safe_open(self.directory / file, framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{self.directory / file} cannot be read ({error}); run 'prdp embed' again") from error
+    @contextlib.contextmanager
+    def _opened(self, entry: _File) -> Iterator[Any]:
+        with self.directory.file(entry) as path:
+            try:
+                file = safe_open(path, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{self.directory.place(entry.file)} cannot be read ({error}); {AGAIN}") from error
+            with file as tensors:
+                yield tensors
+
+    def _all_rows(self) -> tuple[np.ndarray, np.ndarray, list[int]]:
+        indices, hashes = [], []
+        for entry in self._files:
+            with self._opened(entry) as tensors:
+                indices.append(tensors.get_tensor("index").numpy())
+                hashes.append(tensors.get_tensor("text").numpy())
+        return np.concatenate(indices), np.concatenate(hashes), list(map(len, indices))
 
     def __len__(self) -> int:
         return len(self._index)
@@ -226,7 +258,7 @@ class StoredEmbeddings:
         if len(wrong):
             prompt = prompts[wrong[0]]
             raise UserError(
-                f"{self.directory / MANIFEST} has no embedding of prompt {prompt.index}, {prompt.text!r}; run 'prdp embed' again"
+                f"{self.directory.place(MANIFEST)} has no embedding of prompt {prompt.index}, {prompt.text!r}; {AGAIN}"
             )
         tensors = {name: torch.empty(len(prompts), *shape, dtype=torch.float16) for name, shape in self.manifest.shapes.items()}
         places = self._place[found]
@@ -265,29 +297,35 @@ class StoredEmbeddings:
                 shapes = f"in shape ({own}, where {kept} is stored: see --max-sequence-length)"
                 how = f"by {difference:.3g}" if fresh.shape == stored.shape else shapes
                 raise UserError(
-                    f"{self.directory / MANIFEST} was made with {self.manifest.model!r}, and this model's {name} differ {how}; "
-                    "run 'prdp embed' with this model, or remove the embeddings"
+                    f"{self.directory.place(MANIFEST)} was made with {self.manifest.model!r}, and this model's {name} differ "
+                    f"{how}; run 'prdp embed' with this model, or remove the embeddings"
                 )
 
 
-def has_embeddings(directory: Path) -> bool:
-    return (directory / MANIFEST).is_file()
+def has_embeddings(directory: Directory) -> bool:
+    """Raises: OSError, UserError."""
+    return directory.document(MANIFEST) is not None
 
 
-def embedding_faults(directory: Path) -> list[str]:
+def embeddings_digest(directory: Directory) -> str:
+    """Of all that is stored beside a directory's shards, by its manifest. Raises: OSError, UserError."""
+    content = directory.document(MANIFEST)
+    if content is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), directory.place(MANIFEST))
+    return hashlib.sha256(content).hexdigest()[:DIGITS]
+
+
+def embedding_faults(directory: Directory) -> list[str]:
     """What `verify` has to say of a directory's embeddings: nothing if there are none or all is well."""
-    if not has_embeddings(directory):
-        return []
     try:
         stored = StoredEmbeddings.open(directory)
+        return [] if stored is None else [
+            f"{entry.file}: SHA-256 differs from the one in {MANIFEST}"
+            for entry in stored.manifest.files
+            if hashlib.sha256(directory.read(entry)).hexdigest() != entry.sha256
+        ]  # fmt: skip
     except UserError as error:
         return [str(error)]
-    assert stored is not None
-    return [
-        f"{entry.file}: SHA-256 differs from the one in {MANIFEST}"
-        for entry in stored.manifest.files
-        if hashlib.sha256((directory / entry.file).read_bytes()).hexdigest() != entry.sha256
-    ]
 
 
 def choose_encoder(

@@ -18,7 +18,7 @@ _MARKS = (
 )  # fmt: skip
 
 
-def refuse_other(path: Path, head: bytes) -> None:
+def refuse_other(path: str | Path, head: bytes) -> None:
     """Raises: UserError if a file that begins so stands for one that was never fetched, or is no data at all."""
     if head.startswith(b"version https://git-lfs.github.com/spec/"):
         raise UserError(f"{path} is a pointer of git-lfs and not the file itself; run 'git lfs pull' where it comes from")

@@ -13,6 +13,7 @@ and no shard holds a topic of its own.
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
 import hashlib
 import io
@@ -32,6 +33,7 @@ from prdp_fast.core.cache import default_cache_dir
 from prdp_fast.core.errors import UserError
 from prdp_fast.core.records import Prompt
 from prdp_fast.prompts import animals
+from prdp_fast.prompts.directory import Directory, LocalDirectory
 from prdp_fast.prompts.files import encoding_of_bytes, refuse_other
 from prdp_fast.world import scenes
 
@@ -42,6 +44,7 @@ EVAL_SIZE = 2048  # prompts in each of seen_eval and unseen_eval
 TEXT_FORMAT = 2  # of how a text file is read
 MEMBER_BYTES = 64 << 10  # of one prompt and its metadata as JSON
 TEXT_SET = "train"  # the name of the one set of a text file
+BARE_NAME, SHA256 = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", r"^[0-9a-f]{64}$"  # of files in an index
 GZIP_LEVEL = 4  # tar padding shrinks to nothing at any level; higher ones cost time and save little
 
 
@@ -50,10 +53,10 @@ class ShardEntry(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    file: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
+    file: str = Field(pattern=BARE_NAME)
     count: PositiveInt  # prompts
     bytes: PositiveInt
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    sha256: str = Field(pattern=SHA256)
 
 
 class SetEntry(BaseModel):
@@ -157,9 +160,16 @@ def write_index(directory: str | Path, sets: dict[str, SetEntry], version: str) 
 
 def read_index(path: str | Path) -> Index:
     """Raises: UserError naming the file if it is missing or is no index."""
-    path = Path(path)
+    return index_of(LocalDirectory(Path(path).parent))
+
+
+def index_of(directory: Directory) -> Index:
+    """Raises: UserError naming the file if it is missing or is no index."""
+    path = directory.place(INDEX)
     try:
-        content = path.read_bytes()
+        content = directory.document(INDEX)
+        if content is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         refuse_other(path, content[:1024])
         return Index.model_validate_json(content)
     except OSError as error:

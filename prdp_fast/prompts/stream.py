@@ -5,38 +5,41 @@ permutation keyed by (seed, p) and the prompts of a shard in the order of one ke
 [e n, (e + 1) n) of that sequence, and each rank takes its contiguous part of it. So a resumed run needs no state but its
 epoch number, seeking skips whole shards by the counts in the index, and memory does not grow with the set.
 
-Shards are read with WebDataset's tar iterators on files opened here: no URL, no shell, nothing decoded but JSON.
+Shards are read with WebDataset's tar iterators on files opened here: no URL, no shell, nothing decoded but JSON. Those behind a
+URL are fetched into a cache first (`directory.py`), the next one while the present one is read.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import itertools
 import json
-import re
 import tarfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from webdataset import tariterators
 
+from prdp_fast.config.recipe import PromptSettings
+from prdp_fast.core.digest import content_sha256
 from prdp_fast.core.errors import UserError
 from prdp_fast.core.records import Prompt
 from prdp_fast.prompts import shards as build
+from prdp_fast.prompts.directory import CorruptFile, Directory, LocalDirectory, is_url, open_directory
 from prdp_fast.prompts.files import refuse_other
-from prdp_fast.prompts.shards import INDEX, SetEntry, ShardEntry, ensure_text_shards, read_index
+from prdp_fast.prompts.shards import INDEX, SetEntry, ShardEntry, ensure_text_shards, index_of
 
 SHIPPED = ("scenes", "animals")  # sources known by name: the drawn world; the papers' 45 animals
 CHECKED_AT_OPEN = 64_000_000  # bytes: smaller sets have their digests checked before any work starts
 _NAMED = " or ".join(f'"{name}"' for name in SHIPPED)
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # pipe:, https:, s3:, file:
 UNREADABLE = (OSError, EOFError, tarfile.TarError, zlib.error, ValueError, KeyError, AssertionError)
 
 
@@ -68,10 +71,10 @@ def _permutation(n: int, seed: int, *key: int) -> np.ndarray:
 
 
 class PromptSet:
-    """A prompt set on disk. `len()` is its number of prompts, iteration yields them in stored order."""
+    """A prompt set on disk or behind a URL. `len()` is its number of prompts, iteration yields them in stored order."""
 
     def __init__(
-        self, directory: Path, name: str, entry: SetEntry, *, limit: int | None = None, advice: str = "build it again"
+        self, directory: Directory, name: str, entry: SetEntry, *, limit: int | None = None, advice: str = "build it again"
     ) -> None:
         """Use `open`. `limit` keeps the first prompts only; `advice` is the next move when a shard turns out damaged."""
         self.directory = directory
@@ -94,14 +97,26 @@ class PromptSet:
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     @classmethod
-    def open(cls, source: str | Path, name: str, limit: int | None = None) -> PromptSet:
+    def open(
+        cls,
+        source: str | Path,
+        name: str,
+        limit: int | None = None,
+        *,
+        settings: PromptSettings | None = None,
+        damage: Literal["stop", "skip"] = "stop",
+    ) -> PromptSet:
         """Open a prompt set and check that its files are there and, below 64 MB, that they are undamaged.
 
+        Of a URL the index alone is read. A shard is checked when it has been fetched.
+
         Args:
-            source: "scenes" (the embedded world), "animals" (the papers' 45), a directory that holds index.json, or a .txt file
-                of one prompt a line. Named sources and text files are built into the cache on first use.
+            source: "scenes" (the embedded world), "animals" (the papers' 45), a directory that holds index.json, its URL, or a
+                .txt file of one prompt a line. Named sources and text files are built into the cache on first use.
             name: of the set, e.g. "train"; a text file has "train" only.
             limit: keep this many prompts at most, always the same ones.
+            settings: of the cache and the patience for a URL; default: those of a recipe that says nothing.
+            damage: "skip" leaves it to the caller to look for damaged shards, see `corrupt_shards`.
         Raises: UserError in one line naming the file at fault and the next move.
         """
         source = str(source)
@@ -109,11 +124,8 @@ class PromptSet:
         cached = True
         if source in SHIPPED:
             index_path = build.ensure_scene_shards() if source == "scenes" else build.ensure_animal_shards()
-        elif _SCHEME.match(source):
-            raise UserError(
-                f"prompt source {source!r} is a URL; expected {_NAMED}, a directory or a .txt file on this machine; "
-                "download it first, or build a directory from it with 'prdp shards build'"
-            )
+        elif is_url(source):
+            index_path, cached = None, False
         elif path.suffix == ".txt":
             index_path = ensure_text_shards(path)
         elif path.is_dir():
@@ -121,10 +133,10 @@ class PromptSet:
         else:
             problem = "is neither a directory nor a .txt file" if path.exists() else "does not exist"
             raise UserError(
-                f"prompt source {source!r} {problem}; expected {_NAMED}, a directory that holds {INDEX}, or a .txt file"
+                f"prompt source {source!r} {problem}; expected {_NAMED}, a directory that holds {INDEX}, its URL, or a .txt file"
             )
-        directory = index_path.parent
-        sets = read_index(index_path).sets
+        directory = open_directory(source if index_path is None else index_path.parent, settings)
+        sets = index_of(directory).sets
         if name not in sets:
             near = get_close_matches(name, sets, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -132,10 +144,11 @@ class PromptSet:
         if limit is not None and limit < 1:
             raise UserError(f"prompt limit is {limit}; expected at least 1, or no limit")
         if sets[name].total == 0:
-            raise UserError(f"prompt set {name!r} in {index_path} is empty; build it from at least one prompt")
+            raise UserError(f"prompt set {name!r} in {directory.place(INDEX)} is empty; build it from at least one prompt")
         advice = f"delete {directory} and run again" if cached else "rebuild the directory with 'prdp shards build'"
         prompt_set = cls(directory, name, sets[name], limit=limit, advice=advice)
-        prompt_set._check_files()
+        if isinstance(directory, LocalDirectory):
+            prompt_set._check_files(directory.path, digests=damage == "stop")
         return prompt_set
 
     def __len__(self) -> int:
@@ -143,46 +156,79 @@ class PromptSet:
 
     def __iter__(self) -> Iterator[Prompt]:
         for number in range(len(self._shards)):
-            yield from self.shard(number)
+            prompts = self.shard(number)
+            if number + 1 < len(self._shards):
+                self.fetch_ahead(number + 1)
+            yield from prompts
 
-    def _path(self, number: int) -> Path:
-        return self.directory / self._shards[number].file
+    def fetch_ahead(self, number: int) -> None:
+        """Have a shard that lies behind a URL fetched in the background, for it is the next one to be read."""
+        self.directory.fetch_ahead(self._shards[number])
 
-    def _check_files(self) -> None:
-        for number in range(len(self._shards)):
-            path = self._path(number)
+    def _check_files(self, directory: Path, *, digests: bool) -> None:
+        for shard in self._shards:
+            path = directory / shard.file
             try:
                 size = path.stat().st_size
             except OSError as error:
                 raise UserError(f"prompt shard {path} is missing ({error.strerror}); {self._advice}") from error
-            if size == 0:
+            if size == 0 and digests:
                 raise UserError(f"prompt shard {path} is empty; {self._advice}")
-            if size != self._shards[number].bytes and size < 1024:
+            if size != shard.bytes and size < 1024:
                 refuse_other(path, path.read_bytes())
-        if sum(shard.bytes for shard in self._shards) < CHECKED_AT_OPEN:
-            self._check_digests()
+        if digests and sum(shard.bytes for shard in self._shards) < CHECKED_AT_OPEN:
+            for shard in self._shards:
+                self._check_digest(shard)
 
-    def _check_digests(self) -> None:
-        for number, shard in enumerate(self._shards):
-            if hashlib.sha256(self._path(number).read_bytes()).hexdigest() != shard.sha256:
-                raise UserError(
-                    f"prompt shard {self._path(number)} is damaged or not the one in {INDEX} (SHA-256 differs); {self._advice}"
-                )
+    def _check_digest(self, shard: ShardEntry) -> None:
+        with self.directory.file(shard) as path:
+            if content_sha256(path)[1] != shard.sha256:
+                raise CorruptFile(f"prompt shard {path} is damaged or not the one in {INDEX} (SHA-256 differs); {self._advice}")
 
     def verify(self) -> None:
         """Read everything: digests, archives, JSON, counts. Raises: UserError naming the first damaged shard."""
-        self._check_digests()
+        for shard in self._shards:
+            self._check_digest(shard)
         for number in range(len(self._shards)):
             self._read(number)
 
+    def corrupt_shards(self) -> list[str]:
+        """Read everything, and name the shards that are damaged. Raises: UserError if one is not there or does not arrive."""
+        found = []
+        for number, shard in enumerate(self._shards):
+            if number + 1 < len(self._shards):
+                self.fetch_ahead(number + 1)
+            try:
+                self._check_digest(shard)
+                self._read(number)
+            except CorruptFile:
+                found.append(shard.file)
+        return found
+
+    def without(self, files: Collection[str]) -> PromptSet:
+        """The same set as if it had never had these shards. Raises: UserError if nothing is left."""
+        kept = [(shard, count) for shard, count in zip(self._shards, self.counts, strict=True) if shard.file not in files]
+        if not kept:
+            raise UserError(f"every shard of prompt set {self.name!r} in {self.directory} is damaged; {self._advice}")
+        rest = copy.copy(self)
+        rest._shards, rest.counts = [shard for shard, _ in kept], [count for _, count in kept]
+        rest._cache = OrderedDict()
+        return rest
+
     def _read(self, number: int) -> list[Prompt]:
-        path, expected = self._path(number), self._shards[number].count
+        shard = self._shards[number]
+        place = self.directory.place(shard.file)
         try:
-            prompts = _decode_shard(path, expected)
+            with self.directory.file(shard) as path:
+                prompts = _decode_shard(path, shard.count)
+        except UserError:
+            raise
+        except (FileNotFoundError, PermissionError) as error:
+            raise UserError(f"prompt shard {place} cannot be read ({error.strerror}); {self._advice}") from error
         except UNREADABLE as error:
-            raise UserError(f"prompt shard {path} cannot be read ({type(error).__name__}: {error}); {self._advice}") from error
-        if len(prompts) != expected:
-            raise UserError(f"prompt shard {path} holds {len(prompts)} prompts, {INDEX} says {expected}; {self._advice}")
+            raise CorruptFile(f"prompt shard {place} cannot be read ({type(error).__name__}: {error}); {self._advice}") from error
+        if len(prompts) != shard.count:
+            raise CorruptFile(f"prompt shard {place} holds {len(prompts)} prompts, {INDEX} says {shard.count}; {self._advice}")
         return prompts[: self.counts[number]]
 
     def shard(self, number: int) -> list[Prompt]:
@@ -276,19 +322,23 @@ class PromptStream:
             for position, prompt in zip(range(start, start + count), self._from(start))
         ]
 
+    def _shard_order(self, number_of_pass: int) -> Sequence[int]:
+        count = len(self.prompt_set.counts)
+        return _permutation(count, self.seed, number_of_pass).tolist() if self.shuffle else range(count)
+
     def _from(self, position: int) -> Iterator[Prompt]:
         """The global sequence from `position` on, without end."""
         counts = self.prompt_set.counts
         first_pass, skip = divmod(position, len(self.prompt_set))
         for number_of_pass in itertools.count(first_pass):
-            shard_order: Sequence[int] = range(len(counts))
-            if self.shuffle:
-                shard_order = _permutation(len(counts), self.seed, number_of_pass).tolist()
-            for number in shard_order:
+            shard_order = self._shard_order(number_of_pass)
+            for place, number in enumerate(shard_order):
                 if skip >= counts[number]:
                     skip -= counts[number]
                     continue
                 prompts = self.prompt_set.shard(number)
+                is_last = place + 1 == len(shard_order)
+                self.prompt_set.fetch_ahead(self._shard_order(number_of_pass + 1)[0] if is_last else shard_order[place + 1])
                 if self.shuffle:
                     for inside in _permutation(len(prompts), self.seed, number_of_pass, number)[skip:]:
                         yield prompts[inside]

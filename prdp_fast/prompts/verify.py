@@ -16,8 +16,9 @@ from webdataset import tariterators
 from prdp_fast.core.errors import UserError
 from prdp_fast.core.records import Prompt
 from prdp_fast.prompts import clean
+from prdp_fast.prompts.directory import Directory, LocalDirectory, open_directory
 from prdp_fast.prompts.embeddings import embedding_faults
-from prdp_fast.prompts.shards import INDEX, SetEntry, ShardEntry, read_index, unpack
+from prdp_fast.prompts.shards import INDEX, SetEntry, ShardEntry, index_of, unpack
 from prdp_fast.prompts.stream import UNREADABLE, prompt_of
 
 SEEN, UNSEEN, TRAIN = "seen", "unseen", "train"  # how the names of sets start that are part of train, or apart from it
@@ -31,26 +32,31 @@ class SetSummary(NamedTuple):
     examples: list[str]
 
 
-def describe(directory: str | Path, examples: int = 3) -> tuple[str, list[SetSummary]]:
-    """Version and sets of a prompt directory, with their first prompts. Raises: UserError if it has no readable index."""
-    directory = Path(directory)
-    index = read_index(directory / INDEX)
+def describe(source: str | Path, examples: int = 3) -> tuple[str, list[SetSummary]]:
+    """Version and sets of a prompt directory, with their first prompts.
+
+    Args: source: the directory, or its URL.
+    Raises: UserError if it has no readable index.
+    """
+    directory = open_directory(source)
+    index = index_of(directory)
     found = []
     for name, entry in index.sets.items():
         texts: list[str] = []
         for shard in entry.shards[:1]:
             try:
-                texts = [prompt.text for _, prompt in itertools.islice(_members(directory / shard.file, shard.count), examples)]
+                members = _members(directory.read(shard), shard)
+                texts = [prompt.text for _, prompt in itertools.islice(members, examples)]
             except UNREADABLE:
                 texts = ["(cannot be read; see 'prdp shards verify')"]
         found.append(SetSummary(name, entry.total, len(entry.shards), sum(shard.bytes for shard in entry.shards), texts))
     return index.version, found
 
 
-def _members(path: Path, count: int) -> Iterator[tuple[str, Prompt]]:
+def _members(content: bytes, shard: ShardEntry) -> Iterator[tuple[str, Prompt]]:
     """Name and prompt of every member. Raises: one of UNREADABLE, also for a member that is no prompt."""
-    data = unpack(path.read_bytes(), count)
-    for member in tariterators.tar_file_expander([{"url": path.name, "stream": io.BytesIO(data)}], eof_value=None):
+    data = unpack(content, shard.count)
+    for member in tariterators.tar_file_expander([{"url": shard.file, "stream": io.BytesIO(data)}], eof_value=None):
         name: Any = member["fname"]
         if not name.endswith(".json"):
             raise ValueError(f"member {name} is no prompt")
@@ -61,20 +67,23 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(clean.comparable(clean.tidy(text)).encode(), digest_size=8).digest(), "little")
 
 
-def _shard_faults(directory: Path, shard: ShardEntry, hashes: list[np.ndarray], indices: list[np.ndarray]) -> Iterator[str]:
+def _shard_faults(directory: Directory, shard: ShardEntry, hashes: list[np.ndarray], indices: list[np.ndarray]) -> Iterator[str]:
     """Yields faults; adds the shard's text hashes and indices to the lists."""
-    path = directory / shard.file
     try:
-        data = path.read_bytes()
+        data = directory.read(shard)
     except OSError as error:
         yield f"{shard.file}: missing ({error.strerror})"
         return
+    except UserError as error:
+        yield str(error)
+        return
     if len(data) != shard.bytes:
-        yield f"{shard.file}: {len(data)} bytes, {INDEX} says {shard.bytes}"
+        cut_off = "or more " if len(data) > shard.bytes and not isinstance(directory, LocalDirectory) else ""
+        yield f"{shard.file}: {len(data)} {cut_off}bytes, {INDEX} says {shard.bytes}"
     if hashlib.sha256(data).hexdigest() != shard.sha256:
         yield f"{shard.file}: SHA-256 differs from the one in {INDEX}"
     try:
-        members = list(_members(path, shard.count))
+        members = list(_members(data, shard))
     except UNREADABLE as error:
         yield f"{shard.file}: cannot be read ({type(error).__name__}: {error})"
         return
@@ -91,29 +100,30 @@ def _joined(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
     return np.concatenate(arrays) if arrays else np.empty(0, dtype)
 
 
-def _example(directory: Path, entry: SetEntry, wanted: np.ndarray) -> str:
+def _example(directory: Directory, entry: SetEntry, wanted: np.ndarray) -> str:
     """A text whose hash is the first of `wanted`."""
     for shard in entry.shards:
-        for _, prompt in _members(directory / shard.file, shard.count):
+        for _, prompt in _members(directory.read(shard), shard):
             if _hash(prompt.text) == int(wanted[0]):
                 return repr(prompt.text)
     return "one that cannot be read any more"
 
 
-def verify(directory: str | Path) -> list[str]:
-    """Every fault of a prompt directory, one line each.
+def verify(source: str | Path) -> list[str]:
+    """Every fault of a prompt directory, one line each. What lies behind a URL is fetched, whatever the cache has of it.
 
     Checked: files against the index (presence, bytes, SHA-256, number of prompts), archives and their members, indices and texts
     that occur twice in a set, prompts of unseen sets in `train`, prompts of seen sets that `train` lacks, shards that no index
     names, stored embeddings. Texts are compared without case and white space. Memory: a shard, and some 50 bytes a prompt.
 
+    Args: source: the directory, or its URL.
     Raises: UserError if there is no index at all.
     """
-    directory = Path(directory)
-    if not (directory / INDEX).is_file():
+    directory = open_directory(source)
+    if isinstance(directory, LocalDirectory) and not (directory.path / INDEX).is_file():
         raise UserError(f"{directory} is no prompt directory ({INDEX} is missing); expected one built by 'prdp shards build'")
     try:
-        sets = read_index(directory / INDEX).sets
+        sets = index_of(directory).sets
     except UserError as error:
         return [str(error)]
     faults: list[str] = []
@@ -143,6 +153,9 @@ def verify(directory: str | Path) -> list[str]:
             if len(strange):
                 faults.append(f"set {name}: {len(strange)} prompts are not in train, e.g. {_example(directory, entry, strange)}")
     listed = {shard.file for entry in sets.values() for shard in entry.shards}
-    stray = sorted(path.name for path in directory.glob("*.tar*") if path.name not in listed)
+    if isinstance(directory, LocalDirectory):
+        stray = sorted(path.name for path in directory.path.glob("*.tar*") if path.name not in listed)
+    else:  # not every place can list its files
+        stray = []
     faults += [f"{name}: not in {INDEX}" for name in stray]
     return faults + embedding_faults(directory)

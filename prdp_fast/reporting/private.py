@@ -39,9 +39,9 @@ def for_others(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_places(value: Any) -> Any:
-    """A recipe for others: of an absolute path of this machine the last name alone."""
+    """A recipe for others: of an absolute path of this machine, and of a URL, the last name alone."""
     if isinstance(value, dict):
         return {key: without_places(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [without_places(inner) for inner in value]
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+    return Path(value).name if isinstance(value, str) and ("://" in value or Path(value).is_absolute()) else value

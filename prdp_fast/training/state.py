@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 # Fields that checkpoints of earlier versions lack.
-ADDED = ("batches", "asked", "skipped_in_row", "nonfinite_in_row", "prompt_rewards", "trackers")
+ADDED = ("batches", "asked", "skipped_in_row", "nonfinite_in_row", "prompt_rewards", "trackers", "skipped_shards")
 
 
 @dataclass
@@ -27,6 +27,7 @@ class TrainState:
     prompt_rewards: dict[str, list[float]] = field(default_factory=dict)  # the newest of each prompt, for running statistics
     unet_forwards: dict[str, int] = field(default_factory=lambda: {"rollout": 0, "reference": 0, "update": 0})  # rows
     trackers: dict[str, str] = field(default_factory=dict)  # the run's id in each tracker that keeps one
+    skipped_shards: list[str] | None = None  # damaged ones of the trained set, by file; None: nobody has looked
     _started: float | None = field(default=None, repr=False)  # a clock that began with the run
     _earlier_s: float = field(default=0.0, repr=False)  # wall_s of the starts before this one
 

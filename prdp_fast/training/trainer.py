@@ -36,7 +36,7 @@ from prdp_fast.planning import micro_batch
 from prdp_fast.planning.job import Job
 from prdp_fast.planning.memory import MemoryPlan
 from prdp_fast.prompts.embeddings import choose_encoder
-from prdp_fast.prompts.stream import PromptStream
+from prdp_fast.prompts.stream import PromptSet, PromptStream
 from prdp_fast.reporting.private import recipe_for_others
 from prdp_fast.rewards import BackgroundScores
 from prdp_fast.sampling.rollout import rollout
@@ -100,6 +100,12 @@ class Trainer:
         decisions = prepare_process(performance, device, dtype)
         fused = choose_fused_optimizer(performance.fused_optimizer, device, job.config.offloads_optimizer)
 
+        kept = settings.checkpoint
+        checkpoints = Checkpoints(output, keep=kept.keep, milestone=kept.keep_every and kept.every * kept.keep_every)
+        state = checkpoints.choose()
+        if settings.prompts.on_corrupt == "skip":
+            job = replace(job, train_prompts=whole_shards(job.train_prompts, state))
+
         known = job.knows_embeddings()
         pipeline = pipeline or Pipeline.load(job.family, device, dtype, settings.sampler.scheduler, texts=not known)
         objective, lora = build_objective(settings.objective, settings.kernels), job.family.lora
@@ -116,9 +122,6 @@ class Trainer:
         if settings.prompts.stored_embeddings:  # evaluation prompts and the empty one are there too
             pipeline.release_text_encoders()
 
-        kept = settings.checkpoint
-        checkpoints = Checkpoints(output, keep=kept.keep, milestone=kept.keep_every and kept.every * kept.keep_every)
-        state = checkpoints.choose()
         state.follow(
             {
                 "micro_batch": schedule.micro_batch, "reference": schedule.micro_batch, "rollout": settings.sampler.rollout_batch,
@@ -183,7 +186,7 @@ class Trainer:
 
     def collect(self) -> Experience:
         """What one epoch learns from. Noise and subsets follow from the seed and the epoch: a repetition has the same."""
-        with self.telemetry.phase("prompts"), agree():
+        with self.telemetry.phase("prompts"), agree():  # prompts may have to come from far
             prompts = self.stream.epoch(self.state.epoch)
             embeddings = self.encode(prompts)
         trajectories = self.sample(prompts, embeddings)
@@ -285,6 +288,8 @@ class Trainer:
         )  # fmt: skip
         finished, drawn = self.stream.position(state.epoch)
         position = {"position/pass": finished, "position/prompt": drawn}
+        if state.skipped_shards is not None:
+            position["skipped_shards"] = len(state.skipped_shards)
         self.telemetry.log_epoch(epoch, epoch_metrics(experience, report) | position, count)
         self.watch.check_updates(epoch, report)
 
@@ -309,6 +314,9 @@ class Trainer:
         say, state = self.telemetry.message, self.state
         for note in (*self.job.family.notes, *self.job.step_lines()):
             say(note)
+        for file in state.skipped_shards or ():
+            place = self.job.train_prompts.directory.place(file)
+            say(f"prompts.on_corrupt skip: prompt shard {place} is damaged, and no pass over the set has its prompts")
         say(self.memory_plan.table())
         say(str(self.acceleration))
         if self.output is not None and distributed.is_main():
@@ -526,3 +534,15 @@ class Trainer:
                 fault = str(error)  # and not the error, whose traceback may hold what the memory is full of
                 break
         self.watch.stop(f"{fault}; stopped in {what}")
+
+
+def whole_shards(prompts: PromptSet, state: TrainState) -> PromptSet:
+    """The trained set without its damaged shards. Rank 0 looks for them before the first epoch; from then on they are these.
+
+    Raises: UserError.
+    """
+    if state.skipped_shards is None:
+        with agree():
+            found = prompts.corrupt_shards() if distributed.is_main() else []
+        state.skipped_shards = distributed.from_main(found)
+    return prompts.without(state.skipped_shards)

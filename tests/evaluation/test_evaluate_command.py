@@ -25,6 +25,7 @@ from prdp_fast import cli
 from prdp_fast.commands import evaluate as evaluate_command
 from prdp_fast.config.load import load_recipe
 from prdp_fast.config.recipe import PromptSettings
+from prdp_fast.core.errors import UserError
 from prdp_fast.evaluation import run as evaluation_run
 from prdp_fast.evaluation.blocks import BlockName, EvaluationDirectory
 from prdp_fast.evaluation.plan import Model, find_set, parse_reward, plan_evaluation
@@ -417,6 +418,10 @@ def test_sets_are_found_as_the_recipe_means_them():
     assert find_set("animals:train", prompts) == ("animals", "train", None)
     assert find_set("seen", prompts.model_copy(update={"limit": 7})) == ("scenes", "train", 7)
     assert find_set("some/where.txt", None) == ("some/where.txt", "train", None)
+    assert find_set("http://host:80/mine:train", prompts) == ("http://host:80/mine", "train", None)
+    for url in ("s3://bucket/mine", "http://host:80/mine"):
+        with pytest.raises(UserError, match=f"'{url}' names no set; expected SOURCE:NAME, e.g. {url}:unseen_eval"):
+            find_set(url, prompts)
 
 
 @pytest.mark.parametrize(("asked", "expected"), [(None, "DDIMScheduler"), ("DDPMScheduler", "DDPMScheduler")])

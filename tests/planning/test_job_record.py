@@ -12,6 +12,7 @@ import pytest
 from prdp_fast.config.load import load_recipe
 from prdp_fast.core.errors import UserError
 from prdp_fast.planning.job import Job, complete_record
+from prdp_fast.prompts.directory import LocalDirectory
 from prdp_fast.world import TINY
 
 REWARD = "def score(images, prompts): return images.float().mean((1, 2, 3))\n"
@@ -111,7 +112,7 @@ def test_a_file_that_cannot_be_read_is_a_line(files: Path) -> None:
     path = next((files / "model" / "unet").glob("*.safetensors"))
     os.chmod(path, 0)
     if os.access(path, os.R_OK):  # as root
-        job.train_prompts.directory = files
+        job.train_prompts.directory = LocalDirectory(files)
         job.settings.prompts.__dict__["stored_embeddings"] = True
     with pytest.raises(UserError, match=r"the files of the job cannot be read: .*: .*; check the paths"):
         job.content()

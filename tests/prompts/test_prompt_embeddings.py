@@ -95,7 +95,7 @@ def test_other_prompts_and_damage_are_noticed(directory: Path) -> None:
     with pytest.raises(UserError, match=r"embeddings-00001.safetensors is missing or has another size.*run 'prdp embed' again"):
         StoredEmbeddings.open(directory)
     write_embeddings(directory, encode, model="test")  # what was there before is gone
-    assert len(list(directory.glob("embeddings-*"))) == 2 and verify(directory) == []
+    assert len(list(directory.glob("embeddings-*"))) == 3 and verify(directory) == []
     index = (directory / "index.json").read_text()
     (directory / "index.json").write_text(index.replace('"version": "test"', '"version": "other"'))
     with pytest.raises(UserError, match="is of prompts test, the shards are other"):

@@ -152,11 +152,14 @@ def test_numbers_that_do_not_fit(small_directory: Path, settings: dict[str, int]
 
 
 @pytest.mark.parametrize(
-    "source", ["pipe:touch pwned", "https://example.org/prompts", "s3://bucket/prompts", "file:prompts.txt", "hf://x/y.txt"]
-)
-def test_urls_are_refused(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    "source",
+    ["pipe:touch pwned", "pipe://touch pwned", "file:prompts.txt", "file:///tmp", "local:///tmp", "hf://x/y.txt", "reference://x",
+     "zip://index.json::https://x/y.zip", "simplecache::https://x/y", "https://x/y::file:///tmp", "ftp://x/y", "memory://x/y",
+     "s3:bucket/x"],
+)  # fmt: skip
+def test_urls_of_other_kinds_are_refused(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"is a URL.*on this machine"):
+    with pytest.raises(UserError, match=r"is a URL of a kind that is not read; expected https://.*on this machine"):
         PromptSet.open(source, "train")
     assert not list(tmp_path.iterdir())
 

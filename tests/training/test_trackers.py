@@ -236,10 +236,14 @@ def test_a_resumed_run_may_be_tracked_otherwise() -> None:
 
 def test_the_recipe_that_trackers_get_has_no_address_and_no_place() -> None:
     rewards = "[{name: http, options: {url: 'http://scorer.internal', token_env: PRDP_T}}]"
-    settings = load_recipe("smoke", [f"rewards={rewards}", "model.pretrained=/data/me/model", "tracking.mlflow.uri=http://mine"])
+    settings = load_recipe(
+        "smoke",
+        [f"rewards={rewards}", "model.pretrained=/data/me/model", "tracking.mlflow.uri=http://mine",
+         "prompts.source=s3://internal-bucket/set", "prompts.cache_dir=/data/me/cache"],
+    )  # fmt: skip
     text = json.dumps(recipe_for_others(settings.model_dump(mode="json")))
     assert "internal" not in text and "PRDP_T" not in text and "/data/me" not in text and "mine" not in text
-    assert '"pretrained": "model"' in text
+    assert '"pretrained": "model"' in text and '"source": "set"' in text
 
 
 def test_ids_are_part_of_the_state() -> None:
