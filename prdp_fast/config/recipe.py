@@ -293,13 +293,21 @@ class CheckpointSettings(Section):
     keep_every: int | None = Field(None, ge=1, description="every so manieth checkpoint stays too; null: none")
     keep_best: str | None = Field(
         None,
-        pattern=r"^evaluation/(seen|unseen)(/held/.+)?$",
         description="the checkpoint with the highest value of this metric of evaluations stays too, e.g. evaluation/unseen, or "
         "evaluation/unseen/held/NAME of a reward that is held out; one is saved when an evaluation is the best so far",
     )
     async_save: Switch = Field(
         "auto", description="training stands still for a copy to host memory, which is then written; auto: where that has room"
     )
+
+    @field_validator("keep_best")
+    @classmethod
+    def _check_metric(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"evaluation/(seen|unseen)(/held/.+)?", value):
+            raise ValueError(
+                f"{value!r}; expected evaluation/seen or evaluation/unseen, or one of these with /held/NAME behind it"
+            )
+        return value
 
 
 class Settings(Section):

@@ -31,7 +31,7 @@ class HostCopies:
     def take(self, value: Any) -> Any:
         """Nested dicts and lists with all tensors in host memory; tensors that share a storage go on to share one.
 
-        A GPU may not be done with it before `finish`. `torch.save` writes of it the bytes that it would write of `value`.
+        A GPU may not be done with it before `finish`. `torch.save` writes the bytes that it would write of `value` on a CPU.
         """
         memo: dict[int, Any] = {}
         storages: dict[int, torch.Tensor] = {}

@@ -372,14 +372,13 @@ class Trainer:
     def saved_if_stopped(self) -> Iterator[None]:
         """A stop leaves a checkpoint of the last finished epoch, in whose weights a run is wherever it may be stopped.
 
-        Another end of every rank waits for the checkpoint that is on its way.
+        An error that every rank has waits for the checkpoint that is on its way.
         """
         try:
             yield
-        except OneRankError:
-            raise  # the others are somewhere else
-        except UserError:
-            self.watch.settle()
+        except Exception as error:
+            if self.job.world_size == 1 or (isinstance(error, UserError) and not isinstance(error, OneRankError)):
+                self.watch.settle()
             raise
         except Stopped as stop:
             ranks.enter("checkpoint", self.state.epoch)
