@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,41 @@ def main() -> None:
         distributed.barrier()
         return result
 
+    def behind(number: int, error: Exception | None) -> dict[str, Any]:
+        """Written while the ranks' main threads are in collectives of their own; one rank is slow, and may fail."""
+        run = folder / f"behind-{number}-{error is not None}"
+        checkpoints, go_on = Checkpoints(run, keep=1), threading.Event()
+        assert checkpoints.save(TrainState(epoch=1), write) is None
+
+        def copy(directory: Path) -> Any:
+            def write_later() -> list[Path]:
+                if rank == number:
+                    go_on.wait()
+                    if error is not None:
+                        raise error
+                return write(directory)
+
+            return write_later
+
+        begun = checkpoints.save_behind(TrainState(epoch=2), copy)
+        sums = [distributed.all_reduce([float(step)])[0] for step in range(200)]
+        early, newest = checkpoints.settle(wait=False), checkpoints.newest
+        distributed.barrier()
+        meanwhile = names(run)
+        distributed.barrier()
+        go_on.set()
+        fault = checkpoints.settle(wait=True)
+        result = {
+            "begun": distributed.gather_objects(begun), "early": distributed.gather_objects([early, newest and newest.name]),
+            "sums": sums == [float(step * distributed.world_size()) for step in range(200)], "meanwhile": meanwhile,
+            "faults": distributed.gather_objects(fault), "names": names(run),
+            "newest": distributed.gather_objects(checkpoints.newest and checkpoints.newest.name),
+        }  # fmt: skip
+        distributed.barrier()
+        again = Checkpoints(run, keep=1).choose()
+        result["again"] = distributed.gather_objects(again.epoch)
+        return result
+
     results = {"none": case("none", [])}
     for file in FILES:
         for kind in KINDS:
@@ -97,6 +133,8 @@ def main() -> None:
     results["all"] = case("all", [(f"epoch-00000{number}", "weights.pt", "cut") for number in (1, 2, 3)])
     for number in range(distributed.world_size()):
         results[f"full {number}"] = full_disk(number)
+        results[f"behind {number}"] = behind(number, None)
+        results[f"behind full {number}"] = behind(number, OSError(28, "No space left on device"))
     if rank == 0:
         (folder / "results.json").write_text(json.dumps(results))
     distributed.shutdown()

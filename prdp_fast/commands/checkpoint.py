@@ -4,11 +4,13 @@
     prdp checkpoint verify RUN
     prdp checkpoint export RUN DIR
     prdp checkpoint export RUN/checkpoints/epoch-000050 DIR
+    prdp checkpoint export RUN DIR --best
     prdp checkpoint consolidate RUN FILE.safetensors
 
 `list` looks at names and sizes, `verify` at the contents too; the exit status is 1 if a checkpoint is damaged. `export` writes
 the directory that the run would export at its end, `consolidate` the trained weights alone, float32 in one file. Of a run the
-newest whole checkpoint is taken, of it the moving average where one is kept. The run stays as it is, and a job may be running.
+newest whole checkpoint is taken, or that of its best evaluation (`checkpoint.keep_best`); of it the moving average where one is
+kept. The run stays as it is, and a job may be running.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action.add_argument("run", type=Path, metavar="RUN[/CHECKPOINT]", help="a run directory, or one of its checkpoints")
         action.add_argument("target", type=Path, metavar=target, help=what)
         action.add_argument("--last", action="store_true", help="the weights themselves where their moving average is kept")
+        action.add_argument("--best", action="store_true", help="of RUN, the checkpoint with the best evaluation")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,7 +56,7 @@ def take_out(args: argparse.Namespace) -> int:
     """Prints what was taken, and last the path of what was written. Raises: UserError."""
     from prdp_fast.training import extract  # torch and diffusers, which the others do without
 
-    taken = extract.extract(args.run, last=args.last)
+    taken = extract.extract(args.run, last=args.last, best=args.best)
     (extract.export if args.action == "export" else extract.consolidate)(taken, args.target)
     print(taken, args.target, sep="\n")
     return 0
@@ -64,12 +67,13 @@ def table(args: argparse.Namespace) -> int:
     if not (args.run / RUN).is_file():
         raise UserError(f"{args.run} is no run directory ({RUN} is missing); give the path that training printed last")
     directory = args.run / CHECKPOINTS
+    best = checkpoint_files.find_best(directory)
     rows, damaged = [], False
     for checkpoint in checkpoint_files.find(directory):
         files, fault = checkpoint_files.look(checkpoint)
         if fault is None and args.action == "verify":
             fault = checkpoint_files.content_fault(checkpoint, sorted(files.items()))
-        line = row(checkpoint, f"DAMAGED: {fault}" if fault else sound(checkpoint, args.action))
+        line = row(checkpoint, f"DAMAGED: {fault}" if fault else sound(checkpoint, args.action, best))
         if checkpoint.exists():  # otherwise a job that runs has replaced it meanwhile
             damaged |= fault is not None
             rows.append(line)
@@ -91,9 +95,11 @@ def row(checkpoint: Path, state: str) -> tuple[str, str, str, str]:
     return str(checkpoint_files.epoch_of(checkpoint)), str(len(sizes)), format_bytes(sum(sizes)), state
 
 
-def sound(checkpoint: Path, action: str) -> str:
-    """What is known of a checkpoint without a fault."""
+def sound(checkpoint: Path, action: str, best: Path | None) -> str:
+    """What is known of a checkpoint without a fault. Args: best: the one with the best evaluation."""
     if not (checkpoint / checkpoint_files.MANIFEST).exists():
         return "sizes are right; of an earlier version, which wrote no hashes"
     kept = ", kept for good" if checkpoint_files.outlives(checkpoint) else ""
-    return ("whole" if action == "verify" else "sizes are right") + kept
+    mark = checkpoint_files.best_of(checkpoint) if checkpoint == best else None
+    evaluated = f", best {mark.metric}: {mark.value:.6g}" if mark else ""
+    return ("whole" if action == "verify" else "sizes are right") + kept + evaluated

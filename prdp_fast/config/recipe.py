@@ -302,6 +302,23 @@ class CheckpointSettings(Section):
     every: int = Field(50, ge=1, description="epochs")
     keep: int = Field(2, ge=1, description="the newest this many stay")
     keep_every: int | None = Field(None, ge=1, description="every so manieth checkpoint stays too; null: none")
+    keep_best: str | None = Field(
+        None,
+        description="the checkpoint with the highest value of this metric of evaluations stays too, e.g. evaluation/unseen, or "
+        "evaluation/unseen/held/NAME of a reward that is held out; one is saved when an evaluation is the best so far",
+    )
+    async_save: Switch = Field(
+        "auto", description="training stands still for a copy to host memory, which is then written; auto: where that has room"
+    )
+
+    @field_validator("keep_best")
+    @classmethod
+    def _check_metric(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"evaluation/(seen|unseen)(/held/.+)?", value):
+            raise ValueError(
+                f"{value!r}; expected evaluation/seen or evaluation/unseen, or one of these with /held/NAME behind it"
+            )
+        return value
 
 
 class Settings(Section):
@@ -325,6 +342,20 @@ class Settings(Section):
     def _check_reference(self) -> Settings:
         if getattr(self.objective, "reference", None) == "moving_average" and self.model.ema_decay is None:
             raise ValueError("objective.reference 'moving_average' without model.ema_decay; set it, to 0.99 say")
+        return self
+
+    @model_validator(mode="after")
+    def _check_best(self) -> Settings:
+        metric, evaluation = self.checkpoint.keep_best, self.evaluation
+        if metric is None:
+            return self
+        if not evaluation.every or not evaluation.prompts:
+            name = "prompts" if evaluation.every else "every"
+            raise ValueError(f"checkpoint.keep_best {metric!r} with evaluation.{name} 0, without evaluations; set that above 0")
+        held, named = [reward.name for reward in evaluation.rewards], metric.partition("/held/")[2]
+        if named and named not in held:
+            known = f"expected one of {', '.join(held)}" if held else "there are none"
+            raise ValueError(f"checkpoint.keep_best {metric!r}: {named!r} is no reward of evaluation.rewards; {known}")
         return self
 
     @property

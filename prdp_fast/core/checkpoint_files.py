@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -35,6 +35,14 @@ class Written:
 
     size: int
     sha256: str | None  # None in checkpoints of earlier versions
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best evaluation of a run so far. A checkpoint was saved for it at once, or as soon as one could be."""
+
+    metric: str  # "evaluation/unseen"
+    value: float
 
 
 Files = dict[str, Written]  # by path in the checkpoint
@@ -79,15 +87,19 @@ def measure(path: Path) -> Written:
     return Written(size, sha256)
 
 
-def write_manifest(checkpoint: Path, files: Files, *, kept: bool) -> None:
+def write_manifest(checkpoint: Path, files: Files, *, kept: bool, best: Best | None = None) -> None:
     """The last file of a checkpoint; the others are on the disk already. Raises: OSError.
 
-    Args: kept: it outlives newer ones.
+    Args:
+        kept: it outlives newer ones.
+        best: it outlives them until another one has a better evaluation.
     """
     for folder in {checkpoint / parent for name in files for parent in PurePosixPath(name).parents}:
         sync_directory(folder)
     entries = {name: {"bytes": file.size, HASH: file.sha256} for name, file in sorted(files.items())}
-    content = {"version": VERSION, "kept": kept, "files": entries}
+    content: dict[str, Any] = {"version": VERSION, "kept": kept, "files": entries}
+    if best is not None:
+        content["best"] = asdict(best)
     write_json(checkpoint / MANIFEST, content | {HASH: _digest(content)})
 
 
@@ -100,14 +112,7 @@ def _digest(content: dict[str, Any]) -> str:
 
 def read_manifest(checkpoint: Path) -> tuple[Files, bool]:
     """Its files, and whether it outlives newer ones. Raises: OSError, ValueError if it is damaged."""
-    found = read_json(checkpoint / MANIFEST)
-    if not isinstance(found, dict):
-        raise ValueError("it is no JSON object")
-    if found.get("version") != VERSION:
-        raise ValueError(f"its version is {str(found.get('version'))[:20]}, expected {VERSION}")
-    content = {name: value for name, value in found.items() if name != HASH}
-    if found.get(HASH) != _digest(content):
-        raise ValueError(f"its own {HASH} is not that of its content")
+    content = _content(checkpoint)
     files: Files = {}
     try:
         for name, entry in content["files"].items():
@@ -120,12 +125,45 @@ def read_manifest(checkpoint: Path) -> tuple[Files, bool]:
         raise ValueError(f"it is incomplete ({error!r})") from None
 
 
+def _content(checkpoint: Path) -> dict[str, Any]:
+    """Of a manifest, whose own hash is right. Raises: OSError, ValueError."""
+    found = read_json(checkpoint / MANIFEST)
+    if not isinstance(found, dict):
+        raise ValueError("it is no JSON object")
+    if found.get("version") != VERSION:
+        raise ValueError(f"its version is {str(found.get('version'))[:20]}, expected {VERSION}")
+    content = {name: value for name, value in found.items() if name != HASH}
+    if found.get(HASH) != _digest(content):
+        raise ValueError(f"its own {HASH} is not that of its content")
+    return content
+
+
 def outlives(checkpoint: Path) -> bool:
     """Whether a checkpoint is kept beside the newest ones."""
     try:
         return read_manifest(checkpoint)[1]
     except (OSError, ValueError):
         return False
+
+
+def best_of(checkpoint: Path) -> Best | None:
+    """What a checkpoint was the best by when it was saved; None if it was not."""
+    try:
+        found = _content(checkpoint)["best"]
+        return Best(str(found["metric"]), float(found["value"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def find_best(directory: Path, metric: str | None = None) -> Path | None:
+    """The checkpoint with the best evaluation of a run, whole or not.
+
+    Args: metric: None: the one that the newest checkpoint with a best evaluation has.
+    """
+    found = [(path, best) for path in find(directory) if (best := best_of(path)) is not None]
+    if metric is None and found:
+        metric = found[-1][1].metric
+    return max((one for one in found if one[1].metric == metric), key=lambda one: one[1].value, default=(None, None))[0]
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

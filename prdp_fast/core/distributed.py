@@ -5,7 +5,9 @@ Torch alone: DeepSpeed joins the group later, in the engine.
 
 from __future__ import annotations
 
+import json
 import os
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -18,6 +20,7 @@ from prdp_fast.core.errors import UserError
 
 _OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
+LOOK_S = 0.1  # between two looks for what other ranks have left
 GROUP_MARGIN_S = 60.0  # after the ranks' own patience, which says more: the group's timeout is for what has no other
 
 # Reduces a few numbers over all ranks: `all_reduce` below, or a stand-in of a single process.
@@ -148,3 +151,27 @@ def gather_objects(value: Any) -> list[Any]:
 def from_main(value: Any) -> Any:
     """Rank 0's value, on every rank. Every rank calls this."""
     return gather_objects(value)[0]
+
+
+# Between threads of the ranks, while their main threads train: no collective, whose order the main threads decide about.
+
+
+def leave(key: str, value: Any) -> None:
+    """Leave a value of JSON for rank 0, under a key that nothing else has in the life of the job."""
+    _store().set(f"{key}/{rank()}", json.dumps(value))
+
+
+def collect(key: str) -> list[Any]:
+    """What every rank has left under a key, in rank order, once all have. Rank 0 alone calls this."""
+    store, keys = _store(), [f"{key}/{number}" for number in range(dist.get_world_size())]
+    while not store.check(keys):  # `wait` would keep others of this process from the store meanwhile
+        time.sleep(LOOK_S)
+    values = [json.loads(store.get(one)) for one in keys]
+    for one in keys:
+        store.delete_key(one)
+    return values
+
+
+def _store() -> dist.Store:
+    """Where the ranks have met. It needs no file system that they share."""
+    return dist.distributed_c10d._get_default_store()

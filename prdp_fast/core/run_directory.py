@@ -36,8 +36,9 @@ MAY_CHANGE = (
     "schedule.epochs", "schedule.time_limit_minutes", "schedule.on_failure", "schedule.max_repeats",
     "schedule.reward_timeout_s", "schedule.stop_after", "schedule.collective_timeout_minutes", "schedule.max_skipped_updates",
     "schedule.max_nonfinite_epochs", "schedule.micro_batch", "sampler.rollout_batch", "performance.activation_checkpointing",
-    "checkpoint.every", "checkpoint.keep", "checkpoint.keep_every", "model.push_to_hub", "performance.coalesce_gradients",
-    "tracking", "prompts.cache_dir", "prompts.cache_gb", "prompts.fetch_timeout_s",
+    "checkpoint.every", "checkpoint.keep", "checkpoint.keep_every", "checkpoint.keep_best", "checkpoint.async_save",
+    "model.push_to_hub", "performance.coalesce_gradients", "tracking", "prompts.cache_dir", "prompts.cache_gb",
+    "prompts.fetch_timeout_s",
 )  # fmt: skip
 # Of these, what other sums come of: the user is told.
 ROUNDS = ("schedule.micro_batch", "sampler.rollout_batch", "performance.coalesce_gradients")

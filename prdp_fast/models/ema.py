@@ -23,6 +23,11 @@ def rate(updates: int, decay: float) -> float:
     return min(decay, (1 + updates) / (10 + updates))
 
 
+def write_averages(averages: list[torch.Tensor], path: Path) -> None:
+    """What `Average.load` reads."""
+    save_file({str(number): average.contiguous() for number, average in enumerate(averages)}, path)
+
+
 class Average:
     """The average of some float32 tensors, which begins as they are."""
 
@@ -45,9 +50,6 @@ class Average:
             kept = weight.clone()
             weight.copy_(average)
             average.copy_(kept)
-
-    def save(self, path: Path) -> None:
-        save_file({str(number): average.contiguous() for number, average in enumerate(self.averages)}, path)
 
     def load(self, path: Path) -> None:
         """Raises: UserError if the file is missing, damaged or of other weights."""

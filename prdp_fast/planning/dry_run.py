@@ -11,7 +11,7 @@ from prdp_fast.core.errors import UserError
 from prdp_fast.core.format import format_bytes
 from prdp_fast.planning import cost
 from prdp_fast.planning.job import Job
-from prdp_fast.planning.memory import Footprint, fake_activations, free_bytes, plan_memory
+from prdp_fast.planning.memory import Footprint, choose_async_save, fake_activations, free_bytes, plan_memory
 from prdp_fast.planning.micro_batch import CPU_MICRO_BATCH, choose_micro_batch
 
 
@@ -50,7 +50,10 @@ def memory_lines(job: Job, *, cuda: bool) -> list[str]:
     footprint = replace(job.footprint(cuda=cuda), activations=activations)
     available = free_bytes(torch.device("cuda" if cuda else "cpu"), distributed.local_ranks())
     size, about = planned_micro_batch(job, footprint, available, cuda=cuda)
-    plan = plan_memory(replace(footprint, micro_batch=size))
+    _, plan = choose_async_save(
+        job.settings.checkpoint.async_save, plan_memory(replace(footprint, micro_batch=size)), footprint, available,
+        free_bytes(torch.device("cpu"), distributed.local_ranks()), agree=bool,
+    )  # fmt: skip
     each = f" (2 {job.family.denoiser_title} rows each with guidance)" if job.evaluations == 2 else ""
     verdict = "fits" if plan.fits(available) else "may not fit"
     return [

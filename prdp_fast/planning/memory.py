@@ -169,6 +169,7 @@ class Footprint:
     averaged: bool = False  # a moving average of what is trained
     on_cpu: bool = False  # the device is the host
     denoiser_buffers: int = 0  # numbers beside the weights, which no stage divides
+    async_save: bool = False  # what a checkpoint consists of is copied, see `choose_async_save`
 
     @property
     def trained_parameters(self) -> int:
@@ -206,6 +207,7 @@ class Footprint:
             averaged=settings.model.ema_decay is not None,
             on_cpu=not cuda,
             denoiser_buffers=shapes.denoiser_buffers,
+            async_save=settings.checkpoint.async_save == "on",
         )
 
 
@@ -289,7 +291,37 @@ def plan_memory(job: Footprint) -> MemoryPlan:
     items.append(Item("activations", job.activations.training(job.micro_batch * job.evaluations), when="update"))
     sampled = min(job.rollout_batch, job.rows) * job.evaluations
     items.append(Item("activations of the rollout", job.activations.sampling(sampled), when="rollout"))
+    if job.async_save:
+        items.append(copy_of_checkpoint(job))
     return MemoryPlan(tuple(items))
+
+
+def copy_of_checkpoint(job: Footprint) -> Item:
+    """What rank 0 writes of a checkpoint, more than any other rank. Once made, the room for it stays."""
+    stage, trained = job.stage, job.trained_parameters
+    stepped = -(-trained // job.world_size) if stage > 0 else trained
+    weights = (trained if stage < 3 else 0) + job.denoiser_buffers
+    masters = 1 if stage > 0 else 0
+    size = weights * job.dtype.itemsize + (2 + masters + job.averaged) * stepped * FLOAT32
+    return Item("copy that a checkpoint is written of", size, "device" if job.on_cpu else "host")
+
+
+def choose_async_save(
+    wanted: str, plan: MemoryPlan, job: Footprint, available: float, host: float, *, agree: Callable[[bool], bool]
+) -> tuple[bool, MemoryPlan]:
+    """Whether checkpoints are written while training goes on.
+
+    Args:
+        wanted: the recipe's `checkpoint.async_save`; auto: where there is room for the copy.
+        plan: of `job`.
+        available, host: free bytes of the device, and of the host, for this rank.
+        agree: whether it is true on all ranks.
+    Returns: it, and the plan with the copy if there is one.
+    """
+    if wanted != "auto":
+        return wanted == "on", plan
+    with_copy = MemoryPlan((*plan.items, copy_of_checkpoint(job)))
+    return (True, with_copy) if agree(with_copy.fits(available, host)) else (False, plan)
 
 
 def free_bytes(device: torch.device, local_ranks: int = 1) -> int:

@@ -2,19 +2,26 @@
 
 A checkpoint is written into a hidden sibling and renamed when it is whole and on the disk. What a copy or a disk makes of it
 afterwards is found before anything of it is used: every file is read and compared with the manifest.
+
+Training need not wait for the disk. Each rank copies its shard, a thread of each rank writes the copy, and rank 0's thread makes
+the checkpoint whole when it has word of all. These threads take part in no collective: the main threads are somewhere else in
+theirs. What has become of a checkpoint the ranks agree on in `settle`, which the main threads call at the same points.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from prdp_fast.core import checkpoint_files, distributed, environment
-from prdp_fast.core.checkpoint_files import Files
+from prdp_fast.core import checkpoint_files, distributed, environment, ranks
+from prdp_fast.core.checkpoint_files import Best, Files, Written
 from prdp_fast.core.errors import OneRankError, UserError, brief
 from prdp_fast.core.files import partial_path, sync_directory, write_json
 from prdp_fast.core.format import format_bytes
@@ -27,22 +34,30 @@ MOST_NAMED = 3  # faults in one line
 
 
 class Checkpoints:
-    """Those of one run: the newest few, and milestones.
+    """Those of one run: the newest few, milestones, and the best.
 
     Every rank calls every method, unless it says otherwise. `newest` is the checkpoint that the run stands at: the one that it
     went on from, or the last that it saved.
     """
 
-    def __init__(self, run_directory: Path | None, *, keep: int, milestone: int | None = None) -> None:
+    def __init__(
+        self, run_directory: Path | None, *, keep: int, milestone: int | None = None, keep_best: str | None = None
+    ) -> None:
         """
         Args:
             run_directory: None keeps none.
             keep: the newest this many stay.
             milestone: a checkpoint after a multiple of so many epochs stays too.
+            keep_best: a metric; the checkpoint with its highest value stays too, see `evaluated`.
         """
         self.directory = None if run_directory is None else run_directory / CHECKPOINTS
-        self.keep, self.milestone = keep, milestone
+        self.keep, self.milestone, self.keep_best = keep, milestone, keep_best
         self.newest: Path | None = None
+        self.best: Best | None = None  # evaluation so far
+        self.best_is_saved = True
+        self.behind: Writing | None = None  # what is on its way while training goes on
+        self.begun = 0
+        self.thread = ThreadPoolExecutor(1, "checkpoint")
         if self.directory is not None and distributed.is_main():
             self.directory.mkdir(parents=True, exist_ok=True)
             for leftover in self.directory.glob(".*.partial"):
@@ -81,7 +96,8 @@ class Checkpoints:
             )
             if distributed.is_main():
                 self.set_aside(checkpoint)
-        distributed.barrier()
+        best = checkpoint_files.find_best(self.directory, self.keep_best) if self.keep_best and distributed.is_main() else None
+        self.best = distributed.from_main(best and checkpoint_files.best_of(best))
         return state
 
     def examine(self, checkpoint: Path) -> str | None:
@@ -155,79 +171,158 @@ class Checkpoints:
 
     # Written.
 
-    def save(self, state: TrainState, save_engine: Callable[[Path], list[Path]]) -> str | None:
+    def evaluated(self, value: float) -> bool:
+        """Note an evaluation by the metric that `keep_best` names.
+
+        Returns: whether it is the best so far. What is saved next is kept for it, until another one is better.
         """
+        assert self.keep_best is not None
+        value = distributed.from_main(value)
+        if not math.isfinite(value) or (self.best is not None and value <= self.best.value):
+            return False
+        self.best, self.best_is_saved = Best(self.keep_best, value), False
+        return True
+
+    def save(self, state: TrainState, save_engine: Callable[[Path], list[Path]]) -> str | None:
+        """Write a checkpoint, and wait for it. None may be on its way, see `settle`.
+
         Args: save_engine: writes this rank's shard into a directory and returns its files. It raises an OSError only after the
             last collective of what it calls.
         Returns: why that cannot be done, the same on every rank; earlier checkpoints are as they were then. None if it is done.
         """
-        if self.directory is None:
-            return None
-        final = self.directory / checkpoint_files.name_of(state.epoch)
-        partial = partial_path(final)
-        if final == self.newest:  # a finished run resumed, or a stop right after a periodic checkpoint: nothing is newer
-            return None
+        one, fault = self.begin(state)
+        if one is None:
+            return fault
+        parts, fault = together(lambda: finish_files(one.partial, save_engine(one.partial)))
+        return self.end(one, self.conclude(one, parts, fault) if distributed.is_main() else None)
 
-        def begin() -> None:
-            if distributed.is_main():
-                partial.mkdir()
+    def save_behind(self, state: TrainState, copy_engine: Callable[[Path], Callable[[], list[Path]]]) -> str | None:
+        """Copy what a checkpoint consists of. A thread of each rank writes it while training goes on, until `settle`.
 
-        def write() -> Files:
-            own = save_engine(partial)
-            return {path.relative_to(partial).as_posix(): checkpoint_files.finish_file(path) for path in own}
-
-        def finish() -> None:
-            if distributed.is_main():
-                self.finish(partial, final, state, written)
-
-        _, fault = together(begin)
-        if fault is None:
-            parts, fault = together(write)
-            written = {name: file for part in parts if part for name, file in part.items()}
-        if fault is None:
-            _, fault = together(finish)
+        Args: copy_engine: copies this rank's shard. It returns what writes that into the directory and returns its files, and
+            raises as `save_engine` does.
+        Returns: why that cannot be done, the same on every rank; None if it is on its way.
+        """
+        one, fault = self.begin(state)
+        if one is None:
+            return fault
+        writers: list[Callable[[], list[Path]]] = []
+        _, fault = together(lambda: writers.append(copy_engine(one.partial)))
         if fault is not None:
-            return self.given_up(partial, final, fault)
-        self.newest = final
+            return self.end(one, self.conclude(one, [], fault) if distributed.is_main() else None)
+        self.behind = one
+        one.own = self.thread.submit(self.write, one, writers[0])
         if distributed.is_main():
-            self.prune(state.epoch)
-        distributed.barrier()
+            one.outcome = self.thread.submit(lambda: self.conclude(one, *one.parts()))
         return None
 
-    def finish(self, partial: Path, final: Path, state: TrainState, written: Files) -> None:
+    def settle(self, *, wait: bool) -> str | None:
+        """Note what has become of the checkpoint that is on its way, if there is one.
+
+        Args: wait: for its end; otherwise it may go on.
+        Returns: why it cannot be written, as `save` does. None if it is, or is still on its way.
+        """
+        one = self.behind
+        if one is None or not (wait or distributed.from_main(one.outcome is not None and one.outcome.done())):
+            return None
+        assert one.own is not None
+        one.own.result()  # first: of a rank whose disk hangs the others say that it does not come
+        fault = None
+        if one.outcome is not None:
+            with ranks.waiting("the writing of a checkpoint"):
+                fault = one.outcome.result()
+        self.behind = None
+        return self.end(one, fault)
+
+    def begin(self, state: TrainState) -> tuple[Writing | None, str | None]:
+        """Make the directory of a checkpoint. Returns: it, None if there is nothing to write; and why it cannot be made."""
+        assert self.behind is None, "the one before is not settled"
+        if self.directory is None:
+            return None, None
+        final = self.directory / checkpoint_files.name_of(state.epoch)
+        if final == self.newest:  # a finished run resumed, or a stop right after a periodic checkpoint: nothing is newer
+            return None, None
+        self.begun += 1
+        one = Writing(
+            partial_path(final), final, state.epoch, state.state_dict(), None if self.best_is_saved else self.best,
+            f"checkpoint/{self.begun}",
+        )  # fmt: skip
+        _, fault = together(lambda: one.partial.mkdir() if distributed.is_main() else None)
+        if fault is None:
+            return one, None
+        return None, self.end(one, self.conclude(one, [], fault) if distributed.is_main() else None)
+
+    def end(self, one: Writing, fault: str | None) -> str | None:
+        """Args: fault: of rank 0. Returns: it, on every rank."""
+        fault = distributed.from_main(fault)
+        if fault is None:
+            self.newest = one.final
+            self.best_is_saved |= one.best == self.best
+        return fault
+
+    # In a thread of each rank, or where every rank waits for it.
+
+    def write(self, one: Writing, write: Callable[[], list[Path]]) -> None:
+        """This rank's files, and word of them to rank 0."""
+        part, fault = None, None
+        try:
+            part = finish_files(one.partial, write())
+        except Exception as error:  # of the disk, and what torch and safetensors say of it
+            fault = fault_of(error)
+        distributed.leave(one.key, [part and {name: [file.size, file.sha256] for name, file in part.items()}, fault])
+
+    def conclude(self, one: Writing, parts: Sequence[Files | None], fault: str | None) -> str | None:
+        """Make a checkpoint of what the ranks have written, or remove it. Rank 0 alone calls this.
+
+        Args:
+            parts: of every rank.
+            fault: the first one of a rank.
+        Returns: what is to be said of it if it cannot be written.
+        """
+        if fault is None:
+            try:
+                self.finish(one, {name: file for part in parts for name, file in (part or {}).items()})
+            except Exception as error:  # of the disk
+                fault = fault_of(error)
+        if fault is not None:
+            return self.given_up(one, fault)
+        self.prune(one.epoch)
+        return None
+
+    def finish(self, one: Writing, written: Files) -> None:
         """Make a checkpoint of what the ranks have written. Rank 0 alone calls this. Raises: OSError."""
-        state_file = partial / checkpoint_files.STATE
-        write_json(state_file, state.state_dict() | {checkpoint_files.PROVEN: True})
-        files = [path for path in partial.rglob("*") if path.is_file()]
-        names = {path.relative_to(partial).as_posix(): path for path in files}
+        write_json(one.partial / checkpoint_files.STATE, one.state | {checkpoint_files.PROVEN: True})
+        names = {path.relative_to(one.partial).as_posix(): path for path in one.partial.rglob("*") if path.is_file()}
         if elsewhere := next((name for name in sorted(written) if name not in names), None):
             raise OSError(f"{elsewhere} is on another machine; --output must be on a file system that all machines share")
         # What no rank speaks of: the state, and DeepSpeed's scripts.
         rest = {name: checkpoint_files.finish_file(path) for name, path in names.items() if name not in written}
-        kept = self.milestone is not None and state.epoch % self.milestone == 0
-        checkpoint_files.write_manifest(partial, written | rest, kept=kept)
-        if final.exists():  # from a copy, or of a time that the run has gone back from
-            self.set_aside(final)
-        partial.rename(final)
-        sync_directory(final.parent)  # before an older one is removed
+        kept = self.milestone is not None and one.epoch % self.milestone == 0
+        checkpoint_files.write_manifest(one.partial, written | rest, kept=kept, best=one.best)
+        if one.final.exists():  # from a copy, or of a time that the run has gone back from
+            self.set_aside(one.final)
+        one.partial.rename(one.final)
+        sync_directory(one.final.parent)  # before an older one is removed
 
-    def given_up(self, partial: Path, final: Path, fault: str) -> str:
-        """Remove what there is of a checkpoint that cannot be written. Returns: the line about it."""
+    def given_up(self, one: Writing, fault: str) -> str:
+        """Remove what there is of a checkpoint that cannot be written. Returns: the line about it. Rank 0 alone calls this."""
         room = "unknown"
-        if distributed.is_main():
-            try:
-                shutil.rmtree(partial, ignore_errors=True)
-                room = format_bytes(shutil.disk_usage(final.parent).free)
-            except OSError:  # of a disk that is gone
-                pass
-        room = distributed.from_main(room)
+        try:
+            shutil.rmtree(one.partial, ignore_errors=True)
+            room = format_bytes(shutil.disk_usage(one.final.parent).free)
+        except OSError:  # of a disk that is gone
+            pass
         last = f"the last whole one is {self.newest.name}" if self.newest else "there is none before it"
-        return f"checkpoint {final} cannot be written ({fault}; {room} free there); {last}"
+        return f"checkpoint {one.final} cannot be written ({fault}; {room} free there); {last}"
 
     def prune(self, epoch: int) -> None:
         """Remove what the checkpoint of `epoch` replaces. Rank 0 alone calls this."""
         assert self.directory is not None
-        old = [path for path in checkpoint_files.find(self.directory)[: -self.keep] if not checkpoint_files.outlives(path)]
+        best = checkpoint_files.find_best(self.directory, self.keep_best) if self.keep_best else None
+        old = [
+            path for path in checkpoint_files.find(self.directory)[: -self.keep]
+            if path != best and not checkpoint_files.outlives(path)
+        ]  # fmt: skip
         old += [path for path in checkpoint_files.find_damaged(self.directory) if checkpoint_files.epoch_of(path) <= epoch]
         try:
             for path in old:
@@ -241,6 +336,31 @@ class Checkpoints:
             )
 
 
+@dataclass
+class Writing:
+    """A checkpoint that is being written."""
+
+    partial: Path
+    final: Path
+    epoch: int
+    state: dict[str, Any]  # JSON, as it was at that moment
+    best: Best | None  # the evaluation that it is kept for
+    key: str  # under which ranks tell rank 0 what they have written
+    own: Future[None] | None = None  # of this rank's files
+    outcome: Future[str | None] | None = None  # on rank 0: None, or why it cannot be written
+
+    def parts(self) -> tuple[list[Files | None], str | None]:
+        """What every rank has written, once all have; and the first fault. Rank 0 alone calls this."""
+        found = distributed.collect(self.key)
+        parts = [part and {name: Written(*file) for name, file in part.items()} for part, _ in found]
+        return parts, next((fault for _, fault in found if fault), None)
+
+
+def finish_files(directory: Path, paths: list[Path]) -> Files:
+    """Bring files that were just written to the disk, and measure them. Raises: OSError."""
+    return {path.relative_to(directory).as_posix(): checkpoint_files.finish_file(path) for path in paths}
+
+
 def together(do: Callable[[], Result]) -> tuple[list[Result | None], str | None]:
     """Do something on every rank. One rank's failure is every rank's.
 
@@ -252,6 +372,11 @@ def together(do: Callable[[], Result]) -> tuple[list[Result | None], str | None]
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of the disk, and what torch and safetensors say of it
-        fault = brief(error) if distributed.world_size() == 1 else f"rank {distributed.rank()}: {brief(error)}"
+        fault = fault_of(error)
     gathered = distributed.gather_objects((result, fault))
     return [one for one, _ in gathered], next((one for _, one in gathered if one), None)
+
+
+def fault_of(error: Exception) -> str:
+    """In a few words, with the rank if there are several."""
+    return brief(error) if distributed.world_size() == 1 else f"rank {distributed.rank()}: {brief(error)}"

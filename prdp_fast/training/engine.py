@@ -33,8 +33,9 @@ from prdp_fast.config.deepspeed import DeepSpeedConfig
 from prdp_fast.config.recipe import OptimizerSettings
 from prdp_fast.core import distributed
 from prdp_fast.core.errors import OneRankError, UserError, brief
-from prdp_fast.models.ema import Average
+from prdp_fast.models.ema import Average, write_averages
 from prdp_fast.models.lora import adapter_off, has_adapter, trained_parameters
+from prdp_fast.training.host_copy import HostCopies
 from prdp_fast.training.reshard import OwnShards
 from prdp_fast.training.shards import ZERO, NotDataError, Shards, average_name
 
@@ -75,22 +76,25 @@ def set_master(parameter: nn.Parameter, value: torch.Tensor) -> None:
     safe_set_local_fp32_param(parameter, nn.functional.pad(own, (0, size - own.numel())))
 
 
-@contextlib.contextmanager
-def writing(engine: Any) -> Iterator[tuple[list[Path], list[str]]]:
-    """Around DeepSpeed's `save_checkpoint`: the files that it writes on this rank, and what went wrong with others.
+# What a rank does with a file of a checkpoint: `write(content, path)` writes it.
+Put = Callable[[Callable[[Any, Path], None], Any, Path], None]
 
-    It waits for the other ranks between its files. An error that left it there would leave them waiting, so what errors say is
-    kept until it has returned. The errors themselves are not: they would hold the file open, and with it its room on a full disk.
+
+@contextlib.contextmanager
+def putting(engine: Any, put: Put) -> Iterator[list[str]]:
+    """Around DeepSpeed's `save_checkpoint`: each file of this rank is given to `put`. Yields what went wrong.
+
+    DeepSpeed waits for the other ranks between its files. An error that left it there would leave them waiting, so what errors
+    say is kept until it has returned. The errors themselves are not: they would hold the file open, and with it its room on a
+    full disk.
     """
-    written: list[Path] = []
     faults: list[str] = []
 
-    def keeping(write: Callable[..., Any], path_of: Callable[..., list[Path]]) -> Callable[..., None]:
+    def keeping(do: Callable[..., Any]) -> Callable[..., None]:
         def call(*args: Any, **kwargs: Any) -> None:
             try:
                 if not faults:
-                    write(*args, **kwargs)
-                    written.extend(path_of(*args, **kwargs))
+                    do(*args, **kwargs)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # of the disk, and what torch says of it
@@ -99,10 +103,11 @@ def writing(engine: Any) -> Iterator[tuple[list[Path], list[str]]]:
         return call
 
     files = engine.checkpoint_engine
-    files.save = keeping(files.save, lambda state_dict, path: [Path(path)])
-    engine._copy_recovery_script = keeping(engine._copy_recovery_script, lambda save_path: [])
+    write = files.save
+    files.save = keeping(lambda state_dict, path: put(write, state_dict, Path(path)))
+    engine._copy_recovery_script = keeping(engine._copy_recovery_script)
     try:
-        yield written, faults
+        yield faults
     finally:
         del files.save, engine._copy_recovery_script
 
@@ -151,6 +156,7 @@ class ZeroEngine:
         self.updates = 0
         self.scale = 1.0
         self.fp16_headroom, self.fp16_clean = FP16_HEADROOM, 0
+        self.copies = HostCopies(device)
         self.resharded: str | None = None  # what wrote the checkpoint that was loaded, if its shards lay otherwise than ours
 
         # At stage 3 the weights are gathered once per rollout into this copy, not layer by layer at every step.
@@ -371,8 +377,36 @@ class ZeroEngine:
         Returns: the files that this rank has written.
         Raises: OSError if one cannot be written, after the last collective; other ranks may not know. OneRankError before it.
         """
+        written = []
+
+        def put(write: Callable[[Any, Path], None], content: Any, path: Path) -> None:
+            write(content, path)
+            written.append(path)
+
+        self._put_files(directory, put)
+        return written
+
+    def copy(self, directory: Path) -> Callable[[], list[Path]]:
+        """The same in two steps: copies to host memory now, and what writes them from any thread and returns the files.
+
+        A later call takes the copies' room, so what is returned has to be done by then. Raises: as `save`.
+        """
+        writes: list[tuple[Callable[[Any, Path], None], Any, Path]] = []
+        self.copies.begin()
+        self._put_files(directory, lambda write, content, path: writes.append((write, self.copies.take(content), path)))
+        self.copies.finish()
+
+        def write_all() -> list[Path]:
+            for write, content, path in writes:
+                write(content, path)
+            return [path for _, _, path in writes]
+
+        return write_all
+
+    def _put_files(self, directory: Path, put: Put) -> None:
+        """Every file of a checkpoint that is this rank's to write. Every rank calls this. Raises: as `save`."""
         own = {"updates": self.updates, "fp16_headroom": self.fp16_headroom, "fp16_clean": self.fp16_clean}
-        with writing(self.engine) as (written, faults):
+        with putting(self.engine, put) as faults:
             try:
                 self.engine.save_checkpoint(
                     str(directory), tag=ZERO, client_state={"prdp": own}, save_latest=False,
@@ -388,9 +422,7 @@ class ZeroEngine:
         if faults:
             raise OSError(faults[0])
         if self.average is not None:
-            self.average.save(directory / average_name(self.rank))
-            written.append(directory / average_name(self.rank))
-        return written
+            put(write_averages, self.average.averages, directory / average_name(self.rank))
 
     def load(self, directory: Path) -> None:
         """Go on from a checkpoint: bit for bit where this job's shards are laid out as its own, else resharded.

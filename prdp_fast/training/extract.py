@@ -45,14 +45,17 @@ class Extract:
         return f"the {kind} of {self.checkpoint}, {sum(value.numel() for value in self.weights.values()):,} numbers"
 
 
-def extract(path: Path, *, last: bool, say: Callable[[str], None] = print) -> Extract:
+def extract(path: Path, *, last: bool, best: bool = False, say: Callable[[str], None] = print) -> Extract:
     """
     Args:
         path: a run's directory, whose newest whole checkpoint is taken, or a checkpoint in it.
         last: the weights themselves where a moving average of them is kept.
+        best: of a run's directory, the checkpoint with the best evaluation.
     Raises: UserError.
     """
     run, found = find(path)
+    if best:
+        found = [find_best(path, run)]
     checkpoint = newest_whole(found, say)
     record, damage = read_record(run / RUN)
     if record is None:
@@ -93,6 +96,18 @@ def find(path: Path) -> tuple[Path, list[Path]]:
             f"RUN/{CHECKPOINTS}/epoch-000050; 'prdp checkpoint list RUN' lists them"
         )
     return run, [path]
+
+
+def find_best(path: Path, run: Path) -> Path:
+    """Raises: UserError if `path` is no run's directory, or no checkpoint has a best evaluation."""
+    if path.absolute() != run.absolute():
+        raise UserError(f"{path} is one checkpoint, and --best chooses one of a run's; give {run}, or leave --best out")
+    best = checkpoint_files.find_best(run / CHECKPOINTS)
+    if best is None:
+        raise UserError(
+            f"{run} has no best checkpoint: it needs checkpoint.keep_best and an evaluation; leave --best out for the newest one"
+        )
+    return best
 
 
 def newest_whole(found: list[Path], say: Callable[[str], None]) -> Path:

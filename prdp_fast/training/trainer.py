@@ -34,7 +34,7 @@ from prdp_fast.models.text import TextEncoder
 from prdp_fast.objectives import Objective, build_objective, update_statistics
 from prdp_fast.planning import micro_batch
 from prdp_fast.planning.job import Job
-from prdp_fast.planning.memory import MemoryPlan
+from prdp_fast.planning.memory import MemoryPlan, choose_async_save, free_bytes
 from prdp_fast.prompts.embeddings import choose_encoder
 from prdp_fast.prompts.stream import PromptSet, PromptStream
 from prdp_fast.reporting.private import recipe_for_others
@@ -75,6 +75,7 @@ class Trainer:
     telemetry: Telemetry
     memory_plan: MemoryPlan
     available_bytes: int  # that this rank may fill
+    async_save: bool  # periodic checkpoints are written while training goes on
     told_drift: float = 0.0  # the largest that the user has been told of, nats
 
     def __post_init__(self) -> None:
@@ -101,7 +102,9 @@ class Trainer:
         fused = choose_fused_optimizer(performance.fused_optimizer, device, job.config.offloads_optimizer)
 
         kept = settings.checkpoint
-        checkpoints = Checkpoints(output, keep=kept.keep, milestone=kept.keep_every and kept.every * kept.keep_every)
+        checkpoints = Checkpoints(
+            output, keep=kept.keep, milestone=kept.keep_every and kept.every * kept.keep_every, keep_best=kept.keep_best
+        )
         state = checkpoints.choose()
         if settings.prompts.on_corrupt == "skip":
             job = replace(job, train_prompts=whole_shards(job.train_prompts, state))
@@ -128,12 +131,17 @@ class Trainer:
                 "spread": [job.world_size, job.config.stage, job.config.offloads],
             }
         )  # fmt: skip
+        footprint = job.footprint(cuda=device.type == "cuda")
         state.micro_batch, plan, available = micro_batch.fit(
-            job.footprint(cuda=device.type == "cuda"), pipeline.denoiser, job.family,
+            footprint, pipeline.denoiser, job.family,
             # A resumed run keeps its micro-batch, whatever is free now: another one would round differently.
             wanted=state.micro_batch or (None if schedule.micro_batch == "auto" else schedule.micro_batch),
             most=job.rows_per_update, local_ranks=distributed.local_ranks(),
             agree=lambda size: distributed.all_reduce([size], "min")[0],
+        )  # fmt: skip
+        async_save, plan = choose_async_save(
+            kept.async_save, plan, footprint, available, free_bytes(torch.device("cpu"), distributed.local_ranks()),
+            agree=lambda fits: distributed.all_reduce([float(fits)], "min")[0] > 0,
         )  # fmt: skip
         engine = ZeroEngine(
             pipeline.denoiser, settings.optimizer, job.config, device, performance.coalesce_gradients, fused.value == "on",
@@ -157,7 +165,7 @@ class Trainer:
         state.trackers |= telemetry.run_ids
         return cls(
             job, output, state, checkpoints, pipeline, encode, objective, engine, reference, acceleration, stream,
-            BackgroundScores(in_background), telemetry, plan, available,
+            BackgroundScores(in_background), telemetry, plan, available, async_save,
         )  # fmt: skip
 
     # The loop.
@@ -180,8 +188,8 @@ class Trainer:
                     experience = self.repeatable(f"epoch {self.state.epoch}", self.collect)
                     report = self.update(experience)
                 self.log(experience, report)
-                self.save_if_due()
-                self.evaluate_if_due(before)
+                best = self.evaluate_if_due(before)
+                self.save_if_due(best)
             return self.finish(before)
 
     def collect(self) -> Experience:
@@ -325,6 +333,8 @@ class Trainer:
             say(f"schedule.micro_batch auto: {state.micro_batch}")
         if not self.memory_plan.fits(self.available_bytes):
             say(f"that may not fit: {format_bytes(self.available_bytes)} is free, and a tenth should stay so")
+        if self.job.settings.checkpoint.async_save == "auto" and not self.async_save:
+            say("checkpoint.async_save auto: off, there is no room for a copy of what a checkpoint consists of")
 
     def resume(self) -> None:
         """Continue after the chosen checkpoint, if there is one: weights, optimizer, moving average; `state` is read already."""
@@ -368,9 +378,16 @@ class Trainer:
 
     @contextlib.contextmanager
     def saved_if_stopped(self) -> Iterator[None]:
-        """A stop leaves a checkpoint of the last finished epoch, in whose weights a run is wherever it may be stopped."""
+        """A stop leaves a checkpoint of the last finished epoch, in whose weights a run is wherever it may be stopped.
+
+        An error that every rank has waits for the checkpoint that is on its way.
+        """
         try:
             yield
+        except Exception as error:
+            if self.job.world_size == 1 or (isinstance(error, UserError) and not isinstance(error, OneRankError)):
+                self.watch.settle()
+            raise
         except Stopped as stop:
             ranks.enter("checkpoint", self.state.epoch)
             if self.state.epoch:
@@ -382,11 +399,20 @@ class Trainer:
                     stop.request = stop.request._replace(status=2)
             raise
 
-    def save_if_due(self) -> None:
+    def save_if_due(self, best: bool) -> None:
+        """Args: best: the epoch has been evaluated, and is the best so far by `checkpoint.keep_best`."""
         every, epoch = self.job.settings.checkpoint.every, self.state.epoch
-        if epoch % every == 0:
+        if best or epoch % every == 0:
             with self.telemetry.phase("checkpoint", throughput=False):
-                self.watch.save(then=f"make room: training goes on, and tries again after epoch {epoch + every} or at the end")
+                due = (epoch // every + 1) * every
+                self.watch.save(
+                    f"make room: training goes on, and tries again after epoch {due} or at the end",
+                    # After the last epoch there is nothing that could go on meanwhile.
+                    behind=self.async_save and epoch < self.job.settings.schedule.epochs,
+                )
+        elif self.checkpoints.behind is not None:
+            with self.telemetry.phase("checkpoint", throughput=False):
+                self.watch.settle(wait=False)
 
     # Evaluation.
 
@@ -445,17 +471,28 @@ class Trainer:
             results.write_samples(self.output, "before", before["unseen"], self.telemetry, 0)
         return before
 
-    def evaluate_if_due(self, before: dict[str, Evaluation]) -> None:
-        every, state = self.job.settings.evaluation.every, self.state
+    def evaluate_if_due(self, before: dict[str, Evaluation]) -> bool:
+        """The seen set, and the unseen one if `checkpoint.keep_best` is of it. Returns: whether it is the best so far by that."""
+        every, state, keep_best = self.job.settings.evaluation.every, self.state, self.job.settings.checkpoint.keep_best
         if not before or not every or state.epoch % every:
-            return
+            return False
+        names = ["seen", *(["unseen"] if keep_best and keep_best.split("/")[1] == "unseen" else [])]
         with self.telemetry.phase("evaluate", throughput=False):
-            seen = self.evaluate(["seen"])["seen"]
-        held = {f"evaluation/seen/held/{name}": mean_and_error(values)["mean"] for name, values in seen.held.items()}
-        self.telemetry.log_scalars(state.epoch - 1, {"evaluation/seen": seen.summary()["mean"]} | held)
-        for warning in over_optimised(results.compare_all({"seen": before["seen"]}, {"seen": seen})):
+            found = self.evaluate(names)
+        scalars: dict[str, float] = {}
+        for name, one in found.items():
+            scalars[f"evaluation/{name}"] = one.summary()["mean"]
+            scalars |= {f"evaluation/{name}/held/{reward}": mean_and_error(held)["mean"] for reward, held in one.held.items()}
+        self.telemetry.log_scalars(state.epoch - 1, scalars)
+        for warning in over_optimised(results.compare_all({name: before[name] for name in names}, found)):
             self.telemetry.message(f"epoch {state.epoch - 1}: {warning}")
-        results.write_samples(self.output, f"epoch-{state.epoch:06d}", seen, self.telemetry, state.epoch - 1)
+        results.write_samples(self.output, f"epoch-{state.epoch:06d}", found["seen"], self.telemetry, state.epoch - 1)
+        if keep_best is None or not self.checkpoints.evaluated(scalars[keep_best]):
+            return False
+        self.telemetry.message(
+            f"{keep_best} is the best so far after epoch {state.epoch}, {scalars[keep_best]:.6g}: that checkpoint is kept"
+        )
+        return True
 
     # What the methods above share.
 

@@ -128,18 +128,29 @@ class Watch:
             fault = first_nonfinite({self.pipeline.family.denoiser_component: denoiser})
         return first_of_ranks(fault)
 
-    def save(self, then: str | None = None) -> str | None:
+    def settle(self, *, wait: bool = True) -> None:
+        """Tell what has become of the checkpoint that is on its way, if it cannot be written. Args: wait: for its end."""
+        if unsaved := self.checkpoints.settle(wait=wait):
+            self.telemetry.message(f"WARNING: {unsaved}; make room: the next one is tried when it is due, or at the end")
+
+    def save(self, then: str | None = None, *, behind: bool = False) -> str | None:
         """
-        Args: then: what the user is told to come next if the checkpoint cannot be written; None leaves that to the caller.
+        Args:
+            then: what the user is told to come next if the checkpoint cannot be written; None leaves that to the caller.
+            behind: only a copy is made now, which is written while training goes on.
         Returns: why it cannot be written; the last whole one is as it was then.
         Raises: NotFiniteError, on every rank, rather than write weights that are not finite.
         """
+        self.settle()
         if fault := self.weight_fault():
             raise NotFiniteError(
                 f"after {self.state.epoch} epochs {fault}, and is not saved: training has driven it out of range; lower "
                 f"optimizer.learning_rate; the last good state is {self.checkpoints.newest or 'that of the beginning'}"
             )
-        unsaved = self.checkpoints.save(self.state, self.engine.save)
+        if behind:
+            unsaved = self.checkpoints.save_behind(self.state, self.engine.copy)
+        else:
+            unsaved = self.checkpoints.save(self.state, self.engine.save)
         if unsaved and then:
             self.telemetry.message(f"WARNING: {unsaved}; {then}")
         return unsaved
@@ -154,6 +165,7 @@ class Watch:
         The weights have to be those after the last finished epoch. Raises: UserError.
         """
         if self.state.epoch and self.output is not None:
+            self.settle()
             fault = self.weight_fault()
             if fault is None:
                 reason += f"; {self.save_last()}"

@@ -205,6 +205,28 @@ def test_checkpoint_runs_and_counts_every_byte(tmp_path: Path) -> None:
     assert list((tmp_path / "disk").iterdir()) == [], "nothing is left"
 
 
+def test_async_save_runs_and_counts_every_byte(tmp_path: Path) -> None:
+    output = tmp_path / "async.json"
+    result = run(
+        "benchmarks.epoch.async_save",
+        "--directory",
+        tmp_path / "disk",
+        "--parameters",
+        "100000",
+        "--output",
+        output,
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    found = json.loads(output.read_text())
+    assert 100_000 * 12 < found["bytes"] < 100_000 * 12 + 686 * 3000, "float32 weights, two moments, headers of 686 tensors"
+    parts = {name: part["seconds"] for name, part in found["parts"].items()}
+    for which in ("the first time", "from then on"):
+        assert 0 < parts[f"copied, {which}: training stands still"] <= parts[f"copied, {which}: until the checkpoint is there"]
+    assert all(parts[name] >= 0 for name in ("written at once: training stands still", "verify", "load"))
+    assert list((tmp_path / "disk").iterdir()) == [], "nothing is left"
+
+
 def test_profile_runs_and_its_numbers_fit_together(tmp_path: Path) -> None:
     output, picture = tmp_path / "profile.json", tmp_path / "profile.png"
     result = run(

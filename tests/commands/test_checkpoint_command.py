@@ -40,6 +40,19 @@ def test_whole_ones(run: Path, capsys: pytest.CaptureFixture[str], action: str, 
     assert [row[-1] for row in rows] == [f"{said}, kept for good", said, said]
 
 
+def test_the_best_one_is_marked(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those that were the best before are not."""
+    for epoch, value in ((2, 0.25), (4, 0.75)):
+        checkpoint = run / "checkpoints" / checkpoint_files.name_of(epoch)
+        files = checkpoint_files.read_manifest(checkpoint)[0]
+        best = checkpoint_files.Best("evaluation/unseen/held/clip", value)
+        checkpoint_files.write_manifest(checkpoint, files, kept=epoch == 2, best=best)
+    assert cli.main(["checkpoint", "verify", str(run)]) == 0
+    assert [row[-1] for row in table(capsys)] == [
+        "whole, kept for good", "whole, best evaluation/unseen/held/clip: 0.75", "whole",
+    ]  # fmt: skip
+
+
 def test_a_flipped_bit_is_seen_by_verify_alone(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     damage(run / "checkpoints/epoch-000004", "zero/weights.pt", "bit")
     assert cli.main(["checkpoint", "list", str(run)]) == 0

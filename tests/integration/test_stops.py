@@ -194,7 +194,7 @@ def test_ranks_notice_that_the_deepspeed_command_above_their_launcher_is_gone(tm
 
 def test_a_killed_rank_is_named_and_no_other_has_a_traceback(tmp_path: Path) -> None:
     job = launching.start(TRAIN, *words(MANY | {"checkpoint.every": 1}), ranks=2, cwd=tmp_path)
-    wait_for(lambda: epochs(tmp_path / "run") > 1, job, "epoch")
+    wait_for(lambda: list((tmp_path / "run/checkpoints").glob("epoch-*")), job, "checkpoint")
     pid = rank_file(tmp_path / "run", 1)["pid"]
     os.kill(pid, signal.SIGKILL)
     finished = job.wait(60)

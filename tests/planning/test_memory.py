@@ -19,6 +19,8 @@ from prdp_fast.planning.memory import (
     Footprint,
     Item,
     MemoryPlan,
+    choose_async_save,
+    copy_of_checkpoint,
     fake_activations,
     forward_backward,
     measure_activations,
@@ -94,6 +96,36 @@ def test_the_copy_that_masters_start_from_is_counted() -> None:
     assert {place for _, place, _ in sizes(cpu).values()} == {"device"} and plan_memory(cpu).total("host") == 0
     small = replace(cpu, activations=Activations(0), rows=1)
     assert plan_memory(small).total() - plan_memory(small).total(when="always") >= 4 * P
+
+
+def test_the_copy_of_a_checkpoint_by_stage() -> None:
+    """Rank 0's: 16-bit weights below stage 3, and its share of float32 weights, moments and average."""
+    share, name = -(-P // 8), "copy that a checkpoint is written of"
+    assert sizes(replace(SD, async_save=True))[name] == (2 * P + 12 * share, "host", "always") and name not in sizes(SD)
+    assert copy_of_checkpoint(replace(SD, averaged=True)).size == 2 * P + 16 * share
+    assert copy_of_checkpoint(replace(SD, stage=3)).size == 12 * share
+    assert copy_of_checkpoint(replace(SD, stage=0, dtype=torch.float32)).size == 12 * P
+    assert copy_of_checkpoint(replace(SD, stage=0, dtype=torch.float32, adapter_parameters=1000)).size == 12_000
+    assert copy_of_checkpoint(replace(SD, on_cpu=True)).place == "device"
+
+
+def test_auto_writes_behind_where_the_copy_has_room() -> None:
+    plan, copied = plan_memory(SD), copy_of_checkpoint(SD)
+    device, host = plan.total() / 0.9 + 1, (plan.total("host") + copied.size) / 0.9 + 1
+    options = {"plan": plan, "job": SD, "available": device, "agree": bool}
+    chosen, with_copy = choose_async_save("auto", host=host, **options)
+    assert chosen and with_copy.total("host") == plan.total("host") + copied.size and with_copy.total() == plan.total()
+    assert choose_async_save("auto", host=host - 2, **options) == (False, plan)
+    assert choose_async_save("auto", host=host, **options | {"agree": lambda fits: False}) == (False, plan), "on another rank"
+    assert choose_async_save("on", host=0, **options) == (True, plan) and choose_async_save("off", host=host, **options) == (
+        False,
+        plan,
+    )
+    cpu = replace(SD, on_cpu=True)
+    options |= {"plan": plan_memory(cpu), "job": cpu, "host": 0}
+    room = plan_memory(cpu).total() + copied.size
+    assert choose_async_save("auto", **options | {"available": room / 0.9 + 1})[0]
+    assert not choose_async_save("auto", **options | {"available": room / 0.9 - 1})[0]
 
 
 # -------------------------------------------------------------------------------------------------------------- measuring
