@@ -23,13 +23,15 @@ from prdp_fast.config.deepspeed import resolve_config
 from prdp_fast.config.load import load_recipe
 from prdp_fast.config.recipe import ScheduleSettings
 from prdp_fast.config.tracking import PrometheusSettings
-from prdp_fast.core import last_words, parents, ranks, run_directory, run_lock, stops, watchdog
+from prdp_fast.core import checkpoint_files, last_words, parents, ranks, run_directory, run_lock, stops, watchdog
 from prdp_fast.core.errors import AgreedError, OneRankError, UserError
 from prdp_fast.core.stops import Request, Stopped
 from prdp_fast.training import trainer as trainer_module
+from prdp_fast.training.checkpoint import Checkpoints
 from prdp_fast.training.trackers import build, feed
 from prdp_fast.training.trackers.base import RunToTrack
 from prdp_fast.training.trackers.prometheus import Prometheus
+from prdp_fast.training.watch import Watch
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "production.md").read_text(encoding="utf-8")
@@ -64,6 +66,11 @@ HELD = {
     ],
     "`run.json`": ["tests/core/test_run_directory.py::test_a_damaged_record_is_made_again_only_where_nothing_is_computed"],
     "a shard of prompts": ["tests/integration/test_one_rank_faults.py::test_a_shard_that_only_one_rank_needs"],
+    "the server of [prompts behind a URL](prompts.md#from-a-url)": [
+        "tests/prompts/test_prompt_urls.py::test_what_passes",
+        "tests/prompts/test_prompt_urls.py::test_giving_up",
+        "tests/prompts/test_prompt_urls.py::test_a_server_that_is_away",
+    ],
     "rows of `metrics.jsonl`": [f"{NUMBERS}::test_a_fault"],
     "no room, or a read-only disk, for a checkpoint, a tracker or a picture": [
         f"{DAMAGED}::test_a_full_disk_is_a_line_and_training_goes_on",
@@ -79,6 +86,18 @@ HELD = {
     "2": [f"{DAMAGED}::test_without_a_whole_one_the_run_is_refused"],
     "3": ["tests/integration/test_stops.py::test_a_rank_that_does_not_come_is_named_and_every_rank_leaves_its_stacks"],
     "130": ["tests/integration/test_stops.py::test_an_interrupted_run_of_one_process_has_status_130"],
+}
+
+
+# Lines of the table of times, by what the results file calls them.
+FIGURES = {
+    "written at once: training stands still": "written at once: training stands still",
+    "copied: training stands still": "copied, from then on: training stands still",
+    "the first copy of a start, for which the system has to find the memory": "copied, the first time: training stands still",
+    "from the beginning of a copy until the checkpoint is there": "copied, from then on: until the checkpoint is there",
+    "a bare copy of as many bytes": "a bare copy of as many bytes",
+    "verified, from the disk": "verify",
+    "loaded, from the disk": "load",
 }
 
 
@@ -100,9 +119,17 @@ def under(heading: str, rows: list[list[str]]) -> bool:
 
 
 def test_every_line_of_its_tables_is_held_by_tests() -> None:
-    lines = [row[0] for one in tables() for row in one if not row[0].startswith("`configs/launch/")]
-    assert sorted(lines) == sorted(HELD) and len(tables()) == 6
+    lines = [row[0] for one in tables() if one[0][0] not in FIGURES for row in one if not row[0].startswith("`configs/launch/")]
+    assert sorted(lines) == sorted(HELD) and len(tables()) == 7
     assert [test for tests in HELD.values() for test in tests if not is_test(test)] == []
+
+
+def test_figures_are_those_that_were_measured() -> None:
+    (rows,) = (one for one in tables() if one[0][0] in FIGURES)
+    parts = json.loads((ROOT / "benchmarks/results/async-save-cpu-2026-11-28.json").read_text())["parts"]
+    found = {row[0]: tuple(row[1:]) for row in rows}
+    measured = {words: parts[name] for words, name in FIGURES.items()}
+    assert found == {words: (f"{one['seconds']:.1f}", f"{one['gb_per_s']:.2f}") for words, one in measured.items()}
 
 
 def test_statuses() -> None:
@@ -307,7 +334,20 @@ def test_a_port_that_is_taken(tmp_path: Path, monkeypatch) -> None:
     told: list[str] = []
     one = feed.Feed(Prometheus(PrometheusSettings(), RunToTrack(tmp_path)), told.append)
     one._guarded(one.tracker.begin)
-    assert told == [example("WARNING: ")]
+    assert told == [example("WARNING: tracking")]
+
+
+def test_a_checkpoint_that_cannot_be_written_behind(monkeypatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=int(1.2 * 2**30)))
+    checkpoints, told = Checkpoints(None, keep=2), []
+    checkpoints.newest = Path(RUN) / "checkpoints" / checkpoint_files.name_of(400)
+    final = Path(RUN) / "checkpoints" / checkpoint_files.name_of(450)
+    unsaved = checkpoints.given_up(SimpleNamespace(final=final, partial=Path(RUN) / "none"), "rank 3: No space left on device")
+    watching = SimpleNamespace(
+        checkpoints=SimpleNamespace(settle=lambda wait: unsaved), telemetry=SimpleNamespace(message=told.append)
+    )
+    Watch.settle(watching)
+    assert told == [example("WARNING: checkpoint")]
 
 
 def test_every_line_that_the_page_shows_is_looked_at_here() -> None:
