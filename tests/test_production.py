@@ -339,10 +339,11 @@ def test_a_port_that_is_taken(tmp_path: Path, monkeypatch) -> None:
 
 def test_a_checkpoint_that_cannot_be_written_behind(monkeypatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=int(1.2 * 2**30)))
-    checkpoints, told = Checkpoints(None, keep=2), []
-    checkpoints.newest = Path(RUN) / "checkpoints" / checkpoint_files.name_of(400)
+    checkpoints, told = SimpleNamespace(newest=Path(RUN) / "checkpoints" / checkpoint_files.name_of(400)), []
     final = Path(RUN) / "checkpoints" / checkpoint_files.name_of(450)
-    unsaved = checkpoints.given_up(SimpleNamespace(final=final, partial=Path(RUN) / "none"), "rank 3: No space left on device")
+    unsaved = Checkpoints.given_up(
+        checkpoints, SimpleNamespace(final=final, partial=Path(RUN) / "none"), "rank 3: No space left on device"
+    )
     watching = SimpleNamespace(
         checkpoints=SimpleNamespace(settle=lambda wait: unsaved), telemetry=SimpleNamespace(message=told.append)
     )
