@@ -295,6 +295,11 @@ class EvaluationSettings(Section):
     rewards: list[RewardSettings] = Field(
         [], description="held out from training: scored at every evaluation, beside the trained ones, to see them over-optimised"
     )
+    on_over_optimised: Literal["warn", "stop"] = Field(
+        "warn",
+        description="where the trained reward has risen and one of `rewards` has fallen, by more than two standard errors each: a "
+        "line, or that and the end of the training",
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="draws the evaluation prompts and their noise, the same before and after")
 
 
@@ -356,6 +361,20 @@ class Settings(Section):
         if named and named not in held:
             known = f"expected one of {', '.join(held)}" if held else "there are none"
             raise ValueError(f"checkpoint.keep_best {metric!r}: {named!r} is no reward of evaluation.rewards; {known}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_over_optimised(self) -> Settings:
+        evaluation = self.evaluation
+        if evaluation.on_over_optimised == "stop":
+            if not evaluation.rewards or not evaluation.every or not evaluation.prompts:
+                missing = next(name for name in ("rewards", "every", "prompts") if not getattr(evaluation, name))
+                raise ValueError(f"evaluation.on_over_optimised 'stop' without evaluation.{missing}, which it looks at; set that")
+            if self.checkpoint.keep_best is None:
+                raise ValueError(
+                    "evaluation.on_over_optimised 'stop' without checkpoint.keep_best, for it comes too late for the last weights; "
+                    "set that, to evaluation/seen/held/NAME say"
+                )
         return self
 
     @property

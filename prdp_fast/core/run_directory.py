@@ -38,7 +38,7 @@ MAY_CHANGE = (
     "schedule.max_nonfinite_epochs", "schedule.micro_batch", "sampler.rollout_batch", "performance.activation_checkpointing",
     "checkpoint.every", "checkpoint.keep", "checkpoint.keep_every", "checkpoint.keep_best", "checkpoint.async_save",
     "model.push_to_hub", "performance.coalesce_gradients", "tracking", "prompts.cache_dir", "prompts.cache_gb",
-    "prompts.fetch_timeout_s",
+    "prompts.fetch_timeout_s", "evaluation.on_over_optimised",
 )  # fmt: skip
 # Of these, what other sums come of: the user is told.
 ROUNDS = ("schedule.micro_batch", "sampler.rollout_batch", "performance.coalesce_gradients")

@@ -76,6 +76,7 @@ class Trainer:
     memory_plan: MemoryPlan
     available_bytes: int  # that this rank may fill
     async_save: bool  # periodic checkpoints are written while training goes on
+    stopped_over_optimised: bool = False  # as evaluation.on_over_optimised says
     told_drift: float = 0.0  # the largest that the user has been told of, nats
 
     def __post_init__(self) -> None:
@@ -303,7 +304,7 @@ class Trainer:
 
     def finished(self) -> bool:
         schedule, state = self.job.settings.schedule, self.state
-        if state.epoch >= schedule.epochs:
+        if state.epoch >= schedule.epochs or self.stopped_over_optimised:
             return True
         if schedule.time_limit_minutes is None or state.epoch == self.telemetry.first_epoch:  # every start gets on by one
             return False
@@ -486,6 +487,13 @@ class Trainer:
         self.telemetry.log_scalars(state.epoch - 1, scalars)
         for warning in over_optimised(results.compare_all({name: before[name] for name in names}, found)):
             self.telemetry.message(f"epoch {state.epoch - 1}: {warning}")
+            self.stopped_over_optimised = self.job.settings.evaluation.on_over_optimised == "stop"
+        if self.stopped_over_optimised:
+            self.telemetry.message(
+                f"evaluation.on_over_optimised: stopping after {state.epoch} of {self.job.settings.schedule.epochs} epochs; model/ "
+                f"is of these weights, those of the best evaluation by {keep_best} are exported by "
+                f"prdp checkpoint export {self.output} DIR --best"
+            )
         results.write_samples(self.output, f"epoch-{state.epoch:06d}", found["seen"], self.telemetry, state.epoch - 1)
         if keep_best is None or not self.checkpoints.evaluated(scalars[keep_best]):
             return False

@@ -42,3 +42,16 @@ def test_metrics_that_there_are_not(overrides: list[str], said: str) -> None:
 @pytest.mark.parametrize(("given", "value"), [("on", "on"), ("off", "off"), ("true", "on"), ("auto", "auto")])
 def test_async_save(given: str, value: str) -> None:
     assert load_recipe("smoke", [f"checkpoint.async_save={given}"]).checkpoint.async_save == value
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ([*EVALUATED], r"'stop' without evaluation\.rewards, which it looks at; set that"),
+        ([*HELD, "evaluation.every=0"], r"'stop' without evaluation\.every, "),
+        ([*EVALUATED, *HELD], r"'stop' without checkpoint\.keep_best, .* evaluation/seen/held/NAME say"),
+    ],
+)
+def test_a_stop_of_over_optimisation_wants_what_it_looks_at_and_keeps(overrides: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        load_recipe("smoke", [*overrides, "evaluation.on_over_optimised=stop"])
