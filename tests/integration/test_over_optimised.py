@@ -8,7 +8,7 @@ from pathlib import Path
 import launching
 import pytest
 
-REWARDS = '''
+REWARDS = """
 import itertools
 
 risen, fallen = itertools.count(), itertools.count()
@@ -20,7 +20,7 @@ def rising(images, prompts):
 
 def falling(images, prompts):
     return images.float().mean((1, 2, 3)) / 2550 - next(fallen)
-'''
+"""
 
 
 @pytest.mark.parametrize("what", ["warn", "stop"])
