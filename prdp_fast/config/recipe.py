@@ -297,8 +297,8 @@ class EvaluationSettings(Section):
     )
     on_over_optimised: Literal["warn", "stop"] = Field(
         "warn",
-        description="where the trained reward has risen and one of `rewards` has fallen, by more than two standard errors each: a "
-        "line, or that and the end of the training",
+        description="where the trained reward has risen and one of `rewards` has fallen, by more than two standard errors each: "
+        "a line, or that and the end of the training",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="draws the evaluation prompts and their noise, the same before and after")
 
@@ -372,8 +372,8 @@ class Settings(Section):
                 raise ValueError(f"evaluation.on_over_optimised 'stop' without evaluation.{missing}, which it looks at; set that")
             if self.checkpoint.keep_best is None:
                 raise ValueError(
-                    "evaluation.on_over_optimised 'stop' without checkpoint.keep_best, for it comes too late for the last weights; "
-                    "set that, to evaluation/seen/held/NAME say"
+                    "evaluation.on_over_optimised 'stop' without checkpoint.keep_best, for it comes too late for the last "
+                    "weights; set that, to evaluation/seen/held/NAME say"
                 )
         return self
 

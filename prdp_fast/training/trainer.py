@@ -490,8 +490,8 @@ class Trainer:
             self.stopped_over_optimised = self.job.settings.evaluation.on_over_optimised == "stop"
         if self.stopped_over_optimised:
             self.telemetry.message(
-                f"evaluation.on_over_optimised: stopping after {state.epoch} of {self.job.settings.schedule.epochs} epochs; model/ "
-                f"is of these weights, those of the best evaluation by {keep_best} are exported by "
+                f"evaluation.on_over_optimised: stopping after {state.epoch} of {self.job.settings.schedule.epochs} epochs; "
+                f"model/ is of these weights, those of the best evaluation by {keep_best} are exported by "
                 f"prdp checkpoint export {self.output} DIR --best"
             )
         results.write_samples(self.output, f"epoch-{state.epoch:06d}", found["seen"], self.telemetry, state.epoch - 1)
