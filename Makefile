@@ -15,7 +15,7 @@ help:
 	@echo "make lint    ruff and mypy"
 	@echo "make docs    the documentation, built into site/"
 	@echo "make bench   the benchmarks; without a GPU, the plain torch references only"
-	@echo "make study   every study of configs/studies, one after the other, in about three hours on two cores; STUDIES='pairing clipping'"
+	@echo "make study   every study of configs/studies, one after the other, some hours on two cores; STUDIES='pairing clipping'"
 	@echo "make fuzz    100,000 nearly right recipes, indices, shards, manifests, requests: each is read, or refused in one line"
 	@echo "make fault-campaign  faults put into running jobs on CPU ranks, and a table of what became of them; ARGS='--only SIGKILL'"
 	@echo "make gpu-session  all that is worth knowing of this machine's GPU in 13 minutes, with $(PYTHON); ARGS='--parts kernels,engine'"

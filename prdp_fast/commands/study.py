@@ -11,8 +11,6 @@ and the others follow. The page is OUTPUT/study.md.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import shlex
 import sys
 from datetime import date
@@ -65,10 +63,12 @@ def run(args: argparse.Namespace) -> int:
 
 def how() -> dict[str, Any]:
     """Command, machine and versions."""
+    from prdp_fast.planning.job import machine
+
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "diffusers", "deepspeed"))
     return {
         "command": shlex.join(["prdp", *sys.argv[1:]]), "date": date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores", "versions": versions,
+        "machine": ", ".join(f"{name} {value}" for name, value in machine().items()), "versions": versions,
     }  # fmt: skip
 
 

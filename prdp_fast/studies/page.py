@@ -53,7 +53,7 @@ def page(study: Study, arms: dict[str, Any], how: dict[str, Any], picture: str |
         parts += ["## Runs that failed", "\n".join(failed)]
     if picture:
         parts += ["## Reward by epoch", f"Mean over the seeds; the bands reach from the lowest to the highest.\n\n![]({picture})"]
-    settings = "\n".join(f"- {arm}: `{json.dumps(changed)}`" for arm, changed in study.arms.items())
+    settings = "\n".join(f"- {arm}: `{json.dumps(changed)}`" for arm, changed in study.arms.items() if arm in arms)
     parts += ["## Settings", f"All: `{json.dumps(study.settings)}`\n\n{settings}"]
     parts += ["## How", "\n".join(f"- {name}: {value}" for name, value in how.items())]
     return "\n\n".join(parts) + "\n"
