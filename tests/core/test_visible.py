@@ -56,7 +56,7 @@ def test_notes_on_a_run_that_is_somebody_else_s(tmp_path: Path, capsys: pytest.C
     """They come from its run.json."""
     record = {"recipe": {"schedule": {"micro_batch": 4}}, "versions": {"torch": "2"}}
     claim(tmp_path, record | {"versions": {"torch": HOSTILE}}, "auto")
-    job: Any = SimpleNamespace(full_record=lambda: record, world_size=1)
+    job: Any = SimpleNamespace(full_record=lambda: record, world_size=1, train_prompts=SimpleNamespace(fingerprint=""))
     try:
         train.claim_for_all(tmp_path, job, "auto")
     finally:

@@ -71,7 +71,7 @@ def test_the_time_limit_is_of_each_start(monkeypatch) -> None:
     messages: list[str] = []
     trainer = SimpleNamespace(
         job=SimpleNamespace(settings=load_recipe("smoke", ["schedule.time_limit_minutes=2", "schedule.epochs=9"])),
-        telemetry=SimpleNamespace(first_epoch=4, message=messages.append), state=state,
+        telemetry=SimpleNamespace(first_epoch=4, message=messages.append), state=state, stopped_over_optimised=False,
     )  # fmt: skip
     now += 119
     assert not Trainer.finished(trainer) and state.summary()["wall_s"] == 3719

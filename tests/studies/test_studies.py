@@ -14,6 +14,7 @@ from scipy import stats
 from prdp_fast.cli import main
 from prdp_fast.config.load import load_recipe
 from prdp_fast.core.errors import UserError
+from prdp_fast.planning.job import Job
 from prdp_fast.studies import findings, runner
 from prdp_fast.studies.declaration import STUDIES, Run, Study, check, grid, load_study, written
 from prdp_fast.studies.page import page
@@ -41,6 +42,9 @@ def test_every_shipped_study_is_made_of_recipes_that_load(name: str, short: bool
     schedules = [one.schedule for one in settings.values()]
     images = {one.epochs * one.prompts_per_epoch * one.images_per_prompt for one in schedules}
     assert short or len(images) == 1, images
+    # A short form has the noisy steps that a subset is drawn from.
+    for one in settings.values() if short else ():
+        Job.prepare(one, "zero0.json", world_size=1, cuda=False)
     # No clock decides how much an arm learns.
     assert all(one.schedule.time_limit_minutes is None for one in settings.values())
     assert len({json.dumps(one.model_dump(mode="json")) for one in settings.values()}) == len(settings), "arms differ"
