@@ -172,7 +172,7 @@ def sizes(family: Family, dtype: torch.dtype, checkpointing: bool) -> tuple[Acti
     """Everything that is counted on a denoiser of full size, once for each size of call."""
     key = str((family.pretrained, family.lora, family.latent_shape, family.text_length, dtype, checkpointing))
     if key not in COUNTED:
-        # In a process of its own: what is counted of FLUX has depended on what ran before in the same one. The cause is not known.
+        # In a process of its own: what is counted of FLUX has depended on what ran before it. The cause is not known.
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
             COUNTED[key] = alone.submit(count, family, dtype, checkpointing).result()
     return COUNTED[key]
